@@ -1,0 +1,148 @@
+"""What the engine asks of a model: tokens in, vectors out, on one device, from one thread.
+
+Decides the shapes that cross the border between engine and model. Must never know requests, deadlines, queues or gRPC:
+a backend sees a batch of token ids and the row count, nothing about who asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "Backend",
+    "BackendFactory",
+    "BatchResult",
+    "DeviceLost",
+    "DeviceOutOfMemory",
+    "DeviceReport",
+    "ModelIdentity",
+    "PassTimes",
+    "TokenBatch",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a client may pin, and what every answer says of the model behind it."""
+
+    name: str
+    """As clients name it, such as ``sentence-transformers/all-MiniLM-L6-v2``."""
+    revision: str
+    """Commit or package version where one is known, otherwise the first 12 hex digits of the weights digest."""
+    weights_digest: str
+    """``sha256:`` and 64 hex digits over the weight files."""
+    tokenizer_digest: str
+    """``sha256:`` and 64 hex digits over ``tokenizer.json`` as loaded."""
+    architecture: str
+    """``config.json``'s ``model_type``, such as ``bert``."""
+    dimension: int
+    """Floats in one vector before any ``dimensions`` option."""
+    max_input_length: int
+    """Tokens in one text, special tokens included."""
+    pooling: str
+    """``mean``, ``cls``, ``last_token``, ``max``, ``mean_sqrt_len``, ``weighted_mean``; joined by ``+`` when concatenated."""
+    normalize: bool
+    """Whether the checkpoint's own ``modules.json`` ends in a Normalize module."""
+    dtype: str
+    """Of the weights in the forward pass: ``float32``, ``bfloat16`` or ``float16``."""
+    device: str
+    """Such as ``cpu`` or ``cuda:0``."""
+    prompts: tuple[tuple[str, str], ...] = ()
+    """Name and text of every prompt, in the checkpoint's order."""
+    default_prompt_name: str | None = None
+    vocab_size: int = 0
+    """Token ids from a client must be below this."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One forward pass. Row ``r`` is ``ids[offsets[r]:offsets[r + 1]]``."""
+
+    ids: npt.NDArray[np.int32]
+    """Shape ``[tokens]``: all rows end to end, no padding."""
+    offsets: npt.NDArray[np.int32]
+    """Shape ``[rows + 1]``, first 0, last ``tokens``."""
+    normalize: npt.NDArray[np.bool_]
+    """Shape ``[rows]``: rows to scale to unit length on the device."""
+    pad_to: int | None
+    """Bucket edge that rows are padded to; ``None`` asks for the packed form."""
+    skip: npt.NDArray[np.int32] | None = None
+    """Shape ``[rows]``: leading tokens that pooling leaves out (a prompt, where the checkpoint says ``include_prompt`` false)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """Monotonic nanoseconds (``time.monotonic_ns``) at the borders of a pass's stages; each at least the one before."""
+
+    start_ns: int
+    assembled_ns: int
+    copied_in_ns: int
+    forward_ns: int
+    pooled_ns: int
+    copied_out_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """The vectors of one pass."""
+
+    vectors: npt.NDArray[np.float32]
+    """Shape ``[rows, dimension]``, C-contiguous, owned by the receiver (never reused by the backend)."""
+    times: PassTimes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What the device looks like now; sizes in bytes, 0 where unknown."""
+
+    device: str
+    memory_used_bytes: int
+    memory_total_bytes: int
+    compiled: bool
+    """Whether passes run through a compiled model."""
+    packed: bool
+    """Whether ``TokenBatch.pad_to=None`` is honoured without padding."""
+
+
+class DeviceOutOfMemory(Exception):
+    """The pass did not fit; nothing was computed and the backend is still good."""
+
+
+class DeviceLost(Exception):
+    """The device or its context is unusable; nothing more can run in this process."""
+
+
+class Backend(Protocol):
+    """A loaded model on one device. Every method is called from the one thread that built it."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Who this is; complete once the constructor has returned."""
+
+    def warm_up(self, max_batch_tokens: int) -> None:
+        """Run passes of the sizes that serving will use and check their shape and finiteness.
+
+        Raises ``StartupError`` with a sentence when a pass fails or gives a wrong shape or a value that is not finite.
+        """
+
+    def embed(self, batch: TokenBatch) -> BatchResult:
+        """One pass: assemble, copy in, forward, pool (with Dense, Normalize), copy out.
+
+        Rows that are not finite are returned as they are: the caller checks. Raises ``DeviceOutOfMemory`` when the pass
+        did not fit, ``DeviceLost`` when the device is gone, and anything else where an item may have caused it.
+        """
+
+    def release_memory(self) -> None:
+        """Give cached device memory back; called after ``DeviceOutOfMemory``, never on the hot path."""
+
+    def report(self) -> DeviceReport:
+        """The device's state, cheaply."""
+
+
+BackendFactory = Callable[[], Backend]
+"""Called in the worker thread, which then owns the backend. Raises ``StartupError``."""
