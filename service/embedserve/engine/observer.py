@@ -1,0 +1,94 @@
+"""What the engine tells whoever watches it.
+
+Decides which events there are. Must never know OpenTelemetry: telemetry implements this protocol, tests record it, and
+``SilentObserver`` is what runs when nothing watches. Every call comes from the event loop, must not block and must not raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from embedserve.engine.stages import Stages
+from embedserve.model.backend import PassTimes
+from embedserve.scheduling.item import Batch, Rejection
+
+__all__ = ["BatchRecord", "EngineObserver", "Member", "SilentObserver"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A request's share of a batch."""
+
+    trace: object | None
+    """The request's trace context, as the API gave it; ``None`` when it is not sampled."""
+    first_index: int
+    """Lowest index, in its request, of the items that ride here."""
+    rows: int
+    tokens: int
+    queued_ns: int
+    """When its items began to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """One forward pass, whatever became of it."""
+
+    batch: Batch
+    members: Sequence[Member]
+    outcome: str
+    """``ok``, ``out_of_memory``, ``failed``, ``non_finite`` or ``fatal``."""
+    dispatched_ns: int
+    """The loop handed it to the worker."""
+    times: PassTimes | None
+    """The worker's own marks; ``None`` when the pass did not end well."""
+    returned_ns: int
+    """The loop has the result."""
+    predicted_ns: int
+    """What the cost model said of the pass."""
+
+
+class EngineObserver(Protocol):
+    """Watches the engine."""
+
+    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
+        """A tokenizer thread has finished some texts; ``waited_ns`` for a thread, ``elapsed_ns`` at work."""
+
+    def admitted(self, items: int, tokens: int) -> None:
+        """A request waits in its buckets."""
+
+    def rejected(self, rejection: Rejection, *, stage: str) -> None:
+        """A request was refused; ``stage`` is ``estimate`` (before tokenising) or ``exact``."""
+
+    def batch_finished(self, record: BatchRecord) -> object | None:
+        """A pass ended. Returns a handle that members' traces can link to, or ``None`` where none of them is sampled."""
+
+    def settled(self, verdict: str, items: int) -> None:
+        """Items ended; ``verdict`` is a ``scheduling.item.Verdict`` value or ``cancelled``."""
+
+    def request_finished(self, stages: Stages, *, verdict: str) -> None:
+        """A request left the engine: ``done``, ``expired``, ``cancelled``, ``failed`` or ``rejected``."""
+
+
+class SilentObserver:
+    """Watches nothing, at no cost."""
+
+    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
+        """Nothing."""
+
+    def admitted(self, items: int, tokens: int) -> None:
+        """Nothing."""
+
+    def rejected(self, rejection: Rejection, *, stage: str) -> None:
+        """Nothing."""
+
+    def batch_finished(self, record: BatchRecord) -> object | None:
+        """Nothing."""
+        return None
+
+    def settled(self, verdict: str, items: int) -> None:
+        """Nothing."""
+
+    def request_finished(self, stages: Stages, *, verdict: str) -> None:
+        """Nothing."""
