@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 
 from embedserve.errors import ConfigError, InvariantBroken
 
-__all__ = ["CONFIG_FILE_ENV", "ENV_PREFIX", "Origin", "Setting", "read_settings", "render", "settings_of"]
+__all__ = ["CONFIG_FILE_ENV", "ENV_PREFIX", "Allowed", "Origin", "Setting", "read_settings", "render", "settings_of"]
 
 ENV_PREFIX = "EMBEDSERVE_"
 CONFIG_FILE_ENV = "EMBEDSERVE_CONFIG"
@@ -41,6 +41,13 @@ SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)(://\S+)?|\d+|[\d.]+|[0-9a-fA-F:
 
 Tree = TypeVar("Tree", bound=BaseModel)
 Kind = Literal["text", "integer", "number", "switch", "list", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Annotation of a setting: what may be given, where its type does not say it. The end of "must be ..."."""
+
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +127,7 @@ def _setting(path: str, field: FieldInfo, default: Any) -> Setting:
     else:
         kind = {str: "text", int: "integer", float: "number", bool: "switch"}[base]  # type: ignore[assignment]
     numeric = origin is tuple and _unwrap(get_args(base)[0], ())[0] is int
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    allowed = str(extra.get("allowed") or _allowed(kind, base, metadata))
+    allowed = _allowed(kind, base, metadata)
     return Setting(
         path, kind, default, allowed + (", or none" if optional else ""), field.description or "", optional, numeric
     )
@@ -144,10 +150,13 @@ def _unwrap(annotation: Any, metadata: tuple[Any, ...]) -> tuple[Any, tuple[Any,
 
 
 def _allowed(kind: Kind, base: Any, metadata: Sequence[Any]) -> str:
+    flat = [inner for item in metadata for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    known = {type(item): item for item in flat}
+    if Allowed in known:
+        return str(known[Allowed].sentence)
     if get_origin(base) is Literal:
         return "one of " + ", ".join(get_args(base))
-    bounds = {type(item): item for item in metadata}
-    low, high = bounds.get(annotated_types.Ge), bounds.get(annotated_types.Le)
+    low, high = known.get(annotated_types.Ge), known.get(annotated_types.Le)
     within = f" from {low.ge} to {high.le}" if low and high else ""
     if kind == "table":
         return "NAME=VALUE by commas, each value one of " + ", ".join(get_args(_unwrap(get_args(base)[1], ())[0]))
@@ -213,7 +222,6 @@ def _leaves(
         path = prefix + key
         is_section = any(known.startswith(f"{path}.") for known in settings)
         if path in settings:
-            value = tuple(value) if settings[path].kind == "list" and isinstance(value, list) else value
             yield path, Given(value, Origin("file", f"{file}: {path}"))
         elif is_section and isinstance(value, dict):
             yield from _leaves(value, f"{path}.", file, settings, problems)
