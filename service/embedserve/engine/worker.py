@@ -1,0 +1,211 @@
+"""The one thread that owns the device.
+
+Decides nothing but the order: it takes passes from a queue, runs them, and reports each exactly once. Must never know
+requests, policies or the event loop's state: it knows a backend and a ``post`` function that is safe to call from any thread.
+Whatever ends this thread, even ``SystemExit``, is reported; nothing dies silently (a plain thread that dies tells nobody:
+waiters hang and the process exits with 0).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedserve.errors import InvariantBroken
+from embedserve.model.backend import (
+    Backend,
+    BackendFactory,
+    DeviceLost,
+    DeviceOutOfMemory,
+    DeviceReport,
+    ModelIdentity,
+    PassTimes,
+    TokenBatch,
+)
+from embedserve.scheduling.item import Failed, Fatal, Outcome, OutOfMemory, Succeeded
+
+__all__ = ["Part", "Pass", "PassResult", "Worker", "WorkerReady"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a batch, all of one submission."""
+
+    ids: npt.NDArray[np.int32]
+    """Token ids of the whole submission, end to end."""
+    offsets: npt.NDArray[np.int64]
+    """Shape ``[items + 1]``."""
+    indexes: tuple[int, ...]
+    """Items that ride, ascending."""
+    normalize: bool
+    skip: int
+    """Leading tokens that pooling leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One batch on its way to the device."""
+
+    batch_id: int
+    parts: Sequence[Part]
+    rows: int
+    pad_to: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What became of a pass."""
+
+    batch_id: int
+    outcome: Outcome
+    vectors: npt.NDArray[np.float32] | None
+    times: PassTimes | None
+    error: BaseException | None
+    report: DeviceReport | None
+    """The device after a pass that did not end well; ``None`` otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """The backend is loaded and warm."""
+
+    identity: ModelIdentity
+    report: DeviceReport
+    warm_up_ns: int
+
+
+def assemble(work: Pass) -> TokenBatch:
+    """Gather a pass's token ids end to end; one copy a row run, none where the whole submission rides alone."""
+    ids: list[npt.NDArray[np.int32]] = []
+    lengths: list[npt.NDArray[np.int64]] = []
+    normalize = np.empty(work.rows, dtype=np.bool_)
+    skip = np.zeros(work.rows, dtype=np.int32)
+    row = 0
+    for part in work.parts:
+        first, last, count = part.indexes[0], part.indexes[-1], len(part.indexes)
+        if last - first + 1 == count:
+            ids.append(part.ids[part.offsets[first] : part.offsets[last + 1]])
+            lengths.append(part.offsets[first + 1 : last + 2] - part.offsets[first : last + 1])
+        else:
+            chosen = np.asarray(part.indexes)
+            ids.extend(part.ids[part.offsets[i] : part.offsets[i + 1]] for i in part.indexes)
+            lengths.append(part.offsets[chosen + 1] - part.offsets[chosen])
+        normalize[row : row + count] = part.normalize
+        skip[row : row + count] = part.skip
+        row += count
+    offsets = np.zeros(work.rows + 1, dtype=np.int32)
+    np.cumsum(lengths[0] if len(lengths) == 1 else np.concatenate(lengths), out=offsets[1:])
+    return TokenBatch(
+        ids=ids[0] if len(ids) == 1 else np.concatenate(ids),
+        offsets=offsets,
+        normalize=normalize,
+        pad_to=work.pad_to,
+        skip=skip if skip.any() else None,
+    )
+
+
+class Worker:
+    """Owns the backend. ``start`` builds it in the thread, ``submit`` hands over passes, ``stop`` ends the thread."""
+
+    def __init__(
+        self,
+        factory: BackendFactory,
+        *,
+        warm_up_tokens: int,
+        on_ready: Callable[[WorkerReady | BaseException], None],
+        on_result: Callable[[PassResult], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        """The three callbacks are called from the worker thread and must hand over to the event loop themselves."""
+        self._factory = factory
+        self._warm_up_tokens = warm_up_tokens
+        self._on_ready = on_ready
+        self._on_result = on_result
+        self._on_death = on_death
+        self._passes: queue.SimpleQueue[Pass | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="embedserve-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load; ``on_ready`` gets the identity, or the error that stopped the start."""
+        self._thread.start()
+
+    def submit(self, work: Pass) -> None:
+        """Queue a pass. The scheduler bounds how many are in flight, so this queue needs no bound of its own."""
+        self._passes.put(work)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after the passes that are queued; whether the thread ended in time."""
+        self._passes.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        ready = False
+        try:
+            begun = time.monotonic_ns()
+            backend = self._factory()
+            backend.warm_up(self._warm_up_tokens)
+            ready = True
+            self._on_ready(WorkerReady(backend.identity, backend.report(), time.monotonic_ns() - begun))
+            while (work := self._passes.get()) is not None:
+                result = self._run(backend, work)
+                self._on_result(result)
+                if isinstance(result.outcome, Fatal):
+                    return
+                # A result keeps a whole batch's vectors alive until the next pass otherwise.
+                del result, work
+        except BaseException as death:  # noqa: BLE001 - the outermost frame of the thread: its death must be loud
+            if ready:
+                self._on_death(death)
+            else:
+                self._on_ready(death)
+
+    def _run(self, backend: Backend, work: Pass) -> PassResult:
+        picked_up = time.monotonic_ns()
+        error: Exception
+        outcome: Outcome
+        try:
+            result = backend.embed(assemble(work))
+        except DeviceOutOfMemory as caught:
+            outcome, error = OutOfMemory(), caught
+        except DeviceLost as caught:
+            outcome, error = Fatal(f"device lost: {caught}"), caught
+        except Exception as caught:  # noqa: BLE001 - the batch guard: an item may have caused it, bisection finds out
+            outcome, error = Failed(), caught
+        else:
+            return self._checked(backend, work, result.vectors, result.times, picked_up)
+        if isinstance(outcome, OutOfMemory):
+            # Outside the except block: a live traceback keeps the tensors of the failed pass alive (pytorch#18853).
+            error.__traceback__ = None
+            backend.release_memory()
+        report = None if isinstance(outcome, Fatal) else backend.report()
+        return PassResult(work.batch_id, outcome, None, None, error, report)
+
+    def _checked(
+        self, backend: Backend, work: Pass, vectors: npt.NDArray[np.float32], times: PassTimes, picked_up: int
+    ) -> PassResult:
+        """Wrong shapes end the process: the rows cannot be told apart any more. Rows that are not finite are named."""
+        expected = (work.rows, backend.identity.dimension)
+        if vectors.shape != expected:
+            why = f"the backend returned shape {vectors.shape} where {expected} was asked"
+            return PassResult(work.batch_id, Fatal(why), None, None, InvariantBroken(why), None)
+        bad: frozenset[int] = frozenset()
+        # NaN and infinity survive a sum, which is cheaper than a boolean array; a sum that merely overflows finds no row.
+        if not np.isfinite(vectors.sum()):
+            bad = frozenset(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
+        stamped = PassTimes(
+            start_ns=picked_up,
+            assembled_ns=times.assembled_ns,
+            copied_in_ns=times.copied_in_ns,
+            forward_ns=times.forward_ns,
+            pooled_ns=times.pooled_ns,
+            copied_out_ns=times.copied_out_ns,
+        )
+        elapsed = times.copied_out_ns - times.start_ns
+        return PassResult(work.batch_id, Succeeded(elapsed, bad), vectors, stamped, None, None)
