@@ -1,0 +1,144 @@
+"""A transformers encoder with the checkpoint's weights, each of them accounted for.
+
+Decides which tensors of a checkpoint belong to the encoder, which may be left aside, and that nothing is made up: a tensor
+that is missing, unexpected or misshapen is refused by name. (A loader that only warns serves random vectors.)
+Must never know batches or devices.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from embedserve.errors import ModelRefused
+from embedserve.model.checkpoint import Checkpoint
+
+__all__ = ["load_encoder"]
+
+LEGACY_NAMES = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+"""Names from TensorFlow days that transformers renames too."""
+
+SET_ASIDE = {
+    r"pooler\.": "a tanh layer over the first token that no pooling mode reads",
+    r"(.*\.)?position_ids": "a buffer that counts upwards, saved by old versions",
+    r"(.*\.)?token_type_ids": "a buffer of zeros, saved by old versions",
+    r"(.*\.)?(original_)?inv_freq": "rotary frequencies, which follow from the configuration",
+    r"cls\.": "the masked-language head of BERT and Nomic",
+    r"lm_head\.": "the masked-language head of RoBERTa and MPNet",
+    r"vocab_(transform|layer_norm|projector)\.": "the masked-language head of DistilBERT",
+    r"(discriminator|generator)_predictions\.": "the pre-training heads of ELECTRA",
+    r"generator_lm_head\.": "the pre-training heads of ELECTRA",
+    r"(predictions|sop_classifier)\.": "the pre-training heads of ALBERT",
+    r"(head|decoder)\.": "the masked-language head of ModernBERT",
+}
+"""Tensors that an encoder does not read, with the reason; matched from the start of the name."""
+
+NAMED_MAX = 8
+"""Tensors that a refusal lists by name before it counts the rest."""
+
+
+def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The encoder in ``dtype`` on the CPU, in evaluation mode, without gradients. Raises ``ModelRefused``."""
+    directory = checkpoint.files.directory
+    try:
+        config = AutoConfig.from_pretrained(
+            directory / checkpoint.pipeline.transformer_folder, local_files_only=True, trust_remote_code=False
+        )
+        model_class: type[PreTrainedModel] = MODEL_MAPPING[type(config)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelRefused(f"{directory}: transformers has no encoder for {checkpoint.architecture!r}: {error}") from error
+    # Shapes are compared on the meta device first: a configuration that lies about a size must not make us allocate it.
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in _build(model_class, config).state_dict().items()}
+    names = _check_names(directory, model_class, wanted, _shapes(checkpoint.weight_files))
+    with no_init_weights():
+        model = _build(model_class, config)
+    for module in model.modules():
+        if getattr(module, "is_causal", False):
+            raise ModelRefused(f"{directory}: {checkpoint.architecture} attends to earlier tokens only; encoders are served")
+    _fill(model, checkpoint.weight_files, names)
+    # Only the weights: buffers hold rotary frequencies, which bfloat16 would round to other positions.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _build(model_class: type[PreTrainedModel], config: AutoConfig) -> PreTrainedModel:
+    takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    arguments = {"add_pooling_layer": False} if takes_pooler else {}
+    model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, **arguments)  # noqa: SLF001
+    return model
+
+
+def _shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelRefused(f"{path} cannot be read: {error}") from error
+    return shapes
+
+
+def _check_names(
+    directory: Path,
+    model_class: type[PreTrainedModel],
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+) -> dict[str, str]:
+    """The checkpoint's name of each tensor that the encoder wants, by the encoder's name."""
+    prefix = f"{model_class.base_model_prefix}."
+    # Saved with a head, every tensor of the encoder has the prefix; never strip it from a part of them.
+    strip = prefix if any(name.startswith(prefix) for name in found) and not prefix_is_ours(prefix, wanted) else ""
+    names: dict[str, str] = {}
+    unexpected: list[str] = []
+    for name in found:
+        own = name.removeprefix(strip)
+        for pattern, replacement in LEGACY_NAMES:
+            own = pattern.sub(replacement, own)
+        if own in wanted and name.startswith(strip):
+            names[own] = name
+        elif not any(re.match(pattern, own) for pattern in SET_ASIDE):
+            unexpected.append(name)
+    problems = []
+    if missing := [name for name in wanted if name not in names]:
+        problems.append(f"missing: {_listed(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {_listed(unexpected)}")
+    if wrong := [f"{own} is {found[name]} and must be {wanted[own]}" for own, name in names.items() if found[name] != wanted[own]]:
+        problems.append(f"misshapen: {_listed(wrong)}")
+    if problems:
+        raise ModelRefused(f"{directory}: the weights are not those of {model_class.__name__}; {'; '.join(problems)}")
+    return names
+
+
+def prefix_is_ours(prefix: str, wanted: Iterable[str]) -> bool:
+    """Whether the encoder's own names begin with ``prefix``, so that it must not be stripped."""
+    return any(name.startswith(prefix) for name in wanted)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+    return ", ".join(names[:NAMED_MAX]) + more
+
+
+def _fill(model: PreTrainedModel, paths: Iterable[Path], names: Mapping[str, str]) -> None:
+    """Copy every tensor: memory of our own cannot change under us when the file does."""
+    own: dict[str, Tensor] = dict(model.state_dict())
+    by_file_name = {name: target for target, name in names.items()}
+    with torch.no_grad():
+        for path in paths:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name in by_file_name:
+                        own[by_file_name[name]].copy_(tensors.get_tensor(name))

@@ -1,0 +1,125 @@
+"""How the rows of a batch lie in a forward pass: packed end to end, or padded to one width.
+
+Decides order, positions and attention groups, in numpy, before anything touches the device. Must never know torch or a
+model: a layout is index arithmetic over row lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedserve.model.backend import TokenBatch
+
+__all__ = ["AttentionGroup", "Packed", "Padded", "attention_groups", "check_batch", "packed", "padded"]
+
+Int = npt.NDArray[np.int64]
+
+GROUP_PADDING_TOKENS = 8
+"""Rows this much shorter than the longest of a group may join it: one attention call costs as much as 8 padded columns."""
+GROUP_PADDING_SHARE = 0.125
+"""The same for long rows, as a share of the longest: more padding would cost more than the call that it saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroup:
+    """Neighbouring rows of a packed pass that attend in one call."""
+
+    start: int
+    """First token."""
+    rows: int
+    length: int
+    """Tokens of the longest row."""
+    tokens: int
+    """Tokens of all rows; ``rows * length`` where they are equally long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """All rows end to end, longest first, so that rows of like length are neighbours."""
+
+    ids: Int
+    """Shape ``[tokens]``."""
+    positions: Int
+    """Shape ``[tokens]``: 0 for the first token of each row."""
+    starts: Int
+    """Shape ``[rows]``, in pass order."""
+    lengths: Int
+    """Shape ``[rows]``, in pass order."""
+    rows: Int
+    """Shape ``[tokens]``: the row of each token, in pass order."""
+    order: Int
+    """Shape ``[rows]``: ``order[p]`` is the batch's row at place ``p`` of the pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Rows side by side, padded at the end to one width."""
+
+    ids: Int
+    """Shape ``[rows, width]``."""
+    mask: npt.NDArray[np.bool_]
+    """Shape ``[rows, width]``: real tokens."""
+    real: Int
+    """Shape ``[tokens]``: where the real tokens lie in the flattened ids, row by row."""
+
+
+def check_batch(batch: TokenBatch, vocab_size: int, length_max: int) -> Int:
+    """The row lengths of ``batch``. Raises ``ValueError`` naming the first row that the model cannot take.
+
+    An id outside the vocabulary raises an index error on a CPU; on CUDA it ends the context and with it the process.
+    """
+    offsets = batch.offsets.astype(np.int64)
+    lengths = np.diff(offsets)
+    if offsets.size < 2 or offsets[0] != 0 or offsets[-1] != batch.ids.size:
+        raise ValueError(f"offsets do not span the {batch.ids.size} token ids")
+    if batch.normalize.size != lengths.size or (batch.skip is not None and batch.skip.size != lengths.size):
+        raise ValueError(f"normalize and skip must have one entry for each of the {lengths.size} rows")
+    limit = length_max if batch.pad_to is None else min(length_max, batch.pad_to)
+    wrong = np.flatnonzero((lengths < 1) | (lengths > limit))
+    if wrong.size:
+        row = int(wrong[0])
+        raise ValueError(f"row {row} has {lengths[row]} tokens; between 1 and {limit} fit")
+    outside = np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))
+    if outside.size:
+        place = int(outside[0])
+        row = int(np.searchsorted(offsets, place, side="right")) - 1
+        raise ValueError(f"row {row} has the token id {batch.ids[place]}, outside the vocabulary of {vocab_size}")
+    return lengths
+
+
+def packed(batch: TokenBatch, lengths: Int) -> Packed:
+    """The packed layout of ``batch``, whose rows have ``lengths``."""
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    starts = np.cumsum(ordered) - ordered
+    rows = np.repeat(np.arange(ordered.size), ordered)
+    positions = np.arange(rows.size) - starts[rows]
+    source = batch.offsets.astype(np.int64)[:-1][order][rows] + positions
+    return Packed(batch.ids[source].astype(np.int64), positions, starts, ordered, rows, order)
+
+
+def padded(batch: TokenBatch, lengths: Int, width: int, pad_id: int) -> Padded:
+    """``batch`` with every row padded to ``width`` with ``pad_id``."""
+    mask = np.arange(width)[None, :] < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = batch.ids
+    return Padded(ids, mask, np.flatnonzero(mask))
+
+
+def attention_groups(lengths: Int) -> tuple[AttentionGroup, ...]:
+    """Cut rows, longest first, into groups of equal or nearly equal length."""
+    groups: list[AttentionGroup] = []
+    start = first = 0
+    for place in range(1, lengths.size + 1):
+        longest = int(lengths[first])
+        if place < lengths.size:
+            slack = max(GROUP_PADDING_TOKENS, int(longest * GROUP_PADDING_SHARE))
+            if lengths[place] >= longest - slack:
+                continue
+        tokens = int(lengths[first:place].sum())
+        groups.append(AttentionGroup(start, place - first, longest, tokens))
+        start, first = start + tokens, place
+    return tuple(groups)

@@ -1,0 +1,108 @@
+"""Token vectors to one vector a row, with the arithmetic of sentence-transformers 6.2's ``Pooling``.
+
+Decides which tokens count and how they are combined. It only ever sees real tokens, end to end: padding is dropped before
+it, so that nothing in a pad can reach a result. Must never know how the batch lay in the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from embedserve.model.pipeline import PoolingSpec
+
+__all__ = ["Pooling", "Segments"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where each row's tokens lie; int64, on the device of the token vectors."""
+
+    ids: Tensor
+    """Shape ``[tokens]``."""
+    starts: Tensor
+    """Shape ``[rows]``."""
+    lengths: Tensor
+    """Shape ``[rows]``, each at least 1."""
+    rows: Tensor
+    """Shape ``[tokens]``: the row of each token."""
+    skip: Tensor | None = None
+    """Shape ``[rows]``: leading tokens to leave out."""
+
+
+class Pooling(nn.Module):
+    """One vector a row: the spec's modes, concatenated.
+
+    Control tokens are left out of ``mean``, ``mean_sqrt_len`` and ``weighted_mean`` (a maximum or a single token is not an
+    average that they could dilute). A row with no token left, because all are control tokens or belong to the prompt, is
+    pooled over all its tokens: the alternative, a vector of zeros, has no direction.
+    """
+
+    def __init__(self, spec: PoolingSpec, control_ids: tuple[int, ...] = ()) -> None:
+        """``control_ids`` are the token ids to leave out."""
+        super().__init__()
+        self.modes = spec.modes
+        self.register_buffer("control_ids", torch.tensor(control_ids, dtype=torch.int64), persistent=False)
+        self.has_control = bool(control_ids)
+
+    def forward(self, hidden: Tensor, segments: Segments) -> Tensor:
+        """``hidden`` is ``[tokens, hidden_size]``; the result is ``[rows, hidden_size * modes]`` in float32.
+
+        Sums are made in float32 whatever the dtype of ``hidden``, as sentence-transformers makes them.
+        """
+        hidden = hidden.float()
+        after_prompt = self._after_prompt(segments)
+        averaged = self._without_control(segments, after_prompt)
+        return torch.cat([self._pool(mode, hidden, segments, after_prompt, averaged) for mode in self.modes], dim=-1)
+
+    def _after_prompt(self, segments: Segments) -> Tensor | None:
+        """Mask ``[tokens]`` of the tokens after the prompt, or ``None`` where all count."""
+        if segments.skip is None:
+            return None
+        skip = torch.where(segments.skip < segments.lengths, segments.skip, 0)
+        positions = torch.arange(segments.rows.shape[0], device=skip.device) - segments.starts[segments.rows]
+        return positions >= skip[segments.rows]
+
+    def _without_control(self, segments: Segments, after_prompt: Tensor | None) -> Tensor | None:
+        """Mask ``[tokens]`` of the tokens that averages count, or ``None`` where all count."""
+        if not self.has_control:
+            return after_prompt
+        keep = torch.isin(segments.ids, self.control_ids, invert=True)
+        if after_prompt is not None:
+            keep = keep & after_prompt
+        empty = _sum(keep.float()[:, None], segments) == 0
+        keep = keep | empty[:, 0][segments.rows]
+        return keep
+
+    def _pool(
+        self, mode: str, hidden: Tensor, segments: Segments, after_prompt: Tensor | None, averaged: Tensor | None
+    ) -> Tensor:
+        if mode == "cls":
+            first = segments.starts
+            if segments.skip is not None:
+                first = first + torch.where(segments.skip < segments.lengths, segments.skip, 0)
+            return hidden[first]
+        if mode == "last_token":
+            return hidden[segments.starts + segments.lengths - 1]
+        if mode == "max":
+            kept = hidden if after_prompt is None else hidden.masked_fill(~after_prompt[:, None], float("-inf"))
+            return torch.segment_reduce(kept, "max", lengths=segments.lengths, axis=0, unsafe=True)
+        if mode == "weighted_mean":
+            positions = torch.arange(segments.rows.shape[0], device=hidden.device) - segments.starts[segments.rows]
+            weights = (positions + 1).float()[:, None]
+            if averaged is not None:
+                weights = weights * averaged[:, None]
+            return _sum(hidden * weights, segments) / _sum(weights, segments)
+        counts = segments.lengths.float()[:, None]
+        if averaged is not None:
+            hidden = hidden * averaged[:, None]
+            counts = _sum(averaged.float()[:, None], segments)
+        return _sum(hidden, segments) / (counts if mode == "mean" else counts.sqrt())
+
+
+def _sum(values: Tensor, segments: Segments) -> Tensor:
+    """``[tokens, n]`` to ``[rows, n]``; row by row, so that a neighbour cannot change a sum."""
+    # unsafe skips the check that lengths add up, which would make a CUDA device wait for its answer.
+    return torch.segment_reduce(values, "sum", lengths=segments.lengths, axis=0, unsafe=True)
