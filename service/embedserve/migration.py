@@ -1,7 +1,7 @@
 """Where the settings of the systems that embedserve replaces have gone.
 
-Decides what each of their names means here. Must never read a value: a name that is set is worth a hint, never an error,
-since other programs use names like ``GRPC_PORT`` too.
+Decides what each of their names means here. Must never read a value: a name that is set is worth a hint,
+never an error, since other programs use names like ``GRPC_PORT`` too.
 """
 
 from __future__ import annotations

@@ -16,11 +16,13 @@ __all__ = ["migration_reference", "settings_reference"]
 
 
 def settings_reference() -> str:
-    """One table a section: name, default, what is allowed, meaning. The environment's name is stated once, as a rule."""
-    lines = [
+    """One table a section: name, variable, default, what is allowed, meaning."""
+    first = settings_of(Config)[0]
+    rule = (
         f"The variable of a setting is `{ENV_PREFIX}` and its name in capitals with `_` for each dot, as in "
-        f"`{settings_of(Config)[0].env}`; its flag is `--` and its name.",
-    ]
+        f"`{first.env}`; its flag is `--` and its name, as in `{first.flag}`."
+    )
+    lines = [rule]
     for section, settings in groupby(settings_of(Config), key=lambda setting: setting.path.rpartition(".")[0]):
         lines += ["", f"### `{section}`", "", "| setting | environment | default | allowed | meaning |"]
         lines += ["|---|---|---|---|---|", *map(_row, settings)]

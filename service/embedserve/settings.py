@@ -39,6 +39,10 @@ SERVICE_LINK = re.compile(
 """Variables that Kubernetes puts into every pod beside a Service whose name begins with ``embedserve``."""
 SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)(://\S+)?|\d+|[\d.]+|[0-9a-fA-F:]+")
 
+SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+SHOWN_CHARACTERS_MAX = 120
+"""Of a wrong value in a sentence: enough to recognise it."""
+
 Tree = TypeVar("Tree", bound=BaseModel)
 Kind = Literal["text", "integer", "number", "switch", "list", "table"]
 
@@ -187,7 +191,7 @@ def read_settings(
     settings = {setting.path: setting for setting in settings_of(tree)}
     problems: list[str] = []
     given: dict[str, Given] = {}
-    file = file if file is not None else env.get(CONFIG_FILE_ENV)
+    file = file if file is not None else env.get(CONFIG_FILE_ENV) or None
     if file is not None:
         given |= _from_file(file, settings, problems)
     given |= _from_environment(env, settings, problems)
@@ -262,16 +266,7 @@ def parse(setting: Setting, text: str) -> Any:
             case "number":
                 return float(text)
             case "switch":
-                return {
-                    "true": True,
-                    "1": True,
-                    "yes": True,
-                    "on": True,
-                    "false": False,
-                    "0": False,
-                    "no": False,
-                    "off": False,
-                }[text.lower()]
+                return SWITCH[text.lower()]
             case "list":
                 return _parse_list(setting, text)
             case "table":
@@ -360,7 +355,9 @@ def _prefixes(loc: Sequence[str | int]) -> Iterator[str]:
 
 def _value(path: str, settings: Mapping[str, Setting], given: Mapping[str, Given]) -> str:
     entry = given.get(path) or Given(settings[path].default, Origin("default"))
-    return f"{path} = {render(entry.value)} ({entry.origin})"
+    shown = render(entry.value)
+    shown = shown if len(shown) <= SHOWN_CHARACTERS_MAX else f"{shown[:SHOWN_CHARACTERS_MAX]}..."
+    return f"{path} = {shown if shown.isprintable() and shown else repr(shown)} ({entry.origin})"
 
 
 def _rule_sentence(paths: Sequence[str], why: str, settings: Mapping[str, Setting], given: Mapping[str, Given]) -> str:
