@@ -1,0 +1,50 @@
+"""A request that cannot meet its own deadline is refused at once. Always on.
+
+Decides by the predicted wait, raised by ``theta`` where predictions have been too short. Serving it would spend the
+device on an answer that nobody waits for (proactive dropping; Clockwork, OSDI 2020, rejects likewise what cannot meet its
+SLO). ``theta`` under 1 is not used: a deadline that was met by luck is no promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from embedserve.scheduling.admission import Candidate, LoadState, retry_after_ms
+from embedserve.scheduling.item import Rejection
+
+__all__ = ["DeadlinePolicy"]
+
+
+class DeadlinePolicy:
+    """Predicted end against the caller's deadline."""
+
+    name = "deadline"
+
+    __slots__ = ()
+
+    def judge(self, candidate: Candidate, load: LoadState, now_ns: int) -> Rejection | None:
+        """Refuses what would end after its deadline."""
+        deadline = candidate.deadline_ns
+        if deadline is None:
+            return None
+        left = deadline - now_ns
+        predicted = load.predicted_wait_ns * max(load.theta, 1.0)
+        if 0 < left and predicted <= left:
+            return None
+        if 0 < left and load.idle and load.estimate_is_old:
+            return None  # a wrong estimate that refuses everybody would never be corrected: let one through
+        figures = {"left_ns": float(left), "predicted_ns": float(predicted), "theta": load.theta}
+        if left <= 0:
+            return Rejection("deadline", "DEADLINE_PASSED", None, figures)
+        if load.idle:
+            return Rejection("deadline", "DEADLINE_TOO_SHORT", None, figures)  # not even an empty queue would do
+        return Rejection(
+            "deadline", "DEADLINE_UNREACHABLE", retry_after_ms(min(predicted - left, load.drain_ns)), figures
+        )
+
+    def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
+        """The scheduler keeps ``theta``."""
+
+    def figures(self, now_ns: int) -> Mapping[str, float]:  # noqa: ARG002
+        """Nothing of its own."""
+        return {}

@@ -1,0 +1,236 @@
+"""When a batch closes and what goes into it.
+
+Decides: whether a hold is over, which class and bucket lead, how many rows, who fills them. Must never know retries,
+admission or outcomes. Hold time is 0 by default: a free worker takes what waits (batch size then follows load by itself).
+
+Order of buckets inside a class. An *entitled* head is one that has not had more than its share (tag <= virtual time):
+
+1. entitled heads that waited longer than ``max_wait_ns``, the oldest first;
+2. entitled heads whose bucket is full, in fair order;
+3. fair order; lanes of one flow take turns.
+
+Only the entitled have a claim by age or fullness. A job of 10,000 texts always has old items and full buckets; were that
+enough, a single text beside it would wait for the whole job. Never shortest first: that starves long texts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from embedserve.scheduling.cost import Buckets, CostModel
+from embedserve.scheduling.fairness import Flow, PriorityClass, Tenant
+from embedserve.scheduling.item import Shape
+from embedserve.scheduling.settings import SchedulerSettings
+from embedserve.scheduling.waiting import Ticket, WaitingQueue
+
+__all__ = ["BatchPolicy", "Draft"]
+
+
+class Draft:
+    """A batch in the making."""
+
+    __slots__ = ("edge", "longest_of", "parts", "room_items", "room_tokens", "rows", "tokens")
+
+    def __init__(self, edge: int, room_items: int, room_tokens: int) -> None:
+        self.edge = edge
+        """Cost of a row when bucketed; 0 when packed."""
+        self.room_items = room_items
+        self.room_tokens = room_tokens
+        self.parts: dict[int, tuple[Ticket, Sequence[int]]] = {}
+        self.rows = 0
+        self.tokens = 0
+
+    def put(self, ticket: Ticket, indexes: Sequence[int], tokens: int, cost: int) -> None:
+        """Adds items that follow those of the same submission that are already in it."""
+        held = self.parts.get(ticket.id)
+        self.parts[ticket.id] = (ticket, indexes if held is None else [*held[1], *indexes])
+        self.rows += len(indexes)
+        self.tokens += tokens
+        self.room_items -= len(indexes)
+        self.room_tokens -= cost
+
+
+class BatchPolicy:
+    """Closes batches over a ``WaitingQueue``."""
+
+    __slots__ = ("_batches", "_buckets", "_cost", "_packed", "_queue", "_settings")
+
+    SKIPS = 4
+    """Heads too long for the rest of a packed batch that are passed over for shorter ones; they lead the next batch."""
+
+    def __init__(self, settings: SchedulerSettings, buckets: Buckets, queue: WaitingQueue, cost: CostModel) -> None:
+        self._settings = settings
+        self._buckets = buckets
+        self._queue = queue
+        self._cost = cost
+        self._packed = settings.shape is Shape.PACKED
+        self._batches = 0
+
+    def hold_ends_ns(self) -> int | None:
+        """When what waits now may go at the latest; ``None`` when nothing waits."""
+        oldest = self._queue.oldest_ns()
+        return None if oldest is None else oldest + self._settings.max_queue_delay_ns
+
+    def is_full(self, max_tokens: int) -> bool:
+        """Whether what waits fills a batch, so that no hold applies."""
+        queue, max_items = self._queue, self._settings.max_batch_items
+        if self._packed:
+            return queue.tokens >= max_tokens or queue.items >= max_items
+        return any(n >= self._capacity(k, max_tokens) for k, n in enumerate(queue.by_bucket) if n)
+
+    def close(self, now_ns: int, max_tokens: int, *, at_once: bool = False) -> Draft | None:
+        """The next batch of first runs, of at most ``max_tokens`` computed tokens; ``None`` while held or empty."""
+        queue = self._queue
+        if not queue.items:
+            return None
+        full_only = False
+        if self._settings.max_queue_delay_ns and not at_once:
+            ends = self.hold_ends_ns()
+            if ends is not None and now_ns < ends:
+                if not self.is_full(max_tokens):
+                    return None
+                full_only = not self._packed
+        waiting = [klass for klass in queue.classes if klass.items]
+        quantum = min(self._settings.quantum_tokens, max_tokens)
+        owed = None
+        if len(waiting) > 1 and not full_only:
+            owed = next((k for k in reversed(waiting[1:]) if k.credit >= min(quantum, k.tokens)), None)
+        lead, lane = self._lead(waiting, owed, now_ns, max_tokens, full_only=full_only)
+        self._batches += 1
+        lead.turn_by_lane[lane] = self._batches
+        draft = self._draft(lane, max_tokens)
+        before = [klass.tokens for klass in waiting]
+        if owed is not None:
+            self._fill(owed, lane, draft, quantum, quantum)
+        for klass in waiting:
+            self._fill(klass, lane, draft, quantum, max_tokens)
+        if len(waiting) > 1:
+            self._settle_credit(waiting, before, draft.tokens, quantum)
+        assert draft.rows, "work waits and none fits a batch"
+        return draft
+
+    def _capacity(self, lane: int, max_tokens: int) -> int:
+        """Rows of a full bucketed batch."""
+        rows = min(self._settings.max_batch_items, max_tokens // self._buckets.edges[lane])
+        sizes = self._settings.batch_sizes
+        return rows if not sizes else sizes[max(bisect_right(sizes, rows) - 1, 0)]
+
+    def _draft(self, lane: int, max_tokens: int) -> Draft:
+        if self._packed:
+            return Draft(0, self._settings.max_batch_items, max_tokens)
+        edge = self._buckets.edges[lane]
+        rows = min(self._queue.by_bucket[lane], self._capacity(lane, max_tokens))
+        return Draft(edge, self.captured_rows(rows, edge, max_tokens), max_tokens)
+
+    def captured_rows(self, rows: int, edge: int, max_tokens: int) -> int:
+        """How many of ``rows`` waiting rows to run on a device with captured sizes.
+
+        All of them padded up to the next size, or fewer that fill a size while the rest follows in a second pass:
+        whichever the cost model finds shorter. Where launches are cheap against padding, down; else up.
+        """
+        sizes = self._settings.batch_sizes
+        if not sizes or rows in sizes or rows < sizes[0]:
+            return rows
+        down = sizes[bisect_left(sizes, rows) - 1]
+        up = self.padded_rows(rows, edge, max_tokens)
+        if up == rows:
+            return down
+        rest = self.padded_rows(rows - down, edge, max_tokens)
+        one, two = (
+            self._cost.predict_ns(up * edge),
+            self._cost.predict_ns(down * edge) + self._cost.predict_ns(rest * edge),
+        )
+        return rows if one <= two else down
+
+    def padded_rows(self, rows: int, edge: int, max_tokens: int) -> int:
+        """The captured size that ``rows`` run at; ``rows`` itself if none fits the limits (then they run as they are)."""
+        sizes = self._settings.batch_sizes
+        k = bisect_left(sizes, rows)
+        if k == len(sizes) or sizes[k] > self._settings.max_batch_items or sizes[k] * edge > max_tokens:
+            return rows
+        return sizes[k]
+
+    def _lead(
+        self, waiting: list[PriorityClass], owed: PriorityClass | None, now_ns: int, max_tokens: int, *, full_only: bool
+    ) -> tuple[PriorityClass, int]:
+        """The class and the lane that decide the batch."""
+        if self._packed:
+            return owed or waiting[0], 0
+        if not full_only:
+            lead = owed or waiting[0]
+            return lead, self._lane(lead, now_ns, max_tokens, range(self._queue.lanes))
+        by_bucket = self._queue.by_bucket
+        full = [k for k, n in enumerate(by_bucket) if n and n >= self._capacity(k, max_tokens)]
+        lead = next(klass for klass in waiting if any(klass.items_by_lane[k] for k in full))
+        return lead, self._lane(lead, now_ns, max_tokens, full)
+
+    def _lane(self, klass: PriorityClass, now_ns: int, max_tokens: int, lanes: Sequence[int]) -> int:
+        best: tuple[tuple[int, ...], int] | None = None
+        late = now_ns - self._settings.max_wait_ns
+        for lane in lanes:
+            if not klass.items_by_lane[lane]:
+                continue
+            tenant, flow = self._head(klass, lane)
+            rank: tuple[int, ...] = (2, tenant.tag, tenant.seq, flow.tag, flow.seq, klass.turn_by_lane[lane])
+            if tenant.tag <= klass.tenants.vtime and flow.tag <= tenant.flows.vtime:
+                first = flow.first(lane).ticket
+                if first.arrived_ns < late:
+                    rank = (0, first.arrived_ns, first.id, klass.turn_by_lane[lane])
+                elif klass.items_by_lane[lane] >= self._capacity(lane, max_tokens):
+                    rank = (1, *rank[1:])
+            if best is None or rank < best[0]:
+                best = (rank, lane)
+        assert best is not None, "a class with items has no lane with items"
+        return best[1]
+
+    @staticmethod
+    def _head(klass: PriorityClass, lane: int) -> tuple[Tenant, Flow]:
+        tenant = klass.tenants.head(lane)
+        flow = None if tenant is None else tenant.flows.head(lane)
+        assert tenant is not None, "items wait in a lane and no tenant owns them"
+        assert flow is not None, "items wait in a lane and no flow owns them"
+        return tenant, flow
+
+    def _fill(self, klass: PriorityClass, lane: int, draft: Draft, quantum: int, limit: int) -> None:
+        """Takes turns of at most ``quantum`` computed tokens in fair order, ``limit`` in all, until the batch is full."""
+        order, edge = klass.tenants, draft.edge
+        aside: list[tuple[Tenant, Flow]] = []
+        stop_at = draft.room_tokens - limit
+        while draft.room_items > 0 and draft.room_tokens > max(stop_at, 0) and klass.items_by_lane[lane]:
+            tenant = order.head(lane)
+            if tenant is None:
+                break
+            flow = tenant.flows.head(lane)
+            assert flow is not None, "a tenant has work in a lane and no flow of it does"
+            run = flow.first(lane)
+            alone = len(order.heaps[lane]) == 1 and len(tenant.flows.heaps[lane]) == 1
+            left = draft.room_tokens - max(stop_at, 0)
+            count = run.fit(draft.room_items, left if alone else min(left, quantum), edge)
+            if not count:
+                if edge or len(aside) >= self.SKIPS:
+                    break
+                aside.append((tenant, flow))
+                tenant.flows.set_aside(lane)
+                if tenant.flows.head(lane) is None:
+                    order.set_aside(lane)
+                continue
+            cost = count * edge or run.sums[run.start + count] - run.sums[run.start]
+            # Charged before it is taken: a flow that leaves with its last item takes its lead along.
+            tenant.flows.charge(flow, cost)
+            order.charge(tenant, cost)
+            indexes, tokens = self._queue.take(run, count)
+            draft.put(run.ticket, indexes, tokens, cost)
+        for tenant, flow in aside:
+            tenant.flows.enqueue(flow, lane)
+            order.enqueue(tenant, lane)
+
+    def _settle_credit(self, waiting: list[PriorityClass], before: list[int], served: int, quantum: int) -> None:
+        """Lower classes that wait on are owed their share of this batch, less what they had of it."""
+        share = self._settings.lowest_class_share
+        for position, klass in enumerate(waiting):
+            if position == 0 or not klass.items:
+                klass.credit = 0.0
+            else:
+                own = before[position] - klass.tokens
+                klass.credit = min(max(klass.credit + share * served - own, 0.0), float(quantum))

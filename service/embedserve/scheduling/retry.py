@@ -1,0 +1,209 @@
+"""What follows a pass that did not end well: split, isolate, give up, fatal.
+
+Decides which items of a failed batch run again, in which company, and how many tokens a batch may hold meanwhile. Must
+never know the waiting queue, callers or the time. The ladder:
+
+* out of memory: halves by cost, both run again; the effective ``max_batch_tokens`` falls at once and rises slowly
+  (AIMD, Chiu and Jain 1989); a single item is given up as OUT_OF_MEMORY;
+* failed: halves by count (bisection), the innocent half succeeds; a single item is ITEM_ERROR;
+* rows that are not finite: each runs again alone, once; then NON_FINITE;
+* passes that fail alike ``failures_alike_max`` times in a row: it is the device, not an item: fatal.
+
+Groups run breadth first, so that one bad item never fails more than two passes in a row. An item runs again at most
+``ceil(log2(rows of its first batch)) + 1`` times (I11): each split halves the count at least, and one run alone is last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from embedserve.scheduling.cost import Buckets
+from embedserve.scheduling.item import Shape, Verdict
+from embedserve.scheduling.settings import SchedulerSettings
+from embedserve.scheduling.waiting import Ticket
+
+__all__ = ["Group", "Part", "RetryLadder"]
+
+Part = tuple[Ticket, Sequence[int]]
+"""Items of one submission."""
+
+
+class Group:
+    """Items that run together as one batch."""
+
+    __slots__ = ("alone", "attempt", "levels", "parts")
+
+    def __init__(self, parts: list[Part], attempt: int, levels: int, *, alone: bool = False) -> None:
+        self.parts = parts
+        self.attempt = attempt
+        """Passes that its items have been through."""
+        self.levels = levels
+        """Splits until every item is alone: ``ceil(log2(rows of the first batch))``."""
+        self.alone = alone
+        """Its one item runs again because its row was not finite: its last run."""
+
+    @classmethod
+    def first(cls, parts: list[Part], rows: int) -> Group:
+        """Items that have not run yet."""
+        return cls(parts, 0, (rows - 1).bit_length())
+
+    @property
+    def rows(self) -> int:
+        """Items in it."""
+        return sum(len(indexes) for _, indexes in self.parts)
+
+
+class RetryLadder:
+    """Groups that wait to run again, the effective token limit, and the streak of failures."""
+
+    __slots__ = (
+        "_buckets",
+        "_floor_tokens",
+        "_groups",
+        "_padded",
+        "_settings",
+        "_streak",
+        "_streak_kind",
+        "items",
+        "max_batch_tokens",
+        "tokens",
+    )
+
+    def __init__(self, settings: SchedulerSettings, buckets: Buckets) -> None:
+        self._settings = settings
+        self._buckets = buckets
+        self._padded = settings.shape is Shape.BUCKETED
+        self._floor_tokens = buckets.limit  # the longest item that is admitted must always fit
+        self._groups: deque[Group] = deque()
+        self._streak = 0
+        self._streak_kind: str | None = None
+        self.items = 0
+        self.tokens = 0
+        self.max_batch_tokens = settings.max_batch_tokens
+        """Effective limit: falls on out-of-memory, rises with every good pass."""
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def lengths(self) -> Iterator[int]:
+        """Tokens of each item that waits to run again."""
+        return (ticket.tokens[i] for group in self._groups for ticket, indexes in group.parts for i in indexes)
+
+    def oldest_ns(self) -> int | None:
+        """Arrival of the oldest item that waits to run again."""
+        return min((ticket.arrived_ns for group in self._groups for ticket, _ in group.parts), default=None)
+
+    def cost(self, parts: Iterable[Part]) -> int:
+        """Computed tokens of a batch of these items."""
+        lengths = [ticket.tokens[i] for ticket, indexes in parts for i in indexes]
+        return self._buckets.edge_of(max(lengths)) * len(lengths) if self._padded else sum(lengths)
+
+    def pop(self) -> Group | None:
+        """The next group, cut to the effective limit without a run; ``None`` when none waits."""
+        while self._groups:
+            group = self._groups.popleft()
+            if group.rows == 1 or self.cost(group.parts) <= self.max_batch_tokens:
+                self._count(group.parts, -1)
+                return group
+            halves = self._halves(group, self._by_cost(group))
+            self._groups.extendleft(Group(half, group.attempt, group.levels) for half in reversed(halves))
+        return None
+
+    def withdraw(self, ticket: Ticket) -> list[int]:
+        """Removes a submission's items that wait to run again; their indexes."""
+        gone: list[int] = []
+        kept: deque[Group] = deque()
+        for group in self._groups:
+            own = [part for part in group.parts if part[0] is ticket]
+            if own:
+                self._count(own, -1)
+                gone += [i for _, indexes in own for i in indexes]
+                group.parts = [part for part in group.parts if part[0] is not ticket]
+            if group.parts:
+                kept.append(group)
+        self._groups = kept
+        return gone
+
+    def clear(self) -> list[Part]:
+        """Removes everything; what it was."""
+        parts = [part for group in self._groups for part in group.parts]
+        self._count(parts, -1)
+        self._groups.clear()
+        return parts
+
+    def succeeded(self, *, any_finite: bool) -> bool:
+        """A pass ended. Returns whether the device is to be given up (no row of many passes was finite)."""
+        limit = self._settings.max_batch_tokens
+        if self.max_batch_tokens < limit:
+            self.max_batch_tokens = min(limit, self.max_batch_tokens + self._settings.oom_rise_tokens)
+        if any_finite:
+            self._streak, self._streak_kind = 0, None
+            return False
+        return self._again("non_finite")
+
+    def failed(self, kind: str) -> bool:
+        """A pass failed. Returns whether the device is to be given up."""
+        return self._again(kind)
+
+    def lower(self, padded_tokens: int) -> None:
+        """A batch of so many computed tokens did not fit the device."""
+        cut = int(min(self.max_batch_tokens, padded_tokens) * self._settings.oom_cut)
+        self.max_batch_tokens = max(self._floor_tokens, cut)
+
+    def split(self, group: Group, *, by_cost: bool) -> Verdict | None:
+        """Queues both halves of a failed group; the verdict if a single item is left."""
+        rows = group.rows
+        if rows == 1:
+            return Verdict.OUT_OF_MEMORY if by_cost else Verdict.ITEM_ERROR
+        for half in self._halves(group, self._by_cost(group) if by_cost else rows // 2):
+            self._queue(Group(half, group.attempt + 1, group.levels))
+        return None
+
+    def non_finite(self, group: Group, part: Part) -> Verdict | None:
+        """Queues one item to run alone, once; the verdict if it did."""
+        if group.alone:
+            return Verdict.NON_FINITE
+        self._queue(Group([part], group.attempt + 1, group.levels, alone=True))
+        return None
+
+    def _again(self, kind: str) -> bool:
+        self._streak = self._streak + 1 if kind == self._streak_kind else 1
+        self._streak_kind = kind
+        return self._streak >= self._settings.failures_alike_max
+
+    def _queue(self, group: Group) -> None:
+        assert group.attempt <= group.levels + 1, "I11: an item runs again at most ceil(log2(rows)) + 1 times"
+        self._count(group.parts, 1)
+        self._groups.append(group)
+
+    def _by_cost(self, group: Group) -> int:
+        """Where to cut so that both sides cost alike, and neither holds more rows than the splits that are left allow."""
+        costs = [ticket.tokens[i] for ticket, indexes in group.parts for i in indexes]
+        rows, half = len(costs), sum(costs) / 2
+        at, reach = 0, 0
+        while at < rows - 1 and reach + costs[at] / 2 <= half:
+            reach += costs[at]
+            at += 1
+        largest = 1 << max(group.levels - group.attempt - 1, 0)
+        return min(max(at, 1, rows - largest), rows - 1, max(largest, 1))
+
+    @staticmethod
+    def _halves(group: Group, at: int) -> tuple[list[Part], list[Part]]:
+        """The first ``at`` items and the others."""
+        left: list[Part] = []
+        right: list[Part] = []
+        for ticket, indexes in group.parts:
+            cut = min(max(at, 0), len(indexes))
+            at -= cut
+            if cut:
+                left.append((ticket, indexes[:cut]))
+            if cut < len(indexes):
+                right.append((ticket, indexes[cut:]))
+        return left, right
+
+    def _count(self, parts: Iterable[Part], sign: int) -> None:
+        for ticket, indexes in parts:
+            ticket.retrying += sign * len(indexes)
+            self.items += sign * len(indexes)
+            self.tokens += sign * sum(ticket.tokens[i] for i in indexes)

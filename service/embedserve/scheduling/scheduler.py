@@ -1,0 +1,468 @@
+"""The scheduler: submissions in, batches out, outcomes in, settlements out.
+
+Decides by putting its parts together; each rule lives in its own file: order in ``fairness``, batches in ``policy``,
+failures in ``retry``, admission in ``admission``. Must never know a clock, a thread, a task or a tensor: it is called by one
+thread, time is an argument, and the same calls give the same answers (I10).
+
+Numbers in comments and assertions name the invariants: I1 each item settles exactly once; I2 no batch over its limits; I3 no queue over
+its limits; I4 no item in two live batches; I5 nothing dispatched after its deadline; I6 no starvation; I7 nothing cancelled
+dispatched; I8 work-conserving; I9 a drain ends; I10 deterministic; I11 retries bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from embedserve.scheduling.admission import Candidate, LoadState, Policy
+from embedserve.scheduling.admission.deadline import DeadlinePolicy
+from embedserve.scheduling.admission.queue import QueuePolicy
+from embedserve.scheduling.admission.sojourn import OnlineQuantile, SojournWindow
+from embedserve.scheduling.agenda import Agenda
+from embedserve.scheduling.cost import Buckets, CostModel
+from embedserve.scheduling.flight import Flight
+from embedserve.scheduling.item import (
+    Admitted,
+    Batch,
+    Depth,
+    Fatal,
+    Outcome,
+    OutOfMemory,
+    Priority,
+    Rejection,
+    Settled,
+    Settlement,
+    Shape,
+    Slice,
+    Submission,
+    Succeeded,
+    Verdict,
+)
+from embedserve.scheduling.policy import BatchPolicy
+from embedserve.scheduling.retry import Group, Part, RetryLadder
+from embedserve.scheduling.settings import SchedulerSettings
+from embedserve.scheduling.waiting import Ticket, WaitingQueue
+
+__all__ = ["Load", "Scheduler"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a caller may want to know before sending more."""
+
+    queued_tokens: int
+    running_tokens: int
+    tokens_per_second: float
+    """Useful tokens per second of device time, lately."""
+    drain_ns: int
+    """Predicted time to work off all that is admitted."""
+    p95_sojourn_ns: int | None
+    accepting: bool
+    """Neither draining nor failed, and below the hard limits."""
+
+
+class Scheduler:
+    """One queue for one device. Not thread-safe: called by one thread only."""
+
+    def __init__(self, settings: SchedulerSettings, policies: Sequence[Policy] = ()) -> None:
+        self._settings = settings
+        self._buckets = Buckets(settings.bucket_edges)
+        self._packed = settings.shape is Shape.PACKED
+        self.cost = CostModel(
+            settings.initial_batch_ns, settings.initial_token_ns, settings.cost_memory, settings.max_batch_tokens
+        )
+        lanes = 1 if self._packed else len(settings.bucket_edges)
+        self._queue = WaitingQueue(self._buckets, lanes, settings.max_tenants)
+        self._batching = BatchPolicy(settings, self._buckets, self._queue, self.cost)
+        self._ladder = RetryLadder(settings, self._buckets)
+        self._flight = Flight()
+        self._hard = QueuePolicy(settings)
+        self.policies: tuple[Policy, ...] = (DeadlinePolicy(), *policies)
+        """In the order in which they are asked; the hard limits come before all of them."""
+        self._tickets: dict[int, Ticket] = {}
+        self._deadlines = Agenda(self._tickets.__contains__)
+        self._expired: list[Settled] = []
+        self._sojourns = SojournWindow(settings.sojourn_window_ns)
+        self._theta = OnlineQuantile(settings.wait_quantile, settings.wait_quantile_step)
+        self._batch_id = 0
+        self.draining = False
+        self.fatal: str | None = None
+        """Why nothing runs any more."""
+
+    # -- admission -----------------------------------------------------------------------------------------------------
+
+    def judge(
+        self,
+        tokens: int,
+        items: int,
+        *,
+        deadline_ns: int | None = None,
+        priority: Priority = Priority.DEFAULT,
+        tenant: str = "",
+        now_ns: int,
+    ) -> Rejection | None:
+        """Whether so many tokens, by estimate, would be refused now. Takes nothing; ``submit`` judges again, exactly."""
+        closed = self._closed()
+        if closed is not None:
+            return closed
+        return self._judge(
+            Candidate(tokens, items, deadline_ns, priority, tenant, estimated=True), now_ns, hard_only=False
+        )
+
+    def submit(self, submission: Submission, now_ns: int) -> Admitted | Rejection:
+        """Takes all items or none.
+
+        A ``continuation`` is judged by the hard limits only, and is taken while draining: its stream was admitted. Raises
+        ``ValueError`` for a submission that breaks the contract: no items, an empty item, an id that is in use.
+        """
+        tokens = submission.tokens
+        if not tokens or min(tokens) < 1:
+            raise ValueError("a submission has at least one item, and each item at least one token")
+        if submission.id in self._tickets:
+            raise ValueError(f"submission {submission.id} is already known")
+        closed = self._closed(continuation=submission.continuation)
+        if closed is not None:
+            return closed
+        longest, total, count = max(tokens), sum(tokens), len(tokens)
+        if longest > self._buckets.limit:
+            figures = {"tokens": float(longest), "max_item_tokens": float(self._buckets.limit)}
+            return Rejection("too_large", "ITEM_EXCEEDS_BATCH", None, figures)
+        candidate = Candidate(
+            total, count, submission.deadline_ns, submission.priority, submission.tenant, estimated=False
+        )
+        load = self._load_state(candidate, now_ns)
+        refused = self._judge(candidate, now_ns, hard_only=submission.continuation, load=load)
+        if refused is not None:
+            return refused
+        ticket = Ticket(submission, now_ns, load.predicted_wait_ns)
+        self._queue.add(ticket, submission, total)
+        self._tickets[ticket.id] = ticket
+        if ticket.deadline_ns is not None:
+            self._deadlines.add(ticket.deadline_ns, ticket.id)
+        assert self._queue.items + self._ladder.items + self._flight.items <= self._settings.max_queue_items, "I3"
+        return Admitted(load.predicted_wait_ns)
+
+    def drain(self) -> None:
+        """Admits nothing new any more; what was admitted is finished, without holds."""
+        self.draining = True
+
+    # -- leaving -------------------------------------------------------------------------------------------------------
+
+    def cancel(self, submission_id: int, now_ns: int) -> int:  # noqa: ARG002
+        """The caller is gone: waiting items leave now, running ones are dropped when their batch ends.
+
+        Returns how many waiting items left. None of the items is settled; unknown ids are no error, since a cancellation
+        may cross the settlement on its way.
+        """
+        ticket = self._tickets.get(submission_id)
+        if ticket is None or ticket.cancelled:
+            return 0
+        ticket.cancelled = True
+        left = len(self._withdraw(ticket))
+        self._release(ticket)
+        return left
+
+    def expire(self, now_ns: int) -> tuple[Settled, ...]:
+        """Settles the waiting items whose deadline has come; a deadline is the first instant that is too late."""
+        self._expire_due(now_ns)
+        if not self._expired:
+            return ()
+        expired = tuple(self._expired)
+        self._expired.clear()
+        return expired
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def next_batch(self, now_ns: int) -> Batch | None:
+        """What a free worker runs next; ``None`` when nothing waits or what waits is held. Retries go first."""
+        if self.fatal is not None:
+            return None
+        self._expire_due(now_ns)
+        group = self._ladder.pop()
+        if group is None:
+            draft = self._batching.close(now_ns, self._ladder.max_batch_tokens, at_once=self.draining)
+            if draft is None:
+                return None
+            parts: list[Part] = [(ticket, tuple(indexes)) for ticket, indexes in draft.parts.values()]
+            group, tokens = Group.first(parts, draft.rows), draft.tokens
+        else:
+            tokens = sum(ticket.tokens[i] for ticket, indexes in group.parts for i in indexes)
+        return self._dispatch(group, tokens, now_ns)
+
+    def complete(self, batch_id: int, outcome: Outcome, now_ns: int) -> Settlement:
+        """Takes the outcome of a batch. Raises ``KeyError`` for a batch that does not run, which is a broken invariant."""
+        if self.fatal is not None:
+            return Settlement((), fatal=self.fatal)
+        if isinstance(outcome, Fatal):
+            return Settlement(self._fail(outcome.why), fatal=outcome.why)
+        batch, group = self._flight.end(batch_id, now_ns)
+        settled: list[Settled] = []
+        before = self._ladder.items
+        if isinstance(outcome, Succeeded):
+            self.cost.learn(batch.tokens, batch.padded_tokens, outcome.elapsed_ns, now_ns)
+            give_up = self._succeeded(batch, group, outcome, settled, now_ns)
+        else:
+            give_up = self._failed(batch, group, outcome, settled, now_ns)
+        if give_up:
+            why = f"{self._settings.failures_alike_max} passes in a row failed alike"
+            settled += self._fail(why)
+            return Settlement(tuple(settled), fatal=why)
+        return Settlement(tuple(settled), self._ladder.items - before)
+
+    def wake_at(self, now_ns: int) -> int | None:
+        """The earliest instant at which an answer changes with no other call; ``None``: sleep until an event."""
+        self._expire_due(now_ns)
+        if self._expired:
+            return now_ns
+        first = self._deadlines.first_ns()
+        if self._settings.max_queue_delay_ns and not self.draining and self.fatal is None:
+            ends = self._batching.hold_ends_ns()
+            if ends is not None and ends > now_ns and (first is None or ends < first):
+                return ends
+        return first
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> Depth:
+        """What waits and what runs."""
+        by_bucket = list(self._queue.by_bucket)
+        if self._ladder:
+            for lengths in self._ladder.lengths():
+                by_bucket[self._buckets.ordinal[lengths]] += 1
+        oldest = [ns for ns in (self._queue.oldest_ns(), self._ladder.oldest_ns()) if ns is not None]
+        return Depth(
+            self._queue.items + self._ladder.items,
+            self._queue.tokens + self._ladder.tokens,
+            self._flight.items,
+            self._flight.tokens,
+            min(oldest, default=None),
+            dict(zip(self._buckets.edges, by_bucket, strict=True)),
+        )
+
+    def load(self, now_ns: int) -> Load:
+        """A cheap snapshot for callers and metrics."""
+        queued = self._queue.tokens + self._ladder.tokens
+        held_items = self._queue.items + self._ladder.items + self._flight.items
+        below = (
+            held_items < self._settings.max_queue_items
+            and queued + self._flight.tokens < self._settings.max_queue_tokens
+        )
+        return Load(
+            queued,
+            self._flight.tokens,
+            self.cost.tokens_per_second,
+            self._drain_ns(0, 0, now_ns),
+            self._sojourns.quantile_ns(0.95, now_ns),
+            below and not self.draining and self.fatal is None,
+        )
+
+    @property
+    def theta(self) -> float:
+        """Online quantile of actual over predicted wait."""
+        return self._theta.value
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """The effective limit: under the setting for a while after an out-of-memory."""
+        return self._ladder.max_batch_tokens
+
+    def figures(self, now_ns: int) -> Mapping[str, Mapping[str, float]]:
+        """State of each policy for metrics, by policy name."""
+        return {policy.name: policy.figures(now_ns) for policy in (self._hard, *self.policies)}
+
+    def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
+        """A request ended so long after it arrived, in success or in a timeout; refusals and cancellations do not count."""
+        self._sojourns.add(sojourn_ns, now_ns)
+        for policy in self.policies:
+            policy.observe_sojourn(sojourn_ns, now_ns, timed_out=timed_out)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _closed(self, *, continuation: bool = False) -> Rejection | None:
+        if self.fatal is not None:
+            return Rejection("draining", "ENGINE_FAILED", None)
+        if self.draining and not continuation:
+            return Rejection("draining", "DRAINING", None)
+        return None
+
+    def _judge(
+        self, candidate: Candidate, now_ns: int, *, hard_only: bool, load: LoadState | None = None
+    ) -> Rejection | None:
+        load = load or self._load_state(candidate, now_ns)
+        refused = self._hard.judge(candidate, load, now_ns)
+        if refused is None and not hard_only:
+            for policy in self.policies:
+                refused = policy.judge(candidate, load, now_ns)
+                if refused is not None:
+                    break
+        return refused
+
+    def _drain_ns(self, tokens: int, items: int, now_ns: int) -> int:
+        queue, ladder = self._queue, self._ladder
+        return self._flight.residual_ns(now_ns) + self.cost.drain_ns(
+            queue.tokens + ladder.tokens + tokens,
+            queue.items + ladder.items + items,
+            ladder.max_batch_tokens,
+            self._settings.max_batch_items,
+        )
+
+    def _load_state(self, candidate: Candidate, now_ns: int) -> LoadState:
+        queue, ladder, cost, settings = self._queue, self._ladder, self.cost, self._settings
+        limits = ladder.max_batch_tokens, settings.max_batch_items
+        residual = self._flight.residual_ns(now_ns)
+        tokens, items = queue.tokens + ladder.tokens, queue.items + ladder.items
+        ahead_tokens = ahead_items = 0
+        for klass in queue.classes[: candidate.priority + 1]:
+            ahead_tokens += klass.tokens
+            ahead_items += klass.items
+        # By fair order nobody else gets more than this one does, or one turn, before it is done.
+        fair = queue.submissions * max(settings.quantum_tokens, candidate.tokens)
+        if ahead_tokens > fair:
+            ahead_items = ahead_items * fair // ahead_tokens
+            ahead_tokens = fair
+        predicted = residual + cost.drain_ns(
+            ahead_tokens + ladder.tokens + candidate.tokens, ahead_items + ladder.items + candidate.items, *limits
+        )
+        return LoadState(
+            items,
+            tokens,
+            self._flight.items,
+            self._flight.tokens,
+            residual,
+            residual + cost.drain_ns(tokens, items, *limits),
+            residual + cost.drain_ns(tokens + candidate.tokens, items + candidate.items, *limits),
+            predicted,
+            self._theta.value,
+            cost.tokens_per_second,
+            estimate_is_old=cost.last_ns is None or now_ns - cost.last_ns > settings.probe_after_ns,
+        )
+
+    def _dispatch(self, group: Group, tokens: int, now_ns: int) -> Batch:
+        slices: list[Slice] = []
+        rows = longest = 0
+        oldest = now_ns
+        for ticket, indexes in group.parts:
+            assert not ticket.cancelled, "I7: a cancelled item was about to run"
+            assert ticket.deadline_ns is None or now_ns < ticket.deadline_ns, "I5: an expired item was about to run"
+            slices.append(Slice(ticket.id, tuple(indexes)))
+            rows += len(indexes)
+            ticket.running += len(indexes)
+            lengths = ticket.tokens
+            longest = max(longest, lengths[indexes[0]] if len(indexes) == 1 else max([lengths[i] for i in indexes]))
+            oldest = min(oldest, ticket.arrived_ns)
+        edge, padded = longest, tokens
+        if not self._packed:
+            edge = self._buckets.edge_of(longest)
+            padded = self._batching.padded_rows(rows, edge, self._ladder.max_batch_tokens) * edge
+        assert rows <= self._settings.max_batch_items, "I2: too many items in a batch"
+        assert padded <= self._settings.max_batch_tokens, "I2: too many tokens in a batch"
+        self._batch_id += 1
+        batch = Batch(
+            self._batch_id, tuple(slices), self._settings.shape, edge, rows, tokens, padded, oldest, group.attempt
+        )
+        self._flight.start(batch, group, self.cost.predict_ns(padded), now_ns)
+        return batch
+
+    def _succeeded(self, batch: Batch, group: Group, outcome: Succeeded, settled: list[Settled], now_ns: int) -> bool:
+        bad = outcome.non_finite
+        assert all(0 <= row < batch.rows for row in bad), "a row that the batch does not have"
+        row = 0
+        for ticket, indexes in group.parts:
+            count = len(indexes)
+            rows = range(row, row + count)
+            row += count
+            ticket.running -= count
+            if not ticket.cancelled:
+                good_indexes, good_rows = tuple(indexes), tuple(rows)
+                if bad:
+                    pairs = [(i, r) for i, r in zip(indexes, rows, strict=True) if r not in bad]
+                    good_indexes, good_rows = tuple(i for i, _ in pairs), tuple(r for _, r in pairs)
+                    self._rerun(
+                        [i for i, r in zip(indexes, rows, strict=True) if r in bad], ticket, group, settled, now_ns
+                    )
+                if good_indexes:
+                    settled.append(Settled(ticket.id, good_indexes, Verdict.DONE, good_rows))
+            if self._release(ticket) and not ticket.cancelled:
+                self._theta.observe((now_ns - ticket.submitted_ns) / max(ticket.predicted_ns, 1))
+        return self._ladder.succeeded(any_finite=len(bad) < batch.rows)
+
+    def _rerun(self, indexes: list[int], ticket: Ticket, group: Group, settled: list[Settled], now_ns: int) -> None:
+        """Items whose rows were not finite run again alone, unless they did or it is too late."""
+        if indexes and ticket.deadline_ns is not None and ticket.deadline_ns <= now_ns:
+            settled.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
+            return
+        for i in indexes:
+            verdict = self._ladder.non_finite(group, (ticket, (i,)))
+            if verdict is not None:
+                settled.append(Settled(ticket.id, (i,), verdict))
+
+    def _failed(self, batch: Batch, group: Group, outcome: Outcome, settled: list[Settled], now_ns: int) -> bool:
+        """Those who are still wanted go back to the ladder."""
+        parts: list[Part] = []
+        for ticket, indexes in group.parts:
+            ticket.running -= len(indexes)
+            if ticket.cancelled:
+                continue
+            if ticket.deadline_ns is not None and ticket.deadline_ns <= now_ns:
+                settled.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
+            else:
+                parts.append((ticket, indexes))
+        gone = {ticket.id: ticket for ticket, _ in group.parts}
+        group.parts = parts
+        memory = isinstance(outcome, OutOfMemory)
+        give_up = self._ladder.failed("out_of_memory" if memory else "failed")
+        if memory:
+            self._ladder.lower(batch.padded_tokens)
+        if parts:
+            verdict = self._ladder.split(group, by_cost=memory)
+            if verdict is not None:
+                ticket, indexes = parts[0]
+                verdict = Verdict.ENGINE_FAILED if give_up else verdict
+                settled.append(Settled(ticket.id, tuple(indexes), verdict))
+        for ticket in gone.values():
+            self._release(ticket)
+        return give_up
+
+    def _expire_due(self, now_ns: int) -> None:
+        submission_id = self._deadlines.pop_due(now_ns)
+        while submission_id is not None:
+            ticket = self._tickets[submission_id]
+            if not ticket.cancelled:
+                indexes = self._withdraw(ticket)
+                if indexes:
+                    self._expired.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
+                    # It would have taken longer still: a sample that can only raise theta.
+                    ratio = (now_ns - ticket.submitted_ns) / max(ticket.predicted_ns, 1)
+                    if ratio > self._theta.value:
+                        self._theta.observe(ratio)
+                self._release(ticket)
+            submission_id = self._deadlines.pop_due(now_ns)
+
+    def _withdraw(self, ticket: Ticket) -> list[int]:
+        """All items of a submission that wait, for the first time or again."""
+        indexes = self._queue.withdraw(ticket) if ticket.waiting else []
+        if ticket.retrying:
+            indexes = sorted(indexes + self._ladder.withdraw(ticket))
+        return indexes
+
+    def _release(self, ticket: Ticket) -> bool:
+        """Forgets a submission that has no item left. Returns whether it had none."""
+        if ticket.waiting or ticket.retrying or ticket.running:
+            return False
+        self._tickets.pop(ticket.id, None)
+        return True
+
+    def _fail(self, why: str) -> tuple[Settled, ...]:
+        """Settles everything as ENGINE_FAILED: no item may wait for a device that is gone."""
+        self.fatal = why
+        lost: dict[int, list[int]] = {}
+        running = [part for _, group in self._flight.clear() for part in group.parts]
+        for ticket, indexes in [*running, *self._ladder.clear()]:
+            if not ticket.cancelled:
+                lost.setdefault(ticket.id, []).extend(indexes)
+        for ticket in list(self._tickets.values()):
+            if ticket.waiting:
+                lost.setdefault(ticket.id, []).extend(self._queue.withdraw(ticket))
+        self._tickets.clear()
+        return tuple(Settled(i, tuple(sorted(lost[i])), Verdict.ENGINE_FAILED) for i in sorted(lost))
