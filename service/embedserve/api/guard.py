@@ -1,0 +1,353 @@
+"""The outermost interceptor: what every call has in common, and the wall that no exception passes.
+
+Decides when a call arrived, how long it may take, which one status it ends with and who is told. Must never know what a
+call asks for. It is one of the three places where a broad ``except`` is allowed, because grpc.aio sends the text of an
+exception that leaves a handler to the client, and sends nothing at all when a ``CancelledError`` that is not the client's
+leaves one (grpc#29248).
+
+Only the guarded service is touched: health and reflection pass as they are, so that ``Watch`` keeps working. Handlers of
+the guarded service may be coroutines, async generators or coroutines that call ``context.write``.
+
+What a handler needs to know of its call is in ``current_call()``. A context variable does that in 40 ns, where a context
+of our own around grpc's would cost a Python call for each of its methods. It holds in the handler because grpc.aio runs
+interceptors and handler in one task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from embedserve.api import status
+from embedserve.api.observer import CallObserver, CallTrace, Metadata, SilentCallObserver, SilentCallTrace
+from embedserve.engine.stages import Stages
+from embedserve.errors import (
+    EmbedServeError,
+    InvalidRequest,
+    InvariantBroken,
+    NotServing,
+    Overloaded,
+    ServerFault,
+    Violation,
+)
+
+__all__ = ["Call", "Guard", "current_call"]
+
+SERVICE: Final = "embedserve.v1.EmbeddingService"
+ALWAYS_ANSWERED: Final = frozenset({"GetLoad"})
+"""Methods that answer while the server does not accept: a balancer must be able to ask whether it does."""
+TRACE_ID_KEY: Final = "x-trace-id"
+
+_NO_TRACE = SilentCallTrace()
+
+
+class Call:
+    """One RPC of the guarded service. Times are ``time.monotonic_ns``."""
+
+    __slots__ = (
+        "arrived_ns",
+        "attributes",
+        "deadline_ns",
+        "ended",
+        "metadata",
+        "method",
+        "received_ns",
+        "stages",
+        "trace",
+    )
+
+    def __init__(self, method: str, metadata: Metadata, arrived_ns: int) -> None:
+        """The headers are here; the message may not be."""
+        self.method = method
+        """Full name without a leading slash."""
+        self.metadata = metadata
+        self.arrived_ns = arrived_ns
+        """The guard saw the headers."""
+        self.received_ns = arrived_ns
+        """The whole message was here and parsed: a slow upload lies between ``arrived_ns`` and this."""
+        self.deadline_ns: int | None = None
+        """When the caller stops waiting; ``None`` when it set no deadline."""
+        self.trace: CallTrace = _NO_TRACE
+        self.attributes: dict[str, str | int | float | bool] = {}
+        """What the handler wants traced and measured."""
+        self.stages: Stages | None = None
+        """Set by the handler once there is one."""
+        self.ended = False
+
+
+_CALL: contextvars.ContextVar[Call] = contextvars.ContextVar("embedserve_call")
+
+
+def current_call() -> Call:
+    """The call that this task handles. Raises ``LookupError`` outside a guarded handler."""
+    return _CALL.get()
+
+
+class _Unparsable:
+    """Stands for a request that is not the message it should be."""
+
+
+_UNPARSABLE = _Unparsable()
+
+OnInternalError = Callable[[str, BaseException], None]
+"""Told the id that the client got, and what happened."""
+OnFatal = Callable[[BaseException], None]
+"""Told that this process must end; called after the client was answered."""
+Accepting = Callable[[], NotServing | None]
+"""``None`` while calls are accepted, otherwise what to refuse them with."""
+
+
+def _ignore(*_: object) -> None:
+    return None
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Guards one service. Give it to the server as the first interceptor."""
+
+    def __init__(
+        self,
+        *,
+        on_internal_error: OnInternalError,
+        on_fatal: OnFatal,
+        accepting: Accepting = lambda: None,
+        observer: CallObserver | None = None,
+        service: str = SERVICE,
+        always_answered: frozenset[str] = ALWAYS_ANSWERED,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """Guard the methods of ``service``, of which those in ``always_answered`` do not ask ``accepting``."""
+        self._observer: CallObserver = observer or SilentCallObserver()
+        self._accepting = accepting
+        self._on_internal_error = on_internal_error
+        self._on_fatal = on_fatal
+        self._prefix = f"/{service}/"
+        self._always_answered = always_answered
+        self._clock = clock
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Calls whose handler has begun and not ended."""
+        return self._in_flight
+
+    async def wait_idle(self) -> None:
+        """Return when no call is in flight."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Stamp the arrival and give back the guarded handler."""
+        method: str = handler_call_details.method
+        if not method.startswith(self._prefix):
+            return await continuation(handler_call_details)
+        _CALL.set(Call(method[1:], handler_call_details.invocation_metadata, self._clock()))
+        try:
+            handler = await continuation(handler_call_details)
+        except Exception as error:  # noqa: BLE001  # an inner interceptor broke, and its text must not go out
+            return grpc.unary_unary_rpc_method_handler(self._unary(_raise(error), None, method))
+        if handler is None:
+            return None
+        inner, outer = self._wrapped.get(method, (None, None))
+        if inner is not handler:
+            outer = self._wrap(handler, method)
+            self._wrapped[method] = (handler, outer)
+        return outer
+
+    def _wrap(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
+        if handler.request_streaming:
+            raise InvariantBroken(f"{method}: the guard knows no client streams")
+        deserializer = self._deserializer(handler.request_deserializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(handler.unary_stream, method), deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, handler.response_serializer, method), deserializer
+        )
+
+    def _deserializer(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        def parse_guarded(raw: bytes) -> Any:
+            try:
+                message = raw if parse is None else parse(raw)
+            except DecodeError:
+                message = _UNPARSABLE
+            _CALL.get().received_ns = self._clock()
+            return message
+
+        return parse_guarded
+
+    def _unary(
+        self, behaviour: Callable[[Any, Any], Awaitable[Any]], serialize: Callable[[Any], bytes] | None, method: str
+    ) -> Callable[[Any, Any], Awaitable[bytes]]:
+        check = self._check_of(method)
+
+        async def guarded(request: Any, context: Any) -> bytes:
+            call = self._begin(context)
+            try:
+                await check(call, request, context)
+                response = await behaviour(request, context)
+                # Serialised here, not by grpc, so that a message that cannot be serialised is an error like any other.
+                raw: bytes = response if serialize is None else serialize(response)
+                if not isinstance(raw, bytes):
+                    raise ServerFault(f"{method} gave {type(raw).__name__}, not bytes")
+                self._end_by_context(call, context)
+            except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001  # the wall
+                await self._fail(call, context, error)
+                return b""  # not reached unless a status was sent before
+            else:
+                return raw
+            finally:
+                self._leave(call)
+
+        return guarded
+
+    def _stream(self, behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Awaitable[None]]:
+        check = self._check_of(method)
+        generator = inspect.isasyncgenfunction(behaviour)
+
+        async def guarded(request: Any, context: Any) -> None:
+            call = self._begin(context)
+            try:
+                await check(call, request, context)
+                if generator:
+                    await _write_all(behaviour(request, context), context)
+                else:
+                    await behaviour(request, context)
+                self._end_by_context(call, context)
+            except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001  # the wall
+                await self._fail(call, context, error)
+            finally:
+                self._leave(call)
+
+        return guarded
+
+    def _check_of(self, method: str) -> Callable[[Call, Any, Any], Awaitable[None]]:
+        always = method.rpartition("/")[2] in self._always_answered
+
+        async def check(call: Call, request: Any, context: Any) -> None:
+            """Send the trace id; raise what forbids the call before its handler sees it."""
+            if call.trace.trace_id is not None:
+                await context.send_initial_metadata(((TRACE_ID_KEY, call.trace.trace_id),))
+            refusal = None if always else self._accepting()
+            if refusal is not None:
+                raise refusal
+            if request is _UNPARSABLE:
+                name = method.rpartition("/")[2]
+                raise InvalidRequest([Violation("", f"the bytes are not a valid {name} request", "MALFORMED_MESSAGE")])
+
+        return check
+
+    # The life of one call -----------------------------------------------------------------------------------------------
+
+    def _begin(self, context: Any) -> Call:
+        call = _CALL.get()
+        self._in_flight += 1
+        if self._in_flight == 1:
+            self._idle.clear()
+        remaining_s = context.time_remaining()
+        if remaining_s is not None:
+            # grpc counts by the wall clock, which may step: read once, and count on by the monotonic clock.
+            call.deadline_ns = self._clock() + int(remaining_s * 1e9)
+        call.trace = self._observer.begin(call.method, call.metadata, call.arrived_ns, context.peer())
+        return call
+
+    def _leave(self, call: Call) -> None:
+        if not call.ended:  # the loop is closing and the coroutine with it
+            self._end(call, "CANCELLED", "CANCELLED")
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            self._idle.set()
+
+    def _end(self, call: Call, status_name: str, error_type: str | None) -> None:
+        call.ended = True
+        try:
+            call.trace.end(status=status_name, stages=call.stages, error_type=error_type, attributes=call.attributes)
+        except Exception as error:  # noqa: BLE001  # who watches must not break what is watched
+            self._on_internal_error(status.new_error_id(), error)
+
+    def _end_by_context(self, call: Call, context: Any) -> None:
+        code = context.code()
+        if not code:
+            self._end(call, "OK", None)
+        else:
+            name = _status_name(code)
+            self._end(call, name, None if name == "OK" else name)
+
+    async def _fail(self, call: Call, context: Any, error: BaseException) -> None:
+        """End the call for ``error``: answer the client unless it is gone or was answered."""
+        if isinstance(error, grpc.aio.AbortError) or context.done():
+            self._end_by_context(call, context)
+            raise error
+        if isinstance(error, asyncio.CancelledError) and _cancelled_from_outside():
+            self._end_cancelled(call)
+            raise error
+        if isinstance(error, grpc.aio.BaseError):
+            # grpc's own failure to send: the client went away between two events of the loop.
+            self._end_cancelled(call)
+            raise asyncio.CancelledError from error
+        reply = self._reply(error, call)
+        self._end(call, reply.code.name, reply.error_type)
+        try:
+            await context.abort(reply.code, reply.message, reply.trailers)
+        finally:
+            if isinstance(error, (InvariantBroken, SystemExit)):
+                self._on_fatal(error)
+
+    def _reply(self, error: BaseException, call: Call) -> status.Reply:
+        if isinstance(error, EmbedServeError):
+            reply = status.reply(error)
+            if isinstance(error, Overloaded):
+                call.attributes["policy"] = error.policy
+                call.attributes.update(error.figures)
+        else:
+            reply = status.unexpected(error)
+        if reply.error_id is not None:
+            self._on_internal_error(reply.error_id, error)
+        return reply
+
+    def _end_cancelled(self, call: Call) -> None:
+        late = call.deadline_ns is not None and self._clock() >= call.deadline_ns
+        name = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+        self._end(call, name, name)
+
+
+def _cancelled_from_outside() -> bool:
+    """Whether somebody cancelled this task, which only grpc can: the client or the deadline; not a future within it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _status_name(code: Any) -> str:
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return next((known.name for known in grpc.StatusCode if known.value[0] == code), "UNKNOWN")
+
+
+async def _write_all(responses: AsyncIterator[Any], context: Any) -> None:
+    """Send what an async generator gives, and close it whatever happens, so that its ``finally`` runs now."""
+    try:
+        async for response in responses:
+            await context.write(response)
+    finally:
+        await responses.aclose()  # type: ignore[attr-defined]
+
+
+def _raise(error: BaseException) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def raising(_request: Any, _context: Any) -> Any:
+        raise error
+
+    return raising
