@@ -1,0 +1,1 @@
+"""The model: a checkpoint read and checked, its tokenizer, and a backend that turns token ids into vectors."""

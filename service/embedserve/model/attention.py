@@ -1,8 +1,9 @@
 """Attention over packed rows: each row sees itself, and no padding is computed.
 
-Decides how one packed pass attends on a CPU (one scaled-dot-product call for each group of rows of like length) and on CUDA
-(one variable-length kernel). Must never know a model: transformers calls it through its attention interface, by name.
-Source: transformers' ``AttentionInterface``; the name is not in ``AttentionMaskInterface``, so that no mask is built.
+Decides how one packed pass attends on a CPU (one scaled-dot-product call for each group of rows of like length) and on
+CUDA (one variable-length kernel). Must never know a model: transformers calls it through its attention interface, by
+name. Source: transformers' ``AttentionInterface``; the name is not in ``AttentionMaskInterface``, so that no mask is
+built.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import AttentionInterface
 
 from embedserve.model.layout import AttentionGroup, Packed, attention_groups
 
-__all__ = ["PACKED_ATTENTION", "PACKED_ARCHITECTURES", "Packing", "packing_for"]
+__all__ = ["PACKED_ARCHITECTURES", "PACKED_ATTENTION", "Packing", "packing_for"]
 
 PACKED_ATTENTION = "embedserve_packed"
 """The name under which transformers finds ``packed_attention``."""
@@ -26,19 +27,31 @@ PACKED_ATTENTION = "embedserve_packed"
 PACKED_ARCHITECTURES = frozenset(
     {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "nomic_bert", "roberta", "xlm-roberta"}
 )
-"""Architectures that hand ``packing`` down to the attention and take explicit positions. MPNet and DeBERTa do not: their
-attention adds a bias made from the positions of a padded batch."""
+"""Architectures that hand ``packing`` down to the attention and take explicit positions. MPNet and DeBERTa do not:
+their attention adds a bias made from the positions of a padded batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
     """What ``packed_attention`` must know of a pass; made once, used by every layer."""
 
-    groups: tuple["_Group", ...] = ()
+    groups: tuple[_Group, ...] = ()
     """On a CPU."""
     cumulative: Tensor | None = None
     """On CUDA: int32 ``[rows + 1]``, where each row begins."""
     length_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    """One layer's states, each ``[heads, tokens, width]``, and how it attends."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float | None
+    window: int | None
+    """Tokens to either side that a token sees; ``None`` where it sees its whole row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,9 @@ def packing_for(layout: Packed, device: torch.device) -> Packing:
     """The packing of ``layout`` on ``device``."""
     if device.type == "cuda":
         ends = np.concatenate([layout.starts, [layout.ids.size]]).astype(np.int32)
-        return Packing(cumulative=torch.from_numpy(ends).to(device, non_blocking=True), length_max=int(layout.lengths[0]))
+        return Packing(
+            cumulative=torch.from_numpy(ends).to(device, non_blocking=True), length_max=int(layout.lengths[0])
+        )
     groups = []
     row = 0
     for shape in attention_groups(layout.lengths):
@@ -86,7 +101,7 @@ def _group(shape: AttentionGroup, lengths: np.ndarray[Any, np.dtype[np.int64]]) 
 
 
 def packed_attention(
-    module: nn.Module,
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,31 +117,33 @@ def packed_attention(
     ``sliding_window`` counts the token itself, as transformers hands it down: 65 is 64 to either side.
     """
     assert attention_mask is None, "a packed pass has no mask"
-    window = None if sliding_window is None else sliding_window - 1
+    states = _States(query[0], key[0], value[0], scaling, None if sliding_window is None else sliding_window - 1)
     if packing.cumulative is not None:
-        return _varlen(query, key, value, packing, scaling, window), None
-    query, key, value = query[0], key[0], value[0]
-    heads, tokens, width = query.shape
+        return _varlen(states, packing.cumulative, packing.length_max)[None], None
+    heads, tokens, width = states.query.shape
     result = query.new_empty((tokens, heads, width))
     for group in packing.groups:
-        _attend_group(group, query, key, value, result, scaling, window)
+        _attend_group(group, states, result)
     return result[None], None
 
 
-def _attend_group(
-    group: _Group, query: Tensor, key: Tensor, value: Tensor, result: Tensor, scaling: float | None, window: int | None
-) -> None:
+def _attend_group(group: _Group, states: _States, result: Tensor) -> None:
     """Write the group's rows of ``result`` (``[tokens, heads, width]``)."""
     shape = group.shape
     end = shape.start + shape.tokens
-    heads, _, width = query.shape
+    heads, _, width = states.query.shape
 
-    def rows(states: Tensor) -> Tensor:
-        chosen = states[:, shape.start : end] if group.gather is None else states.index_select(1, group.gather)
+    def rows(packed: Tensor) -> Tensor:
+        chosen = packed[:, shape.start : end] if group.gather is None else packed.index_select(1, group.gather)
         return chosen.reshape(heads, shape.rows, shape.length, width).transpose(0, 1)
 
-    mask = _mask(group, window)
-    attended = functional.scaled_dot_product_attention(rows(query), rows(key), rows(value), attn_mask=mask, scale=scaling)
+    attended = functional.scaled_dot_product_attention(
+        rows(states.query),
+        rows(states.key),
+        rows(states.value),
+        attn_mask=_mask(group, states.window),
+        scale=states.scaling,
+    )
     attended = attended.transpose(1, 2).reshape(shape.rows * shape.length, heads, width)
     result[shape.start : end] = attended if group.real is None else attended.index_select(0, group.real)
 
@@ -141,23 +158,24 @@ def _mask(group: _Group, window: int | None) -> Tensor | None:
     return group.windows[window]
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - CUDA only
+def _varlen(states: _States, cumulative: Tensor, length_max: int) -> Tensor:
+    """``[tokens, heads, width]`` by torch's flash kernel for rows of any length; it exists for CUDA only."""
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
 
+    window = (-1, -1) if states.window is None else (states.window, states.window)
     attended = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        packing.cumulative,
-        packing.cumulative,
-        packing.length_max,
-        packing.length_max,
-        scale=scaling,
-        window_size=(-1, -1) if window is None else (window, window),
+        states.query.transpose(0, 1),
+        states.key.transpose(0, 1),
+        states.value.transpose(0, 1),
+        cumulative,
+        cumulative,
+        length_max,
+        length_max,
+        scale=states.scaling,
+        window_size=window,
     )
-    return attended[None]
+    assert isinstance(attended, Tensor), "a pair comes back only where auxiliary outputs were asked for"
+    return attended
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

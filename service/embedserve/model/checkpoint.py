@@ -1,7 +1,7 @@
 """A checkpoint's metadata, read and checked: what is served, under which identity, and how long a text may be.
 
-Decides whether we can serve a checkpoint exactly as sentence-transformers would; whatever is missing, unsafe or unknown is
-refused with a sentence. Must never import torch or transformers, so that checking a configuration takes a moment.
+Decides whether we can serve a checkpoint exactly as sentence-transformers would; whatever is missing, unsafe or unknown
+is refused with a sentence. Must never import torch or transformers, so that checking a configuration takes a moment.
 """
 
 from __future__ import annotations
@@ -86,6 +86,25 @@ class Checkpoint:
         except ValueError as error:
             raise ModelRefused(f"{self.files.directory}: {error}") from error
 
+    @property
+    def offset_pad_id(self) -> int | None:
+        """The padding id that positions start after, or ``None`` where they start at 0."""
+        if self.architecture not in OFFSET_POSITIONS:
+            return None
+        pad = self.config.get("pad_token_id")
+        # MPNet fixes its padding index at 1, whatever the configuration says; 1 is also the family's default.
+        return 1 if self.architecture == "mpnet" or not isinstance(pad, int) else pad
+
+    def token_ids(self, tokens: Sequence[str]) -> tuple[int, ...]:
+        """The ids of ``tokens``. Raises ``StartupError`` naming those that the vocabulary does not have."""
+        if not tokens:
+            return ()
+        tokenizer = self.tokenizer()
+        ids = {token: tokenizer.token_id(token) for token in tokens}
+        if unknown := [token for token, token_id in ids.items() if token_id is None]:
+            raise StartupError(f"{self.name} has no token {', '.join(map(repr, unknown))} in its vocabulary")
+        return tuple(token_id for token_id in ids.values() if token_id is not None)
+
     def identity_for(self, device: str, dtype: str) -> ModelIdentity:
         """The identity of this checkpoint when it runs on ``device`` with weights of ``dtype``."""
         return ModelIdentity(
@@ -116,8 +135,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Find, read and check a checkpoint: metadata, tokenizer and digests, no weights, no torch.
 
-    ``source`` as in ``source.locate``. ``max_input_length`` overrides the checkpoint's own, up to what its positions allow.
-    Raises ``StartupError`` where there is nothing, ``ModelRefused`` where it cannot be served.
+    ``source`` as in ``source.locate``. ``max_input_length`` overrides the checkpoint's own, up to what its positions
+    allow. Raises ``StartupError`` where there is nothing, ``ModelRefused`` where it cannot be served.
     """
     found = locate(source, name=name, revision=revision, allow_download=allow_download)
     return _read(found, CheckpointFiles(found.directory, found.confined_to), max_input_length)
@@ -137,7 +156,9 @@ def _read(found: CheckpointSource, files: CheckpointFiles, max_input_length: int
     position_limit = _position_limit(files, config)
     prompts, default_prompt_name = _prompts(files)
     weight_files = files.weights(folder)
-    weights_digest = digest_files([*weight_files, *(path for spec in pipeline.dense for path in files.weights(spec.folder))])
+    weights_digest = digest_files(
+        [*weight_files, *(path for spec in pipeline.dense for path in files.weights(spec.folder))]
+    )
     tokenizer_json = read_tokenizer_json(files, folder, lowercase=bool(settings.get("do_lower_case")))
     return Checkpoint(
         files=files,
@@ -193,7 +214,10 @@ def _check_encoder(where: Path, config: dict[str, Any]) -> None:
 
 
 def _sentence_config(files: CheckpointFiles, folder: str) -> dict[str, Any]:
-    """The encoder's settings for sentence-transformers, or an empty object; settings that we do not honour are refused."""
+    """The encoder's settings for sentence-transformers, or an empty object.
+
+    Settings that we do not honour are refused.
+    """
     prefix = f"{folder}/" if folder else ""
     for file_name in SENTENCE_CONFIGS:
         settings = files.json_object(prefix + file_name)
@@ -205,8 +229,17 @@ def _sentence_config(files: CheckpointFiles, folder: str) -> dict[str, Any]:
     if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
         raise ModelRefused(f"{where}: transformer_task {settings['transformer_task']!r} makes no text vectors")
     if settings.get("modality_config", TEXT_MODALITY) != TEXT_MODALITY:
-        raise ModelRefused(f"{where}: modality_config {settings['modality_config']!r} is not text through the last layer")
-    for key in ("query_length", "document_length", "query_expansion", "processing_kwargs", "config_args", "config_kwargs"):
+        raise ModelRefused(
+            f"{where}: modality_config {settings['modality_config']!r} is not text through the last layer"
+        )
+    for key in (
+        "query_length",
+        "document_length",
+        "query_expansion",
+        "processing_kwargs",
+        "config_args",
+        "config_kwargs",
+    ):
         if settings.get(key):
             raise ModelRefused(f"{where}: {key} is set to {settings[key]!r}, which is not served")
     return settings
@@ -228,9 +261,7 @@ def _position_limit(files: CheckpointFiles, config: dict[str, Any]) -> int:
     if config["model_type"] not in OFFSET_POSITIONS:
         return positions
     pad = config.get("pad_token_id")
-    # MPNet fixes its padding index at 1, whatever the configuration says.
-    offset = 2 if config["model_type"] == "mpnet" else (pad if isinstance(pad, int) else 1) + 1
-    return positions - offset
+    return positions - (2 if config["model_type"] == "mpnet" or not isinstance(pad, int) else pad + 1)
 
 
 def _input_length(

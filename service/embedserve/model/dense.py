@@ -6,14 +6,13 @@ Source: sentence-transformers 6.2, ``Dense`` and ``Normalize``.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from embedserve.errors import ModelRefused
+from embedserve.model.files import CheckpointFiles
 from embedserve.model.pipeline import DenseSpec
 
 __all__ = ["Dense", "load_dense", "scale_to_unit_length"]
@@ -39,8 +38,12 @@ class Dense(nn.Module):
         return result + (self.residual(vectors) if hasattr(self, "residual") else vectors)
 
 
-def load_dense(spec: DenseSpec, weights: Path) -> Dense:
-    """The layer with its weights. Raises ``ModelRefused`` naming each tensor that is missing, unexpected or misshapen."""
+def load_dense(spec: DenseSpec, files: CheckpointFiles) -> Dense:
+    """The layer with its weights.
+
+    Raises ``ModelRefused`` naming each tensor that is missing, unexpected or misshapen.
+    """
+    weights = files.weights(spec.folder)[0]
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:

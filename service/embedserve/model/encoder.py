@@ -1,7 +1,7 @@
 """A transformers encoder with the checkpoint's weights, each of them accounted for.
 
-Decides which tensors of a checkpoint belong to the encoder, which may be left aside, and that nothing is made up: a tensor
-that is missing, unexpected or misshapen is refused by name. (A loader that only warns serves random vectors.)
+Decides which tensors of a checkpoint belong to the encoder, which may be left aside, and that nothing is made up: a
+tensor that is missing, unexpected or misshapen is refused by name. (A loader that only warns serves random vectors.)
 Must never know batches or devices.
 """
 
@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,10 @@ from embedserve.model.checkpoint import Checkpoint
 
 __all__ = ["load_encoder"]
 
-LEGACY_NAMES = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+LEGACY_NAMES = (
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
+)
 """Names from TensorFlow days that transformers renames too."""
 
 SET_ASIDE = {
@@ -53,9 +57,11 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(
             directory / checkpoint.pipeline.transformer_folder, local_files_only=True, trust_remote_code=False
         )
-        model_class: type[PreTrainedModel] = MODEL_MAPPING[type(config)]
+        model_class: Any = MODEL_MAPPING[type(config)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelRefused(f"{directory}: transformers has no encoder for {checkpoint.architecture!r}: {error}") from error
+        raise ModelRefused(
+            f"{directory}: transformers has no encoder for {checkpoint.architecture!r}: {error}"
+        ) from error
     # Shapes are compared on the meta device first: a configuration that lies about a size must not make us allocate it.
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in _build(model_class, config).state_dict().items()}
@@ -64,15 +70,19 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         model = _build(model_class, config)
     for module in model.modules():
         if getattr(module, "is_causal", False):
-            raise ModelRefused(f"{directory}: {checkpoint.architecture} attends to earlier tokens only; encoders are served")
+            raise ModelRefused(
+                f"{directory}: {checkpoint.architecture} attends to earlier tokens only; encoders are served"
+            )
     _fill(model, checkpoint.weight_files, names)
     # Only the weights: buffers hold rotary frequencies, which bfloat16 would round to other positions.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(requires_grad=False)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(requires_grad=False)
+    return model
 
 
-def _build(model_class: type[PreTrainedModel], config: AutoConfig) -> PreTrainedModel:
+def _build(model_class: Any, config: Any) -> PreTrainedModel:
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     arguments = {"add_pooling_layer": False} if takes_pooler else {}
     model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, **arguments)  # noqa: SLF001
@@ -92,14 +102,14 @@ def _shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 def _check_names(
     directory: Path,
-    model_class: type[PreTrainedModel],
+    model_class: Any,
     wanted: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
 ) -> dict[str, str]:
     """The checkpoint's name of each tensor that the encoder wants, by the encoder's name."""
     prefix = f"{model_class.base_model_prefix}."
     # Saved with a head, every tensor of the encoder has the prefix; never strip it from a part of them.
-    strip = prefix if any(name.startswith(prefix) for name in found) and not prefix_is_ours(prefix, wanted) else ""
+    strip = prefix if any(name.startswith(prefix) for name in found) and not _is_own_prefix(prefix, wanted) else ""
     names: dict[str, str] = {}
     unexpected: list[str] = []
     for name in found:
@@ -115,14 +125,16 @@ def _check_names(
         problems.append(f"missing: {_listed(missing)}")
     if unexpected:
         problems.append(f"unexpected: {_listed(unexpected)}")
-    if wrong := [f"{own} is {found[name]} and must be {wanted[own]}" for own, name in names.items() if found[name] != wanted[own]]:
+    if wrong := [
+        f"{own} is {found[name]} and must be {wanted[own]}" for own, name in names.items() if found[name] != wanted[own]
+    ]:
         problems.append(f"misshapen: {_listed(wrong)}")
     if problems:
         raise ModelRefused(f"{directory}: the weights are not those of {model_class.__name__}; {'; '.join(problems)}")
     return names
 
 
-def prefix_is_ours(prefix: str, wanted: Iterable[str]) -> bool:
+def _is_own_prefix(prefix: str, wanted: Iterable[str]) -> bool:
     """Whether the encoder's own names begin with ``prefix``, so that it must not be stripped."""
     return any(name.startswith(prefix) for name in wanted)
 

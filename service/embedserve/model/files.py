@@ -98,7 +98,8 @@ class CheckpointFiles:
     def _shard(self, folder: str, index_name: str, shard: str) -> Path:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ModelRefused(
-                f"{self.directory / index_name} names the shard {shard!r}; a shard is a .safetensors file beside its index"
+                f"{self.directory / index_name} names the shard {shard!r}; "
+                "a shard is a .safetensors file beside its index"
             )
         path = self.path(_join(folder, shard))
         if path is None:
@@ -117,10 +118,11 @@ class CheckpointFiles:
 
 
 def digest_files(paths: Sequence[Path]) -> str:
-    """``sha256:`` and 64 hex digits over weight files.
+    r"""``sha256:`` and 64 hex digits over weight files.
 
-    Of one file, its plain SHA-256, as ``sha256sum`` prints it. Of several, the SHA-256 of one line per file in the given
-    order, ``<hex digest>  <file name>\\n``: what ``sha256sum FILES | sha256sum`` prints in the checkpoint's directory.
+    Of one file, its plain SHA-256, as ``sha256sum`` prints it. Of several, the SHA-256 of one line per file in the
+    given order, ``<hex digest>  <file name>\n``: what ``sha256sum FILES | sha256sum`` prints in the checkpoint's
+    directory.
     """
     if len(paths) == 1:
         return "sha256:" + _file_digest(paths[0])

@@ -18,7 +18,8 @@ __all__ = ["AttentionGroup", "Packed", "Padded", "attention_groups", "check_batc
 Int = npt.NDArray[np.int64]
 
 GROUP_PADDING_TOKENS = 8
-"""Rows this much shorter than the longest of a group may join it: one attention call costs as much as 8 padded columns."""
+"""Rows this much shorter than the longest of a group may join it: one attention call costs as much as 8 padded
+columns."""
 GROUP_PADDING_SHARE = 0.125
 """The same for long rows, as a share of the longest: more padding would cost more than the call that it saves."""
 
@@ -43,7 +44,7 @@ class Packed:
     ids: Int
     """Shape ``[tokens]``."""
     positions: Int
-    """Shape ``[tokens]``: 0 for the first token of each row."""
+    """Shape ``[tokens]``: what the position embedding is asked for; 0 for the first token of a row, in most models."""
     starts: Int
     """Shape ``[rows]``, in pass order."""
     lengths: Int
@@ -90,15 +91,29 @@ def check_batch(batch: TokenBatch, vocab_size: int, length_max: int) -> Int:
     return lengths
 
 
-def packed(batch: TokenBatch, lengths: Int) -> Packed:
-    """The packed layout of ``batch``, whose rows have ``lengths``."""
+def packed(batch: TokenBatch, lengths: Int, offset_pad_id: int | None = None) -> Packed:
+    """The packed layout of ``batch``, whose rows have ``lengths``.
+
+    ``offset_pad_id`` is the padding id of an architecture whose positions start after it, as RoBERTa's do.
+    """
     order = np.argsort(-lengths, kind="stable")
     ordered = lengths[order]
     starts = np.cumsum(ordered) - ordered
     rows = np.repeat(np.arange(ordered.size), ordered)
     positions = np.arange(rows.size) - starts[rows]
     source = batch.offsets.astype(np.int64)[:-1][order][rows] + positions
-    return Packed(batch.ids[source].astype(np.int64), positions, starts, ordered, rows, order)
+    ids = batch.ids[source].astype(np.int64)
+    if offset_pad_id is not None:
+        positions = _offset_positions(ids, starts, rows, offset_pad_id)
+    return Packed(ids, positions, starts, ordered, rows, order)
+
+
+def _offset_positions(ids: Int, starts: Int, rows: Int, pad_id: int) -> Int:
+    """Positions as fairseq counts them: from ``pad_id + 1``, skipping the padding token where a text spells it out."""
+    counted = ids != pad_id
+    running = np.cumsum(counted)
+    before = (running - counted)[starts]
+    return np.where(counted, running - before[rows] + pad_id, pad_id)
 
 
 def padded(batch: TokenBatch, lengths: Int, width: int, pad_id: int) -> Padded:

@@ -1,8 +1,9 @@
 """What a checkpoint does with the encoder's token vectors: pooling, dense layers, normalisation, in that order.
 
-Decides which ``modules.json`` we can serve exactly; anything else is refused by name, never approximated. Must never know
-torch: these are descriptions, ``pooling.py`` and ``dense.py`` compute them.
-Source: sentence-transformers 6.2 (``Transformer``, ``Pooling``, ``Dense``, ``Normalize`` and their configuration files).
+Decides which ``modules.json`` we can serve exactly; anything else is refused by name, never approximated. Must never
+know torch: these are descriptions, ``pooling.py`` and ``dense.py`` compute them.
+Source: sentence-transformers 6.2 (``Transformer``, ``Pooling``, ``Dense``, ``Normalize`` and their configuration
+files).
 """
 
 from __future__ import annotations
@@ -151,7 +152,9 @@ def _dense(files: CheckpointFiles, folder: str) -> DenseSpec:
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     name = activation.rpartition(".")[2]
     if not activation.startswith("torch.nn.modules.") or name not in ACTIVATIONS:
-        raise ModelRefused(f"{where}: activation_function {activation!r} is not served; known are {', '.join(ACTIVATIONS)}")
+        raise ModelRefused(
+            f"{where}: activation_function {activation!r} is not served; known are {', '.join(ACTIVATIONS)}"
+        )
     return DenseSpec(
         folder=folder,
         in_features=_width(where, config, "in_features"),

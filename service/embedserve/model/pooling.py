@@ -1,7 +1,7 @@
 """Token vectors to one vector a row, with the arithmetic of sentence-transformers 6.2's ``Pooling``.
 
-Decides which tokens count and how they are combined. It only ever sees real tokens, end to end: padding is dropped before
-it, so that nothing in a pad can reach a result. Must never know how the batch lay in the forward pass.
+Decides which tokens count and how they are combined. It only ever sees real tokens, end to end: padding is dropped
+before it, so that nothing in a pad can reach a result. Must never know how the batch lay in the forward pass.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ class Segments:
 class Pooling(nn.Module):
     """One vector a row: the spec's modes, concatenated.
 
-    Control tokens are left out of ``mean``, ``mean_sqrt_len`` and ``weighted_mean`` (a maximum or a single token is not an
-    average that they could dilute). A row with no token left, because all are control tokens or belong to the prompt, is
-    pooled over all its tokens: the alternative, a vector of zeros, has no direction.
+    Control tokens are left out of ``mean``, ``mean_sqrt_len`` and ``weighted_mean`` (a maximum or a single token is not
+    an average that they could dilute). A row with no token left, because all are control tokens or belong to the
+    prompt, is pooled over all its tokens: the alternative, a vector of zeros, has no direction.
     """
 
     def __init__(self, spec: PoolingSpec, control_ids: tuple[int, ...] = ()) -> None:
         """``control_ids`` are the token ids to leave out."""
         super().__init__()
         self.modes = spec.modes
+        self.control_ids: Tensor
         self.register_buffer("control_ids", torch.tensor(control_ids, dtype=torch.int64), persistent=False)
         self.has_control = bool(control_ids)
 
@@ -73,8 +74,7 @@ class Pooling(nn.Module):
         if after_prompt is not None:
             keep = keep & after_prompt
         empty = _sum(keep.float()[:, None], segments) == 0
-        keep = keep | empty[:, 0][segments.rows]
-        return keep
+        return keep | empty[:, 0][segments.rows]
 
     def _pool(
         self, mode: str, hidden: Tensor, segments: Segments, after_prompt: Tensor | None, averaged: Tensor | None

@@ -1,7 +1,8 @@
 """Where a checkpoint lies on this machine, and what it is called.
 
-Decides how a source string is read: a directory, an installed model package, or a hub id. Must never know what is inside
-a checkpoint (``checkpoint.py`` reads it), and never runs code that comes with one: a model package is found, not imported.
+Decides how a source string is read: a directory, an installed model package, or a hub id. Must never know what is
+inside a checkpoint (``checkpoint.py`` reads it), and never runs code that comes with one: a model package is found, not
+imported.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _package_version(package: str) -> str | None:
 
 
 def _name_in_readme(directory: Path) -> str | None:
-    """The hub id in the model card's own usage example, ``SentenceTransformer('org/name')``: cards carry no id field."""
+    """The hub id in the model card's usage example, ``SentenceTransformer('org/name')``; cards have no field for it."""
     readme = directory / "README.md"
     if not readme.is_file():
         return None

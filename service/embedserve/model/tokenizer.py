@@ -1,7 +1,7 @@
 """Text to token ids, exactly as the checkpoint says.
 
-Decides special tokens, truncation and the cut before tokenising. Must never know threads (``engine/tokenization.py`` gives
-each thread its own clone), requests or limits on counts.
+Decides special tokens, truncation and the cut before tokenising. Must never know threads (``engine/tokenization.py``
+gives each thread its own clone), requests or limits on counts.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 __all__ = ["TextTokenizer", "TokenizedTexts", "Truncation"]
+
+Ids = npt.NDArray[np.int32]
 
 CUT_CHARS_PER_TOKEN = 8
 """Characters kept for each token of the maximum: prose has 4 to 5 a token, so the first cut nearly always suffices."""
 CUT_GROWTH = 4
 """How much more is tokenised when a cut gave too few tokens; the repeats cost at most a third of the whole text."""
 CUT_SLACK_TOKENS = 32
-"""Tokens beyond the maximum that a cut text must give: what a cut changes lies at its end, within the slack."""
+"""Tokens beyond the maximum that a cut text must give: what a cut changes lies at its edge, within the slack."""
+CUT_AT = " \n\t\r"
+"""Where a text may be cut: every pre-tokenizer in use ends a word there, so that the words beside a cut stay whole."""
+PROMPTS_KEPT_MAX = 256
+"""Prompts whose token counts are remembered; a checkpoint has 2 to 20."""
 
 
 class Truncation(Enum):
@@ -33,7 +38,7 @@ class Truncation(Enum):
     END = "end"
     """Keep the beginning."""
     START = "start"
-    """Keep the end."""
+    """Keep the end (and the prompt, which is no part of the text)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,20 @@ class TokenizedTexts:
     lengths: npt.NDArray[np.int32]
     """Shape ``[n]``, special tokens and prompt included."""
     truncated: npt.NDArray[np.bool_]
-    """Shape ``[n]``: tokens were cut off."""
+    """Shape ``[n]``: tokens were cut off. With ``Truncation.NONE``: the text is too long and ``lengths`` is a lower
+    bound."""
     prompt_tokens: int = 0
-    """Leading tokens that belong to the prompt (and the leading special token), for checkpoints that do not pool them."""
+    """Leading tokens that belong to the prompt (and the leading special token), for checkpoints that do not pool
+    them."""
 
 
 class TextTokenizer:
-    """One ``tokenizers.Tokenizer`` with padding and truncation off; not thread-safe, ``clone`` it."""
+    """One ``tokenizers.Tokenizer`` with padding and truncation off; not thread-safe, ``clone`` it.
+
+    A long text is cut by characters before it is tokenised, at a space, so that a text of a megabyte costs what its
+    first kilobytes cost. The cut is kept only when it gives ``CUT_SLACK_TOKENS`` tokens more than are needed; otherwise
+    more of the text is taken, up to all of it. The result is that of the whole text.
+    """
 
     def __init__(self, tokenizer_json: str, max_input_length: int) -> None:
         """Build from the text of ``tokenizer.json``; its own padding and truncation settings are switched off.
@@ -60,61 +72,134 @@ class TextTokenizer:
         """
         try:
             tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the Rust library raises a bare Exception for everything
+        except Exception as error:  # the Rust library has no narrower type
             raise ValueError(f"tokenizer.json cannot be read: {error}") from error
-        self._set_up(tokenizer, tokenizer_json, max_input_length)
-
-    def _set_up(self, tokenizer: Tokenizer, tokenizer_json: str, max_input_length: int) -> None:
+        # all-MiniLM ships with both fixed to 128: every text would have 128 tokens.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._tokenizer_json = tokenizer_json
         self.max_input_length = max_input_length
-        mask = tokenizer.encode("a").special_tokens_mask
-        content = [index for index, special in enumerate(mask) if not special]
-        self._prefix = content[0] if content else len(mask)
-        self._suffix = len(mask) - 1 - content[-1] if content else 0
-        if max_input_length <= self._prefix + self._suffix:
-            raise ValueError(
-                f"max_input_length {max_input_length} leaves no room beside "
-                f"{self._prefix + self._suffix} special tokens"
-            )
+        self._prefix, self._suffix = _special_tokens(tokenizer)
+        self._room = max_input_length - self._prefix - self._suffix
+        if self._room < 1:
+            raise ValueError(f"max_input_length {max_input_length} leaves no room beside the special tokens")
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         # An added token with a space in it may straddle a cut; its characters then become at most that many tokens.
-        longest = max((len(token.content) for token in added.values() if " " in token.content), default=0)
-        self._slack = CUT_SLACK_TOKENS + longest
-        self._prompt_tokens: dict[str, int] = {"": 0}
+        straddling = max(
+            (len(token.content) for token in added.values() if set(CUT_AT) & set(token.content)), default=0
+        )
+        self._enough = self._room + CUT_SLACK_TOKENS + straddling
+        self._prompts: dict[str, Ids] = {}
 
     def clone(self) -> TextTokenizer:
         """An independent tokenizer for another thread."""
         return TextTokenizer(self._tokenizer_json, self.max_input_length)
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary, or ``None``."""
-        return self._tokenizer.token_to_id(token)
-
     def encode(self, texts: Sequence[str], *, truncation: Truncation, prompt: str = "") -> TokenizedTexts:
-        """Token ids with special tokens; ``prompt`` is put before each text."""
-        encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
-        rows = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        truncated = np.zeros(len(rows), dtype=np.bool_)
-        if truncation is not Truncation.NONE:
-            for index, row in enumerate(rows):
-                if row.size > self.max_input_length:
-                    rows[index] = self._cut(row, truncation)
-                    truncated[index] = True
-        lengths = np.array([row.size for row in rows], dtype=np.int32)
-        ids = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
-        return TokenizedTexts(ids, lengths, truncated)
+        """Token ids with special tokens; ``prompt`` is put before each text.
 
-    def _cut(self, row: npt.NDArray[np.int32], truncation: Truncation) -> npt.NDArray[np.int32]:
-        room = self.max_input_length - self._prefix - self._suffix
-        content = row[self._prefix : row.size - self._suffix]
-        kept = content[:room] if truncation is Truncation.END else content[content.size - room :]
-        return np.concatenate([row[: self._prefix], kept, row[row.size - self._suffix :]])
+        With ``Truncation.NONE`` a text that is far too long is not tokenised to its end: ``truncated`` then says that
+        its length, which exceeds the maximum, is what was found so far (``count`` gives the full length).
+        """
+        rows, cut = self._tokenize([prompt + text for text in texts], from_end=truncation is Truncation.START)
+        lengths = np.fromiter((row.size for row in rows), np.int32, count=len(rows))
+        truncated = cut
+        if truncation is not Truncation.NONE:
+            truncated = lengths > self.max_input_length
+            for index in np.flatnonzero(truncated):
+                rows[index] = self._truncate(rows[index], truncation, prompt)
+                lengths[index] = rows[index].size
+        ids = np.concatenate(rows) if rows else np.zeros(0, np.int32)
+        return TokenizedTexts(ids, lengths, truncated, self.prompt_tokens(prompt))
 
     def count(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
-        """Full token counts, shape ``[n]``, special tokens and prompt included, never truncated."""
+        """Full token counts, shape ``[n]``, special tokens and prompt included, never truncated.
+
+        Takes time in proportion to the texts (16 us for 12 tokens, 17 ms for 48 kB).
+        """
         encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
-        return np.array([len(encoding) for encoding in encodings], dtype=np.int32)
+        return np.fromiter((len(encoding) for encoding in encodings), np.int32, count=len(texts))
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Leading tokens of each row that ``prompt`` takes, special tokens included; 0 without a prompt.
+
+        Counted as sentence-transformers counts them for ``include_prompt=False``: the prompt alone, with special
+        tokens, less one where the last is special.
+        """
+        if not prompt:
+            return 0
+        ids = self._prompt_ids(prompt)[: self.max_input_length]
+        return ids.size - (int(ids[-1]) in self._special_ids)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, or ``None`` where there is no such token."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def _tokenize(self, texts: list[str], *, from_end: bool) -> tuple[list[Ids], npt.NDArray[np.bool_]]:
+        """The ids of each text, or of as much of it as decides the truncated row, with which of them were cut."""
+        rows: list[Ids] = [np.zeros(0, np.int32)] * len(texts)
+        was_cut = np.zeros(len(texts), np.bool_)
+        chars = self.max_input_length * CUT_CHARS_PER_TOKEN
+        pending = list(range(len(texts)))
+        while pending:
+            pieces = [_cut(texts[index], chars, from_end=from_end) for index in pending]
+            encodings = self._tokenizer.encode_batch_fast(pieces)
+            short: list[int] = []
+            for index, piece, encoding in zip(pending, pieces, encodings, strict=True):
+                whole = len(piece) == len(texts[index])
+                if whole or len(encoding) - self._prefix - self._suffix >= self._enough:
+                    rows[index] = np.array(encoding.ids, np.int32)
+                    was_cut[index] = not whole
+                else:
+                    short.append(index)
+            pending = short
+            chars *= CUT_GROWTH
+        return rows, was_cut
+
+    def _truncate(self, row: Ids, truncation: Truncation, prompt: str) -> Ids:
+        """``row`` at the maximum length, its special tokens kept."""
+        content = row[self._prefix : row.size - self._suffix]
+        kept = [content[: self._room]]
+        if truncation is Truncation.START:
+            before = self._prompt_ids(prompt) if prompt else row[:0]
+            before = before[self._prefix : before.size - self._suffix]
+            if before.size < self._room:
+                kept = [before, content[content.size - self._room + before.size :]]
+        return np.concatenate([row[: self._prefix], *kept, row[row.size - self._suffix :]])
+
+    def _prompt_ids(self, prompt: str) -> Ids:
+        """The prompt alone, with special tokens."""
+        ids = self._prompts.get(prompt)
+        if ids is None:
+            ids = np.array(self._tokenizer.encode(prompt).ids, np.int32)
+            if len(self._prompts) < PROMPTS_KEPT_MAX:
+                self._prompts[prompt] = ids
+        return ids
+
+
+def _special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many special tokens stand before and after every text."""
+    mask = tokenizer.encode("a").special_tokens_mask
+    content = [index for index, special in enumerate(mask) if not special]
+    return (content[0], len(mask) - 1 - content[-1]) if content else (len(mask), 0)
+
+
+def _cut(text: str, chars: int, *, from_end: bool) -> str:
+    """At most ``chars`` characters of ``text``, cut at a space in the outer half, or all of it where there is none."""
+    if len(text) <= chars:
+        return text
+    if from_end:
+        first = len(text) - chars
+        found = [place for place in (text.find(space, first, first + chars // 2) for space in CUT_AT) if place >= 0]
+        if not found:
+            return text
+        # One space stays: byte-level vocabularies write it into the word that follows.
+        rest = text[min(found) :].lstrip(CUT_AT)
+        tail = text[len(text) - len(rest) - 1 :]
+        return tail if len(tail) > chars // 4 else text
+    place = max(text.rfind(space, chars // 2, chars) for space in CUT_AT)
+    head = text[: max(place, 0)].rstrip(CUT_AT)
+    return head if len(head) > chars // 4 else text

@@ -1,7 +1,7 @@
 """The text of ``tokenizer.json`` that a checkpoint means, with what its other files change in it.
 
-Decides which file a tokenizer is read from and applies the rules that transformers and sentence-transformers apply after
-reading it. Must never tokenise: ``tokenizer.py`` does, with the text that is returned here.
+Decides which file a tokenizer is read from and applies the rules that transformers and sentence-transformers apply
+after reading it. Must never tokenise: ``tokenizer.py`` does, with the text that is returned here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from embedserve.model.files import TOKENIZER_BYTES_MAX, CheckpointFiles
 
 __all__ = ["read_tokenizer_json"]
 
-VOCABULARY_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
+VOCABULARY_FILES = (
+    "vocab.txt",
+    "vocab.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.model",
+)
 """What transformers can convert to a fast tokenizer where there is no ``tokenizer.json``."""
 
 BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
@@ -25,8 +32,8 @@ BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPN
 def read_tokenizer_json(files: CheckpointFiles, folder: str, *, lowercase: bool) -> str:
     """The text of ``tokenizer.json`` in ``folder``, changed only where another file of the checkpoint says so.
 
-    ``lowercase`` is ``do_lower_case`` of ``sentence_bert_config.json``. Without a ``tokenizer.json`` the vocabulary files
-    are converted by transformers, which is slow (it imports torch). Raises ``ModelRefused``.
+    ``lowercase`` is ``do_lower_case`` of ``sentence_bert_config.json``. Without a ``tokenizer.json`` the vocabulary
+    files are converted by transformers, which is slow (it imports torch). Raises ``ModelRefused``.
     """
     prefix = f"{folder}/" if folder else ""
     text = files.text(f"{prefix}tokenizer.json", TOKENIZER_BYTES_MAX)
@@ -48,7 +55,7 @@ def read_tokenizer_json(files: CheckpointFiles, folder: str, *, lowercase: bool)
 
 
 def _apply_bert_options(normalizer: Any, config: dict[str, Any]) -> bool:
-    """What transformers 4 and 5 do: ``tokenizer_config.json`` decides over a ``BertNormalizer``. True where it changed."""
+    """Whether ``tokenizer_config.json`` changed the ``BertNormalizer``, over which it decides in transformers 4 and 5."""
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         return False
     if str(config.get("tokenizer_class", "")).removesuffix("Fast") not in BERT_CLASSES:
@@ -64,7 +71,7 @@ def _apply_bert_options(normalizer: Any, config: dict[str, Any]) -> bool:
 
 
 def _apply_lowercase(definition: dict[str, Any]) -> bool:
-    """What sentence-transformers does for ``do_lower_case``: a Lowercase before everything else, unless there is one."""
+    """Whether a Lowercase was put first, as sentence-transformers does for ``do_lower_case`` unless there is one."""
     normalizer = definition.get("normalizer")
     steps: list[Any] = []
     if isinstance(normalizer, dict):
@@ -78,7 +85,9 @@ def _apply_lowercase(definition: dict[str, Any]) -> bool:
 def _converted(files: CheckpointFiles, directory: Path) -> str:
     """The fast tokenizer that transformers makes of the vocabulary files in ``directory``, as JSON."""
     if not any((directory / name).is_file() for name in VOCABULARY_FILES):
-        raise ModelRefused(f"{directory} has no tokenizer: neither tokenizer.json nor any of {', '.join(VOCABULARY_FILES)}")
+        raise ModelRefused(
+            f"{directory} has no tokenizer: neither tokenizer.json nor any of {', '.join(VOCABULARY_FILES)}"
+        )
     for name in VOCABULARY_FILES:
         files.path(str((directory / name).relative_to(files.directory)))
     from transformers import AutoTokenizer  # noqa: PLC0415 - 3 s and torch, only for such checkpoints
@@ -88,6 +97,8 @@ def _converted(files: CheckpointFiles, directory: Path) -> str:
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelRefused(f"{directory}: transformers cannot convert the tokenizer: {error}") from error
     if not tokenizer.is_fast:
-        raise ModelRefused(f"{directory}: {type(tokenizer).__name__} has no fast form, and only fast tokenizers are served")
+        raise ModelRefused(
+            f"{directory}: {type(tokenizer).__name__} has no fast form, and only fast tokenizers are served"
+        )
     converted: str = tokenizer.backend_tokenizer.to_str()
     return converted

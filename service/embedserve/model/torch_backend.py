@@ -1,34 +1,67 @@
 """The ``Backend`` on PyTorch: one encoder on one CPU or GPU.
 
-Decides device, dtype, the shape of a pass (packed or padded) and what a device's errors mean. Must never know where a batch
-came from. Every method is called from the thread that built it.
+Decides the shape of a pass (packed or padded), its stages, and what is checked before serving. Must never know where a
+batch came from. Every method is called from the thread that built it.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from embedserve.errors import StartupError
 from embedserve.model.attention import PACKED_ARCHITECTURES, PACKED_ATTENTION, packing_for
-from embedserve.model.backend import BatchResult, DeviceLost, DeviceOutOfMemory, DeviceReport, ModelIdentity, PassTimes, TokenBatch
-from embedserve.model.checkpoint import OFFSET_POSITIONS, Checkpoint
+from embedserve.model.backend import (
+    BatchResult,
+    DeviceLost,
+    DeviceOutOfMemory,
+    DeviceReport,
+    ModelIdentity,
+    TokenBatch,
+)
+from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.dense import load_dense, scale_to_unit_length
+from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
-from embedserve.model.layout import Packed, check_batch, packed, padded
+from embedserve.model.layout import check_batch, packed, padded
 from embedserve.model.pooling import Pooling, Segments
+from embedserve.model.stopwatch import Stopwatch
 
-__all__ = ["TorchBackend"]
+__all__ = ["Attention", "TorchBackend"]
+
+Attention = Literal["auto", "packed", "padded"]
+
+WARM_UP_TOKENS_CPU = 2_048
+"""Tokens in the largest warm-up pass on a CPU: a pass has no first-time cost there that grows with its size."""
+WARM_UP_LENGTHS = (3, 16, 64, 256, 512)
+"""Row lengths of the warm-up passes; the model's maximum is added."""
+WARM_UP_SEED = 0
+AGREEMENT_COSINE_MIN = {torch.float32: 0.99999, torch.bfloat16: 0.999, torch.float16: 0.999}
+"""How alike a row's vectors from the packed and the padded shape must be; the parity that we promise."""
+VARLEN_HEAD_WIDTH_MAX = 256
+"""Floats in one attention head, and a multiple of 8: what the CUDA kernel for packed rows takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A batch on the device."""
+
+    inputs: dict[str, Any]
+    """Keyword arguments of the encoder."""
+    segments: Segments
+    normalize: Tensor
+    real: Tensor | None
+    """Places of the real tokens in a padded pass; ``None`` where every place is real."""
 
 
 class TorchBackend:
-    """A checkpoint, loaded."""
+    """A loaded checkpoint on one device."""
 
     def __init__(
         self,
@@ -38,83 +71,191 @@ class TorchBackend:
         dtype: str = "auto",
         threads: int | None = None,
         control_tokens: tuple[str, ...] = (),
-        attention: str = "auto",
+        attention: Attention = "auto",
     ) -> None:
+        """Load the weights onto ``device``.
+
+        ``dtype`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``threads`` sets torch's threads for the
+        process; ``control_tokens`` are left out of averages; ``attention`` forces a shape for ``pad_to=None`` (``auto``
+        packs where the architecture and the device can). Raises ``StartupError``.
+        """
         if threads is not None:
             torch.set_num_threads(threads)
-        self._device = torch.device(device)
-        chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        self._model = load_encoder(checkpoint, chosen).to(self._device)
-        self._padded_attention = self._model.config._attn_implementation
-        self._packed = attention != "padded" and checkpoint.architecture in PACKED_ARCHITECTURES
-        pad = checkpoint.config.get("pad_token_id")
-        self._pad_id = pad if isinstance(pad, int) else 0
-        self._position_offset = self._pad_id + 1 if checkpoint.architecture in OFFSET_POSITIONS else 0
-        control_ids: tuple[int, ...] = ()
+        self._device = choose_device(device)
+        self._dtype = choose_dtype(dtype, self._device)
+        control_ids = checkpoint.token_ids(control_tokens)
+        self._model = load_encoder(checkpoint, self._dtype)
+        torch.nn.Module.to(self._model, self._device)
+        self._padded_attention = self._model.config._attn_implementation  # noqa: SLF001 - transformers' only handle
+        self._packed = _can_pack(checkpoint, attention, self._device, self._dtype)
+        pad_id = checkpoint.config.get("pad_token_id")
+        self._pad_id = pad_id if isinstance(pad_id, int) else 0
+        self._offset_pad_id = checkpoint.offset_pad_id
         self._pooling = Pooling(checkpoint.pipeline.pooling, control_ids).to(self._device)
-        self._dense = [load_dense(spec, checkpoint.files.weights(spec.folder)[0]).to(self._device) for spec in checkpoint.pipeline.dense]
-        self._identity = checkpoint.identity_for(str(self._device), str(chosen).removeprefix("torch."))
+        self._dense = torch.nn.Sequential(*(load_dense(spec, checkpoint.files) for spec in checkpoint.pipeline.dense))
+        self._dense.to(self._device)
+        self._identity = checkpoint.identity_for(str(self._device), str(self._dtype).removeprefix("torch."))
 
     @property
     def identity(self) -> ModelIdentity:
+        """Who this is."""
         return self._identity
 
-    def warm_up(self, max_batch_tokens: int) -> None:
-        self.embed(TokenBatch(np.array([1, 2, 3], np.int32), np.array([0, 3], np.int32), np.array([True]), None))
+    def embed(self, batch: TokenBatch) -> BatchResult:
+        """One pass, as ``Backend.embed``. Raises ``ValueError`` naming the row where a batch is malformed."""
+        try:
+            with torch.inference_mode():
+                return self._embed(batch)
+        except RuntimeError as error:
+            fault = fault_of(error)
+            if fault is None:
+                raise
+            message = str(error)
+        # Raised outside the except block: the first error's traceback holds the frames, and they the tensors, of the
+        # pass; until it is gone release_memory() could give nothing back.
+        if fault is DeviceFault.LOST:
+            raise DeviceLost(message)
+        raise DeviceOutOfMemory(message)
 
     def release_memory(self) -> None:
+        """Give cached device memory back; a CPU has no cache of its own."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def report(self) -> DeviceReport:
-        return DeviceReport(str(self._device), 0, 0, compiled=False, packed=self._packed)
+        """The device's state."""
+        return report_on(self._device, compiled=False, packed=self._packed)
 
-    def embed(self, batch: TokenBatch) -> BatchResult:
-        with torch.inference_mode():
-            return self._embed(batch)
+    def warm_up(self, max_batch_tokens: int) -> None:
+        """Passes over the ladder of lengths in each shape: finite, and alike in both shapes. Raises ``StartupError``.
+
+        Seconds on a CPU, where passes end at ``WARM_UP_TOKENS_CPU``; on CUDA they reach ``max_batch_tokens``, so that a
+        setting that does not fit the device is found here.
+        """
+        for lengths in self._warm_up_rows(max_batch_tokens):
+            packed_vectors = self._warm_up_pass(lengths, None)
+            padded_vectors = self._warm_up_pass(lengths, max(lengths))
+            norms = np.linalg.norm(packed_vectors, axis=1) * np.linalg.norm(padded_vectors, axis=1)
+            cosine = float(np.min(np.sum(packed_vectors * padded_vectors, axis=1) / np.maximum(norms, 1e-12)))
+            if cosine < AGREEMENT_COSINE_MIN[self._dtype]:
+                raise StartupError(
+                    f"{self._identity.name}: packed and padded passes of rows of {lengths} tokens differ "
+                    f"(cosine {cosine:.6f}); set attention to padded"
+                )
+
+    def _warm_up_rows(self, max_batch_tokens: int) -> Iterator[list[int]]:
+        """Row lengths of each warm-up pass: each length alone, then as many mixed rows as fit."""
+        limit = self._identity.max_input_length
+        tokens_max = max_batch_tokens if self._device.type == "cuda" else min(max_batch_tokens, WARM_UP_TOKENS_CPU)
+        ladder = sorted({min(length, limit) for length in (*WARM_UP_LENGTHS, limit)})
+        ladder = [length for length in ladder if length <= tokens_max] or [ladder[0]]
+        yield from ([length] for length in ladder)
+        mixed: list[int] = []
+        while sum(mixed) + ladder[len(mixed) % len(ladder)] <= tokens_max:
+            mixed.append(ladder[len(mixed) % len(ladder)])
+        if len(mixed) > 1:
+            yield mixed
+
+    def _warm_up_pass(self, lengths: list[int], pad_to: int | None) -> npt.NDArray[np.float32]:
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids = np.random.default_rng(WARM_UP_SEED).integers(self._identity.vocab_size, size=int(offsets[-1]))
+        batch = TokenBatch(ids.astype(np.int32), offsets, np.ones(len(lengths), np.bool_), pad_to)
+        what = f"{self._identity.name}: a warm-up pass of rows of {lengths} tokens"
+        try:
+            vectors = self.embed(batch).vectors
+        except (DeviceOutOfMemory, DeviceLost, RuntimeError) as error:
+            raise StartupError(f"{what} failed: {error}") from error
+        if vectors.shape != (len(lengths), self._identity.dimension):
+            raise StartupError(f"{what} gave the shape {vectors.shape}, not {(len(lengths), self._identity.dimension)}")
+        if not np.isfinite(vectors).all():
+            raise StartupError(f"{what} gave values that are not finite; the weights or the dtype are wrong")
+        return vectors
 
     def _embed(self, batch: TokenBatch) -> BatchResult:
-        start = time.monotonic_ns()
+        watch = Stopwatch(self._device)
         lengths = check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
-        if batch.pad_to is None and self._packed:
-            layout = packed(batch, lengths)
-            order = layout.order
-            packing = packing_for(layout, self._device)
-            assembled = time.monotonic_ns()
-            ids = self._tensor(layout.ids)
-            positions = self._tensor(layout.positions) + self._position_offset
-            segments = Segments(ids, self._tensor(layout.starts), self._tensor(layout.lengths), self._tensor(layout.rows), None if batch.skip is None else self._tensor(batch.skip.astype(np.int64)[order]))
-            normalize = self._tensor(batch.normalize[order])
-            copied = time.monotonic_ns()
-            self._model.config._attn_implementation = PACKED_ATTENTION
-            hidden = self._model(input_ids=ids[None], position_ids=positions[None], packing=packing).last_hidden_state[0]
-        else:
-            order = None
-            width = batch.pad_to or int(lengths.max())
-            grid = padded(batch, lengths, width, self._pad_id)
-            starts = np.cumsum(lengths) - lengths
-            assembled = time.monotonic_ns()
-            ids = self._tensor(grid.ids)
-            mask = self._tensor(grid.mask) if grid.real.size != grid.mask.size else None
-            real = self._tensor(grid.real)
-            segments = Segments(ids.reshape(-1)[real], self._tensor(starts), self._tensor(lengths), self._tensor(np.repeat(np.arange(lengths.size), lengths)), None if batch.skip is None else self._tensor(batch.skip.astype(np.int64)))
-            normalize = self._tensor(batch.normalize)
-            copied = time.monotonic_ns()
-            self._model.config._attn_implementation = self._padded_attention
-            hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-            hidden = hidden.reshape(-1, hidden.shape[-1])[real]
-        forward = time.monotonic_ns()
-        vectors = self._pooling(hidden, segments)
-        for layer in self._dense:
-            vectors = layer(vectors)
-        vectors = scale_to_unit_length(vectors, normalize)
-        pooled = time.monotonic_ns()
+        packs = batch.pad_to is None and self._packed
+        step, order = self._packed_pass(batch, lengths, watch) if packs else self._padded_pass(batch, lengths, watch)
+        watch.mark_device()
+        # Read by transformers in every layer's call; the two shapes share one set of weights.
+        self._model.config._attn_implementation = PACKED_ATTENTION if packs else self._padded_attention  # noqa: SLF001
+        hidden: Tensor = self._model(**step.inputs).last_hidden_state
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        watch.mark_device()
+        if step.real is not None:
+            hidden = hidden.index_select(0, step.real)
+        vectors = scale_to_unit_length(self._dense(self._pooling(hidden, step.segments)), step.normalize)
+        watch.mark_device()
         result = np.empty((lengths.size, vectors.shape[1]), np.float32)
-        if order is None:
-            result[:] = vectors.cpu().numpy()
-        else:
-            result[order] = vectors.cpu().numpy()
-        return BatchResult(result, PassTimes(start, assembled, copied, forward, pooled, time.monotonic_ns()))
+        result[order] = vectors.cpu().numpy()
+        return BatchResult(result, watch.stop())
 
-    def _tensor(self, array) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+    def _packed_pass(
+        self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch
+    ) -> tuple[_Pass, npt.NDArray[np.int64]]:
+        layout = packed(batch, lengths, self._offset_pad_id)
+        skip = None if batch.skip is None else batch.skip.astype(np.int64)[layout.order]
+        watch.mark_assembled()
+        ids = self._tensor(layout.ids)
+        inputs = {
+            "input_ids": ids[None],
+            "position_ids": self._tensor(layout.positions)[None],
+            "packing": packing_for(layout, self._device),
+        }
+        segments = self._segments(ids, layout.starts, layout.lengths, layout.rows, skip)
+        return _Pass(inputs, segments, self._tensor(batch.normalize[layout.order]), None), layout.order
+
+    def _padded_pass(
+        self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch
+    ) -> tuple[_Pass, npt.NDArray[np.int64]]:
+        grid = padded(batch, lengths, batch.pad_to or int(lengths.max()), self._pad_id)
+        rows = np.repeat(np.arange(lengths.size), lengths)
+        skip = None if batch.skip is None else batch.skip.astype(np.int64)
+        watch.mark_assembled()
+        inputs = {"input_ids": self._tensor(grid.ids)}
+        real = None
+        if grid.real.size < grid.mask.size:
+            # Without padding there is no mask, and the faster attention kernel runs.
+            inputs["attention_mask"] = self._tensor(grid.mask)
+            real = self._tensor(grid.real)
+        ids = self._tensor(batch.ids.astype(np.int64))
+        segments = self._segments(ids, np.cumsum(lengths) - lengths, lengths, rows, skip)
+        return _Pass(inputs, segments, self._tensor(batch.normalize), real), np.arange(lengths.size)
+
+    def _segments(
+        self,
+        ids: Tensor,
+        starts: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        skip: npt.NDArray[np.int64] | None,
+    ) -> Segments:
+        return Segments(
+            ids=ids,
+            starts=self._tensor(starts),
+            lengths=self._tensor(lengths),
+            rows=self._tensor(rows),
+            skip=None if skip is None else self._tensor(skip),
+        )
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _can_pack(checkpoint: Checkpoint, attention: Attention, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``pad_to=None`` runs without padding. Raises ``StartupError`` where it must and cannot."""
+    reason = None
+    if attention == "padded":
+        return False
+    if checkpoint.architecture not in PACKED_ARCHITECTURES:
+        reason = f"{checkpoint.architecture} has no packed form"
+    elif device.type == "cuda":
+        heads = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("n_heads") or 1
+        width = checkpoint.hidden_size // heads
+        if dtype is torch.float32:
+            reason = "the packed kernel takes bfloat16 or float16, not float32"
+        elif width % 8 or width > VARLEN_HEAD_WIDTH_MAX:
+            reason = f"the packed kernel takes no attention heads of {width} floats"
+    if reason is not None and attention == "packed":
+        raise StartupError(f"attention is set to packed, but {reason}")
+    return reason is None
