@@ -13,10 +13,10 @@ __all__ = ["Agenda"]
 
 
 class Agenda:
-    """A heap of (instant, submission id) whose gone entries are dropped when met, and swept when they outnumber the rest.
+    """A heap of (instant, submission id); gone entries are dropped when met, and swept when they are the most.
 
-    O(log n) a call, amortised; never more than ``2 * live + SLACK`` entries after ``add``, so that cancelled work cannot
-    fill memory while nothing is popped.
+    O(log n) a call, amortised; never more than ``2 * live + SLACK`` entries after ``add``, so that cancelled work
+    cannot fill memory while nothing is popped.
     """
 
     __slots__ = ("_heap", "_is_live", "_sweep_at")

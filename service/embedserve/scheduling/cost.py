@@ -60,9 +60,10 @@ class Buckets:
 class CostModel:
     """Time of a pass as ``a + b * T`` over its computed tokens ``T``, learned online.
 
-    The linear batch service model of Inoue (Queueing models for dynamic batching, 2021), fitted by exponentially weighted
-    least squares. The slope is drawn towards the slope of the first guess, scaled to what was measured, as long as all
-    passes have had nearly one size and the data say nothing about it (ridge); so it is sane from the first sample on.
+    The linear batch service model of Inoue (Queueing models for dynamic batching, 2021), fitted by exponentially
+    weighted least squares. The slope is drawn towards the slope of the first guess, scaled to what was measured, as
+    long as all passes have had nearly one size and the data say nothing about it (ridge); so it is sane from the
+    first sample on.
     """
 
     __slots__ = (

@@ -7,10 +7,10 @@ Start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queuing", SIGCOMM 
 the smallest tag is served; who arrives starts at the virtual time. Chosen over deficit round robin because a newcomer
 is next, rather than after a round of all others, and because one tag orders a member in all buckets at once.
 
-Virtual time moves to the tag of whom is served, as in SFQ, and besides by ``tokens / (active + 1)``, the pace of the ideal
-fluid server. Without that second term an endless flood of one-item newcomers, each starting at a virtual time that stands
-still, would hold back for ever a member that was served once. The ``+ 1`` is the newcomer's place: a member that runs
-alone stays ahead of virtual time, so that whoever comes beside it is next.
+Virtual time moves to the tag of whom is served, as in SFQ, and besides by ``tokens / (active + 1)``, the pace of the
+ideal fluid server. Without that second term an endless flood of one-item newcomers, each starting at a virtual time
+that stands still, would hold back for ever a member that was served once. The ``+ 1`` is the newcomer's place: a
+member that runs alone stays ahead of virtual time, so that whoever comes beside it is next.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class FairOrder(Generic[M]):
         """A member was served."""
         start, cost = member.tag, tokens << self.SCALE_BITS
         member.tag = start + cost
-        self.vtime = max(self.vtime + cost // (self.active + 1), start)
+        paced = self.vtime + cost // (self.active + 1)
+        self.vtime = max(start, paced)
 
     def _sweep(self) -> None:
         self._gone = 0

@@ -1,7 +1,8 @@
 """When a batch closes and what goes into it.
 
 Decides: whether a hold is over, which class and bucket lead, how many rows, who fills them. Must never know retries,
-admission or outcomes. Hold time is 0 by default: a free worker takes what waits (batch size then follows load by itself).
+admission or outcomes. Hold time is 0 by default: a free worker takes what waits (batch size then follows load by
+itself).
 
 Order of buckets inside a class. An *entitled* head is one that has not had more than its share (tag <= virtual time):
 
@@ -9,8 +10,8 @@ Order of buckets inside a class. An *entitled* head is one that has not had more
 2. entitled heads whose bucket is full, in fair order;
 3. fair order; lanes of one flow take turns.
 
-Only the entitled have a claim by age or fullness. A job of 10,000 texts always has old items and full buckets; were that
-enough, a single text beside it would wait for the whole job. Never shortest first: that starves long texts.
+Only the entitled have a claim by age or fullness. A job of 10,000 texts always has old items and full buckets; were
+that enough, a single text beside it would wait for the whole job. Never shortest first: that starves long texts.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class BatchPolicy:
         return rows if one <= two else down
 
     def padded_rows(self, rows: int, edge: int, max_tokens: int) -> int:
-        """The captured size that ``rows`` run at; ``rows`` itself if none fits the limits (then they run as they are)."""
+        """The captured size that ``rows`` run at; ``rows`` itself if none fits the limits."""
         sizes = self._settings.batch_sizes
         k = bisect_left(sizes, rows)
         if k == len(sizes) or sizes[k] > self._settings.max_batch_items or sizes[k] * edge > max_tokens:
@@ -193,7 +194,7 @@ class BatchPolicy:
         return tenant, flow
 
     def _fill(self, klass: PriorityClass, lane: int, draft: Draft, quantum: int, limit: int) -> None:
-        """Takes turns of at most ``quantum`` computed tokens in fair order, ``limit`` in all, until the batch is full."""
+        """Takes turns of up to ``quantum`` computed tokens in fair order, ``limit`` in all, until the batch is full."""
         order, edge = klass.tenants, draft.edge
         aside: list[tuple[Tenant, Flow]] = []
         stop_at = draft.room_tokens - limit

@@ -10,7 +10,8 @@ never know the waiting queue, callers or the time. The ladder:
 * passes that fail alike ``failures_alike_max`` times in a row: it is the device, not an item: fatal.
 
 Groups run breadth first, so that one bad item never fails more than two passes in a row. An item runs again at most
-``ceil(log2(rows of its first batch)) + 1`` times (I11): each split halves the count at least, and one run alone is last.
+``ceil(log2(rows of its first batch)) + 1`` times (I11): each split halves the count at least, and one run alone is
+last.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class RetryLadder:
         self._groups.append(group)
 
     def _by_cost(self, group: Group) -> int:
-        """Where to cut so that both sides cost alike, and neither holds more rows than the splits that are left allow."""
+        """Where to cut so that both sides cost alike and neither holds more rows than the splits left can part."""
         costs = [ticket.tokens[i] for ticket, indexes in group.parts for i in indexes]
         rows, half = len(costs), sum(costs) / 2
         at, reach = 0, 0

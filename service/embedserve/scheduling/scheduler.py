@@ -1,12 +1,12 @@
 """The scheduler: submissions in, batches out, outcomes in, settlements out.
 
 Decides by putting its parts together; each rule lives in its own file: order in ``fairness``, batches in ``policy``,
-failures in ``retry``, admission in ``admission``. Must never know a clock, a thread, a task or a tensor: it is called by one
-thread, time is an argument, and the same calls give the same answers (I10).
+failures in ``retry``, admission in ``admission``. Must never know a clock, a thread, a task or a tensor: it is called
+by one thread, time is an argument, and the same calls give the same answers (I10).
 
-Numbers in comments and assertions name the invariants: I1 each item settles exactly once; I2 no batch over its limits; I3 no queue over
-its limits; I4 no item in two live batches; I5 nothing dispatched after its deadline; I6 no starvation; I7 nothing cancelled
-dispatched; I8 work-conserving; I9 a drain ends; I10 deterministic; I11 retries bounded.
+Comments and assertions name the invariants: I1 each item settles exactly once; I2 no batch over its limits; I3 no
+queue over its limits; I4 no item in two live batches; I5 nothing dispatched after its deadline; I6 no starvation; I7
+nothing cancelled dispatched; I8 work-conserving; I9 a drain ends; I10 deterministic; I11 retries bounded.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from embedserve.scheduling.admission import Candidate, LoadState, Policy
-from embedserve.scheduling.admission.deadline import DeadlinePolicy
-from embedserve.scheduling.admission.queue import QueuePolicy
-from embedserve.scheduling.admission.sojourn import OnlineQuantile, SojournWindow
+from embedserve.scheduling.admission import Candidate, Policy
+from embedserve.scheduling.admission.gate import Gate
 from embedserve.scheduling.agenda import Agenda
 from embedserve.scheduling.cost import Buckets, CostModel
 from embedserve.scheduling.flight import Flight
@@ -76,14 +74,12 @@ class Scheduler:
         self._batching = BatchPolicy(settings, self._buckets, self._queue, self.cost)
         self._ladder = RetryLadder(settings, self._buckets)
         self._flight = Flight()
-        self._hard = QueuePolicy(settings)
-        self.policies: tuple[Policy, ...] = (DeadlinePolicy(), *policies)
-        """In the order in which they are asked; the hard limits come before all of them."""
+        self._gate = Gate(
+            settings, policies, queue=self._queue, ladder=self._ladder, flight=self._flight, cost=self.cost
+        )
         self._tickets: dict[int, Ticket] = {}
         self._deadlines = Agenda(self._tickets.__contains__)
         self._expired: list[Settled] = []
-        self._sojourns = SojournWindow(settings.sojourn_window_ns)
-        self._theta = OnlineQuantile(settings.wait_quantile, settings.wait_quantile_step)
         self._batch_id = 0
         self.draining = False
         self.fatal: str | None = None
@@ -101,19 +97,18 @@ class Scheduler:
         tenant: str = "",
         now_ns: int,
     ) -> Rejection | None:
-        """Whether so many tokens, by estimate, would be refused now. Takes nothing; ``submit`` judges again, exactly."""
+        """Whether so many tokens, by estimate, would be refused now. Takes nothing; ``submit`` judges exactly."""
         closed = self._closed()
         if closed is not None:
             return closed
-        return self._judge(
-            Candidate(tokens, items, deadline_ns, priority, tenant, estimated=True), now_ns, hard_only=False
-        )
+        candidate = Candidate(tokens, items, deadline_ns, priority, tenant, True)
+        return self._gate.judge(candidate, self._gate.load_state(candidate, now_ns), now_ns)
 
     def submit(self, submission: Submission, now_ns: int) -> Admitted | Rejection:
         """Takes all items or none.
 
-        A ``continuation`` is judged by the hard limits only, and is taken while draining: its stream was admitted. Raises
-        ``ValueError`` for a submission that breaks the contract: no items, an empty item, an id that is in use.
+        A ``continuation`` is judged by the hard limits only, and is taken while draining: its stream was admitted.
+        Raises ``ValueError`` for a submission that breaks the contract: no items, an empty item, an id that is in use.
         """
         tokens = submission.tokens
         if not tokens or min(tokens) < 1:
@@ -127,11 +122,9 @@ class Scheduler:
         if longest > self._buckets.limit:
             figures = {"tokens": float(longest), "max_item_tokens": float(self._buckets.limit)}
             return Rejection("too_large", "ITEM_EXCEEDS_BATCH", None, figures)
-        candidate = Candidate(
-            total, count, submission.deadline_ns, submission.priority, submission.tenant, estimated=False
-        )
-        load = self._load_state(candidate, now_ns)
-        refused = self._judge(candidate, now_ns, hard_only=submission.continuation, load=load)
+        candidate = Candidate(total, count, submission.deadline_ns, submission.priority, submission.tenant, False)
+        load = self._gate.load_state(candidate, now_ns)
+        refused = self._gate.judge(candidate, load, now_ns, hard_only=submission.continuation)
         if refused is not None:
             return refused
         ticket = Ticket(submission, now_ns, load.predicted_wait_ns)
@@ -151,8 +144,8 @@ class Scheduler:
     def cancel(self, submission_id: int, now_ns: int) -> int:  # noqa: ARG002
         """The caller is gone: waiting items leave now, running ones are dropped when their batch ends.
 
-        Returns how many waiting items left. None of the items is settled; unknown ids are no error, since a cancellation
-        may cross the settlement on its way.
+        Returns how many waiting items left. None of the items is settled; unknown ids are no error, since a
+        cancellation may cross the settlement on its way.
         """
         ticket = self._tickets.get(submission_id)
         if ticket is None or ticket.cancelled:
@@ -190,7 +183,7 @@ class Scheduler:
         return self._dispatch(group, tokens, now_ns)
 
     def complete(self, batch_id: int, outcome: Outcome, now_ns: int) -> Settlement:
-        """Takes the outcome of a batch. Raises ``KeyError`` for a batch that does not run, which is a broken invariant."""
+        """Takes the outcome of a batch. Raises ``KeyError`` for a batch that does not run: a broken invariant."""
         if self.fatal is not None:
             return Settlement((), fatal=self.fatal)
         if isinstance(outcome, Fatal):
@@ -252,15 +245,15 @@ class Scheduler:
             queued,
             self._flight.tokens,
             self.cost.tokens_per_second,
-            self._drain_ns(0, 0, now_ns),
-            self._sojourns.quantile_ns(0.95, now_ns),
+            self._gate.drain_ns(now_ns),
+            self._gate.p95_sojourn_ns(now_ns),
             below and not self.draining and self.fatal is None,
         )
 
     @property
     def theta(self) -> float:
         """Online quantile of actual over predicted wait."""
-        return self._theta.value
+        return self._gate.theta
 
     @property
     def max_batch_tokens(self) -> int:
@@ -269,13 +262,11 @@ class Scheduler:
 
     def figures(self, now_ns: int) -> Mapping[str, Mapping[str, float]]:
         """State of each policy for metrics, by policy name."""
-        return {policy.name: policy.figures(now_ns) for policy in (self._hard, *self.policies)}
+        return self._gate.figures(now_ns)
 
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
-        """A request ended so long after it arrived, in success or in a timeout; refusals and cancellations do not count."""
-        self._sojourns.add(sojourn_ns, now_ns)
-        for policy in self.policies:
-            policy.observe_sojourn(sojourn_ns, now_ns, timed_out=timed_out)
+        """A request ended so long after it arrived, in success or timeout; refusals and cancellations do not count."""
+        self._gate.observe_sojourn(sojourn_ns, now_ns, timed_out=timed_out)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -286,58 +277,6 @@ class Scheduler:
             return Rejection("draining", "DRAINING", None)
         return None
 
-    def _judge(
-        self, candidate: Candidate, now_ns: int, *, hard_only: bool, load: LoadState | None = None
-    ) -> Rejection | None:
-        load = load or self._load_state(candidate, now_ns)
-        refused = self._hard.judge(candidate, load, now_ns)
-        if refused is None and not hard_only:
-            for policy in self.policies:
-                refused = policy.judge(candidate, load, now_ns)
-                if refused is not None:
-                    break
-        return refused
-
-    def _drain_ns(self, tokens: int, items: int, now_ns: int) -> int:
-        queue, ladder = self._queue, self._ladder
-        return self._flight.residual_ns(now_ns) + self.cost.drain_ns(
-            queue.tokens + ladder.tokens + tokens,
-            queue.items + ladder.items + items,
-            ladder.max_batch_tokens,
-            self._settings.max_batch_items,
-        )
-
-    def _load_state(self, candidate: Candidate, now_ns: int) -> LoadState:
-        queue, ladder, cost, settings = self._queue, self._ladder, self.cost, self._settings
-        limits = ladder.max_batch_tokens, settings.max_batch_items
-        residual = self._flight.residual_ns(now_ns)
-        tokens, items = queue.tokens + ladder.tokens, queue.items + ladder.items
-        ahead_tokens = ahead_items = 0
-        for klass in queue.classes[: candidate.priority + 1]:
-            ahead_tokens += klass.tokens
-            ahead_items += klass.items
-        # By fair order nobody else gets more than this one does, or one turn, before it is done.
-        fair = queue.submissions * max(settings.quantum_tokens, candidate.tokens)
-        if ahead_tokens > fair:
-            ahead_items = ahead_items * fair // ahead_tokens
-            ahead_tokens = fair
-        predicted = residual + cost.drain_ns(
-            ahead_tokens + ladder.tokens + candidate.tokens, ahead_items + ladder.items + candidate.items, *limits
-        )
-        return LoadState(
-            items,
-            tokens,
-            self._flight.items,
-            self._flight.tokens,
-            residual,
-            residual + cost.drain_ns(tokens, items, *limits),
-            residual + cost.drain_ns(tokens + candidate.tokens, items + candidate.items, *limits),
-            predicted,
-            self._theta.value,
-            cost.tokens_per_second,
-            estimate_is_old=cost.last_ns is None or now_ns - cost.last_ns > settings.probe_after_ns,
-        )
-
     def _dispatch(self, group: Group, tokens: int, now_ns: int) -> Batch:
         slices: list[Slice] = []
         rows = longest = 0
@@ -345,11 +284,12 @@ class Scheduler:
         for ticket, indexes in group.parts:
             assert not ticket.cancelled, "I7: a cancelled item was about to run"
             assert ticket.deadline_ns is None or now_ns < ticket.deadline_ns, "I5: an expired item was about to run"
+            count, lengths = len(indexes), ticket.tokens
             slices.append(Slice(ticket.id, tuple(indexes)))
-            rows += len(indexes)
-            ticket.running += len(indexes)
-            lengths = ticket.tokens
-            longest = max(longest, lengths[indexes[0]] if len(indexes) == 1 else max([lengths[i] for i in indexes]))
+            rows += count
+            ticket.running += count
+            top = lengths[indexes[0]] if count == 1 else max([lengths[i] for i in indexes])
+            longest = max(longest, top)
             oldest = min(oldest, ticket.arrived_ns)
         edge, padded = longest, tokens
         if not self._packed:
@@ -384,7 +324,7 @@ class Scheduler:
                 if good_indexes:
                     settled.append(Settled(ticket.id, good_indexes, Verdict.DONE, good_rows))
             if self._release(ticket) and not ticket.cancelled:
-                self._theta.observe((now_ns - ticket.submitted_ns) / max(ticket.predicted_ns, 1))
+                self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns)
         return self._ladder.succeeded(any_finite=len(bad) < batch.rows)
 
     def _rerun(self, indexes: list[int], ticket: Ticket, group: Group, settled: list[Settled], now_ns: int) -> None:
@@ -432,10 +372,7 @@ class Scheduler:
                 indexes = self._withdraw(ticket)
                 if indexes:
                     self._expired.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
-                    # It would have taken longer still: a sample that can only raise theta.
-                    ratio = (now_ns - ticket.submitted_ns) / max(ticket.predicted_ns, 1)
-                    if ratio > self._theta.value:
-                        self._theta.observe(ratio)
+                    self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns, at_least=True)
                 self._release(ticket)
             submission_id = self._deadlines.pop_due(now_ns)
 

@@ -24,7 +24,7 @@ def _require(holds: bool, sentence: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """Limits and constants of one ``Scheduler``. Raises ``ValueError`` with one sentence if they do not fit together."""
+    """Limits and constants of one ``Scheduler``. Raises ``ValueError`` with a sentence if they do not fit together."""
 
     shape: Shape = Shape.PACKED
     """No padding: 80-100 % useful work against 15-51 % in buckets."""

@@ -205,18 +205,26 @@ class WaitingQueue:
             del self._tickets[ticket.id]
 
     def _place(self, ticket: Ticket, klass: PriorityClass, submission: Submission) -> None:
-        key = submission.tenant
-        tenant = klass.tenant_by_key.get(key)
+        tenant = klass.tenant_by_key.get(submission.tenant)
         if tenant is None:
-            if len(klass.tenant_by_key) >= self._max_tenants:
-                key = self.CROWD
-                tenant = klass.tenant_by_key.get(key)
-            if tenant is None:
-                tenant = klass.tenant_by_key[key] = Tenant(key, ticket.id, self.lanes)
+            tenant = self._new_tenant(klass, submission.tenant, ticket.id)
         flow = tenant.flow_by_key.get(submission.flow)
         if flow is None:
             flow = tenant.flow_by_key[submission.flow] = Flow(submission.flow, ticket.id, self.lanes)
         ticket.tenant, ticket.flow = tenant, flow
+
+    def _new_tenant(self, klass: PriorityClass, key: str, seq: int) -> Tenant:
+        """A tenant's place. Idle ones are kept, since most come again, until there are too many."""
+        known = klass.tenant_by_key
+        if len(known) >= self._max_tenants:
+            if klass.tenants.active < len(known):
+                klass.tenant_by_key = known = {k: tenant for k, tenant in known.items() if tenant.lanes}
+            if len(known) >= self._max_tenants:
+                key = self.CROWD
+        tenant = known.get(key)
+        if tenant is None:
+            tenant = known[key] = Tenant(key, seq, self.lanes)
+        return tenant
 
     def _push(self, run: Run) -> None:
         ticket, lane = run.ticket, run.lane
@@ -255,4 +263,3 @@ class WaitingQueue:
             del tenant.flow_by_key[flow.key]
         if not tenant.lanes:
             klass.tenants.leave(tenant)
-            del klass.tenant_by_key[tenant.key]

@@ -21,7 +21,7 @@ class Candidate:
     __slots__ = ("deadline_ns", "estimated", "items", "priority", "tenant", "tokens")
 
     def __init__(
-        self, tokens: int, items: int, deadline_ns: int | None, priority: Priority, tenant: str, *, estimated: bool
+        self, tokens: int, items: int, deadline_ns: int | None, priority: Priority, tenant: str, estimated: bool
     ) -> None:
         self.tokens = tokens
         self.items = items
@@ -60,7 +60,6 @@ class LoadState:
         predicted_wait_ns: int,
         theta: float,
         tokens_per_second: float,
-        *,
         estimate_is_old: bool,
     ) -> None:
         self.waiting_items = waiting_items

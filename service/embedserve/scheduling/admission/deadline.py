@@ -1,8 +1,8 @@
 """A request that cannot meet its own deadline is refused at once. Always on.
 
 Decides by the predicted wait, raised by ``theta`` where predictions have been too short. Serving it would spend the
-device on an answer that nobody waits for (proactive dropping; Clockwork, OSDI 2020, rejects likewise what cannot meet its
-SLO). ``theta`` under 1 is not used: a deadline that was met by luck is no promise.
+device on an answer that nobody waits for (proactive dropping; Clockwork, OSDI 2020, rejects likewise what cannot meet
+its SLO). ``theta`` under 1 is not used: a deadline that was met by luck is no promise.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class DeadlinePolicy:
             return None
         left = deadline - now_ns
         predicted = load.predicted_wait_ns * max(load.theta, 1.0)
-        if 0 < left and predicted <= left:
+        if left > 0 and predicted <= left:
             return None
-        if 0 < left and load.idle and load.estimate_is_old:
+        if left > 0 and load.idle and load.estimate_is_old:
             return None  # a wrong estimate that refuses everybody would never be corrected: let one through
         figures = {"left_ns": float(left), "predicted_ns": float(predicted), "theta": load.theta}
         if left <= 0:

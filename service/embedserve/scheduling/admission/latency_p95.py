@@ -1,9 +1,9 @@
 """Backpressure by latency: the P95 that callers see, and the one that this caller would.
 
-Decides by two terms. Measured: over a sliding window that counts timeouts, shedding starts when the P95 passes ``soft``,
-ramps up to ``max_shed`` at ``hard`` and ends below ``release``; the share shed moves with the P95 instead of flipping
-between all and nothing. Predictive: theta x predicted wait must not pass the SLO, so that a burst is met before the
-window has seen it. Neither applies to an idle server: after a burst the window is still full of it.
+Decides by two terms. Measured: over a sliding window that counts timeouts, shedding starts when the P95 passes
+``soft``, ramps up to ``max_shed`` at ``hard`` and ends below ``release``; the share shed moves with the P95 instead
+of flipping between all and nothing. Predictive: theta x predicted wait must not pass the SLO, so that a burst is met
+before the window has seen it. Neither applies to an idle server: after a burst the window is still full of it.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ class SojournWindow:
 class OnlineQuantile:
     """Follows a quantile of a stream of positive ratios without keeping them.
 
-    Stochastic approximation of the pinball loss (Robbins and Monro 1951): up by ``step * q`` when a sample lies above, down
-    by ``step * (1 - q)`` otherwise, relative to the value, so that it is as quick at 0.1 as at 10.
+    Stochastic approximation of the pinball loss (Robbins and Monro 1951): up by ``step * q`` when a sample lies
+    above, down by ``step * (1 - q)`` otherwise, relative to the value, so that it is as quick at 0.1 as at 10.
     """
 
     __slots__ = ("_down", "_high", "_low", "_up", "value")

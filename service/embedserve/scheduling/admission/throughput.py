@@ -1,7 +1,7 @@
 """Backpressure by drain time: what is admitted must be done within ``max_drain_ns`` at the measured service rate.
 
-Decides on (queued + running + this) tokens through the cost model of busy time. coral-gpu-inference divides by a rate that
-counts hand-over and idle time and leaves out running work: its rate drifts down when idle and then refuses.
+Decides on (queued + running + this) tokens through the cost model of busy time. coral-gpu-inference divides by a rate
+that counts hand-over and idle time and leaves out running work: its rate drifts down when idle and then refuses.
 """
 
 from __future__ import annotations

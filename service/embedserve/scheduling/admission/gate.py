@@ -1,0 +1,139 @@
+"""The gate: asks every policy, and tells them what is true now.
+
+Decides the snapshot (what waits, what runs, how long a candidate would take by its fair place) and the order of the
+questions: hard limits, the caller's own deadline, then the selected policies; the first refusal counts. Must never know
+batches' contents or change the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from embedserve.scheduling.admission import Candidate, LoadState, Policy
+from embedserve.scheduling.admission.deadline import DeadlinePolicy
+from embedserve.scheduling.admission.queue import QueuePolicy
+from embedserve.scheduling.admission.sojourn import OnlineQuantile, SojournWindow
+from embedserve.scheduling.cost import CostModel
+from embedserve.scheduling.flight import Flight
+from embedserve.scheduling.item import Rejection
+from embedserve.scheduling.retry import RetryLadder
+from embedserve.scheduling.settings import SchedulerSettings
+from embedserve.scheduling.waiting import WaitingQueue
+
+__all__ = ["Gate"]
+
+
+class Gate:
+    """Admission over the parts of one scheduler."""
+
+    __slots__ = (
+        "_cost",
+        "_flight",
+        "_hard",
+        "_ladder",
+        "_max_batch_items",
+        "_probe_after_ns",
+        "_quantum",
+        "_queue",
+        "_sojourns",
+        "_theta",
+        "policies",
+    )
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        policies: Sequence[Policy],
+        *,
+        queue: WaitingQueue,
+        ladder: RetryLadder,
+        flight: Flight,
+        cost: CostModel,
+    ) -> None:
+        self._queue = queue
+        self._ladder = ladder
+        self._flight = flight
+        self._cost = cost
+        self._quantum = settings.quantum_tokens
+        self._max_batch_items = settings.max_batch_items
+        self._probe_after_ns = settings.probe_after_ns
+        self._hard = QueuePolicy(settings)
+        self.policies: tuple[Policy, ...] = (DeadlinePolicy(), *policies)
+        """In the order in which they are asked, after the hard limits."""
+        self._sojourns = SojournWindow(settings.sojourn_window_ns)
+        self._theta = OnlineQuantile(settings.wait_quantile, settings.wait_quantile_step)
+
+    @property
+    def theta(self) -> float:
+        """Online quantile of actual over predicted wait."""
+        return self._theta.value
+
+    def judge(self, candidate: Candidate, load: LoadState, now_ns: int, *, hard_only: bool = False) -> Rejection | None:
+        """The first refusal, or none."""
+        refused = self._hard.judge(candidate, load, now_ns)
+        if refused is None and not hard_only:
+            for policy in self.policies:
+                refused = policy.judge(candidate, load, now_ns)
+                if refused is not None:
+                    break
+        return refused
+
+    def drain_ns(self, now_ns: int) -> int:
+        """Predicted time to work off all that is admitted."""
+        queue, ladder = self._queue, self._ladder
+        return self._flight.residual_ns(now_ns) + self._cost.drain_ns(
+            queue.tokens + ladder.tokens, queue.items + ladder.items, ladder.max_batch_tokens, self._max_batch_items
+        )
+
+    def load_state(self, candidate: Candidate, now_ns: int) -> LoadState:
+        """What the policies are told about a candidate."""
+        queue, ladder, cost, flight = self._queue, self._ladder, self._cost, self._flight
+        limits = ladder.max_batch_tokens, self._max_batch_items
+        residual = flight.residual_ns(now_ns)
+        items, tokens = queue.items + ladder.items, queue.tokens + ladder.tokens
+        old = cost.last_ns is None or now_ns - cost.last_ns > self._probe_after_ns
+        theta, rate = self._theta.value, cost.tokens_per_second
+        if not items:
+            own = residual + cost.drain_ns(candidate.tokens, candidate.items, *limits)
+            return LoadState(0, 0, flight.items, flight.tokens, residual, residual, own, own, theta, rate, old)
+        drain = residual + cost.drain_ns(tokens, items, *limits)
+        drain_with = residual + cost.drain_ns(tokens + candidate.tokens, items + candidate.items, *limits)
+        ahead_items, ahead_tokens = self._ahead(candidate)
+        wait = drain_with
+        if ahead_tokens < tokens:
+            wait = residual + cost.drain_ns(ahead_tokens + candidate.tokens, ahead_items + candidate.items, *limits)
+        return LoadState(
+            items, tokens, flight.items, flight.tokens, residual, drain, drain_with, wait, theta, rate, old
+        )
+
+    def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
+        """A request ended."""
+        self._sojourns.add(sojourn_ns, now_ns)
+        for policy in self.policies:
+            policy.observe_sojourn(sojourn_ns, now_ns, timed_out=timed_out)
+
+    def observe_wait(self, actual_ns: int, predicted_ns: int, *, at_least: bool = False) -> None:
+        """A submission was done so long after it was admitted; ``at_least``: it expired and would have taken longer."""
+        ratio = actual_ns / max(predicted_ns, 1)
+        if not at_least or ratio > self._theta.value:
+            self._theta.observe(ratio)
+
+    def p95_sojourn_ns(self, now_ns: int) -> int | None:
+        """Of the requests that ended lately, timeouts included."""
+        return self._sojourns.quantile_ns(0.95, now_ns)
+
+    def figures(self, now_ns: int) -> Mapping[str, Mapping[str, float]]:
+        """State of each policy, by name."""
+        return {policy.name: policy.figures(now_ns) for policy in (self._hard, *self.policies)}
+
+    def _ahead(self, candidate: Candidate) -> tuple[int, int]:
+        """Items and tokens that are served before the candidate is done."""
+        items, tokens = self._ladder.items, self._ladder.tokens
+        for klass in self._queue.classes[: candidate.priority + 1]:
+            items += klass.items
+            tokens += klass.tokens
+        # By fair order nobody gets more than this one does, or one turn, before it is done.
+        fair = self._queue.submissions * max(self._quantum, candidate.tokens) + self._ladder.tokens
+        if tokens > fair:
+            return items * fair // tokens, fair
+        return items, tokens
