@@ -14,19 +14,20 @@ import numpy.typing as npt
 
 from embedserve.engine.stages import Stages
 from embedserve.errors import EmbedServeError
-from embedserve.model.tokenizer import Truncation
+from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Priority
 
-__all__ = ["Call", "Embedded", "LoadReport", "Portion", "Refused"]
+__all__ = ["Call", "Embedded", "Portion", "Refused"]
 
 
 @dataclass(slots=True)
 class Call:
-    """What to embed and how. Exactly one of ``texts`` and ``token_ids`` is set; both were checked by the front end."""
+    """What to embed and how. Exactly one of ``texts`` and ``tokens`` is set; both were checked by the front end."""
 
     stages: Stages
     texts: Sequence[str] | None = None
-    token_ids: Sequence[npt.NDArray[np.int32]] | None = None
+    tokens: TokenizedTexts | None = None
+    """The caller's own token ids, used as they are."""
     truncation: Truncation = Truncation.NONE
     normalize: bool = True
     dimensions: int | None = None
@@ -42,7 +43,9 @@ class Call:
     @property
     def count(self) -> int:
         """Number of texts."""
-        return len(self.texts if self.texts is not None else self.token_ids or ())
+        if self.texts is not None:
+            return len(self.texts)
+        return 0 if self.tokens is None else len(self.tokens.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +81,3 @@ class Portion:
     truncated: Sequence[bool] = ()
     batch_size: int = 0
     refused: Sequence[Refused] = field(default_factory=tuple)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """The load now; the fields of GetLoad and of the HTTP health page."""
-
-    state: str
-    """``healthy``, ``degraded``, ``overloaded`` or ``not_serving``."""
-    accepting_requests: bool
-    queued_tokens: int
-    service_rate_tokens_per_second: float
-    estimated_drain_time_ms: float
-    p95_latency_ms: float
-    queue_depth: int
-    uptime_seconds: int
-    running_items: int
-    running_tokens: int

@@ -138,12 +138,8 @@ class Driver:
         self._fatal = why
         now = time.monotonic_ns()
         self._scheduler.drain()
-        for flight in list(self._flights.values()):
-            settlement = self._scheduler.complete(flight.batch.id, Fatal(why), now)
-            self._settle(settlement.settled, None, None, None, now)
+        self._settle(self._scheduler.fail(why), None, None, None, now)
         self._flights.clear()
-        for settled in self._scheduler.abandon():
-            self._settle((settled,), None, None, None, now)
         if self._timer is not None:
             self._timer.cancel()
         self._on_fatal(why)
@@ -180,7 +176,7 @@ class Driver:
 
     def _dispatch(self, batch: Batch, now: int) -> None:
         riders = tuple(self._waiting[piece.submission_id] for piece in batch.slices)
-        predicted = self._scheduler.predict_ns(batch.padded_tokens)
+        predicted = self._scheduler.cost.predict_ns(batch.padded_tokens)
         self._flights[batch.id] = _Flight(batch, riders, now, predicted)
         self._device_free_ns = max(now, self._device_free_ns) + predicted
         parts = [
@@ -192,7 +188,7 @@ class Driver:
 
     def _arm(self, now: int) -> None:
         """Sleep until the scheduler's answer may change by time alone. An earlier timer is kept: it re-arms when it fires."""
-        wake = self._scheduler.wake_at()
+        wake = self._scheduler.wake_at(now)
         if self._flights and len(self._flights) < self._batches_in_flight and self._scheduler.depth.waiting_items:
             ready = self._device_free_ns - self._prepare_ahead_ns
             wake = ready if wake is None else min(wake, ready)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedserve.engine.call import Call, Embedded, LoadReport, Portion
+from embedserve.engine.call import Call, Embedded, Portion
 from embedserve.engine.driver import Driver
 from embedserve.engine.intake import Intake, not_serving
+from embedserve.engine.load import LoadReport, report_load
 from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.pending import WholeRequest
 from embedserve.engine.stream import stream_portions
@@ -189,7 +190,7 @@ class Engine:
         self._requests += 1
         try:
             self._admit(call)
-            tokenized = await self._intake.tokenize(call, call.texts, call.token_ids)
+            tokenized = await self._intake.tokenize(call)
             stages.tokenized_ns = time.monotonic_ns()
             self._intake.refuse_over_length(call, tokenized)
             future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
@@ -247,29 +248,9 @@ class Engine:
         return await self._pool.count(texts, prompt=prompt)
 
     def load(self) -> LoadReport:
-        """The load now, in well under 50 us."""
-        now = time.monotonic_ns()
-        load = self._scheduler.load(now)
+        """The load now, in well under 100 us."""
         serving = self._ready is not None and not self._draining
-        state = "healthy"
-        if not serving:
-            state = "not_serving"
-        elif not load.accepting:
-            state = "overloaded"
-        elif load.degraded:
-            state = "degraded"
-        return LoadReport(
-            state=state,
-            accepting_requests=serving and load.accepting,
-            queued_tokens=load.queued_tokens,
-            service_rate_tokens_per_second=load.service_rate_tokens_per_second,
-            estimated_drain_time_ms=load.estimated_drain_ns / 1e6,
-            p95_latency_ms=load.p95_sojourn_ns / 1e6,
-            queue_depth=load.queued_items,
-            uptime_seconds=(now - self._started_ns) // 1_000_000_000 if self._ready is not None else 0,
-            running_items=load.running_items,
-            running_tokens=load.running_tokens,
-        )
+        return report_load(self._scheduler, serving=serving, started_ns=self._started_ns)
 
     def _finish(self, call: Call, verdict: str) -> None:
         self._requests -= 1

@@ -69,7 +69,8 @@ class Intake:
             longest = self._max_input_length * stages.texts
             estimate = min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * stages.texts, longest)
         else:
-            estimate = sum(map(len, call.token_ids or ()))
+            assert call.tokens is not None
+            estimate = len(call.tokens.ids)
         rejection = self._scheduler.judge(
             estimate,
             stages.texts,
@@ -98,17 +99,12 @@ class Intake:
             figures=dict(rejection.figures),
         )
 
-    async def tokenize(
-        self, call: Call, texts: Sequence[str] | None, token_ids: Sequence[npt.NDArray[np.int32]] | None
-    ) -> TokenizedTexts:
-        """Token ids of some texts of a call, or the caller's own ids."""
-        if texts is None:
-            rows = list(token_ids or ())
-            return TokenizedTexts(
-                ids=np.concatenate(rows),
-                lengths=np.fromiter(map(len, rows), dtype=np.int32, count=len(rows)),
-                truncated=np.zeros(len(rows), dtype=np.bool_),
-            )
+    async def tokenize(self, call: Call, first: int = 0, stop: int | None = None) -> TokenizedTexts:
+        """Token ids of a call's texts from ``first`` to before ``stop``, or the caller's own ids."""
+        if call.texts is None:
+            assert call.tokens is not None
+            return call.tokens if stop is None else _cut(call.tokens, first, stop)
+        texts: Sequence[str] = call.texts if stop is None else call.texts[first:stop]
         chars = sum(map(len, texts))
         tokenized = await self._pool.encode(texts, chars, truncation=call.truncation, prompt=call.prompt)
         chars += len(call.prompt) * len(texts)
@@ -157,3 +153,14 @@ class Intake:
             ),
             reason="TEXT_TOO_LONG",
         )
+
+
+def _cut(tokens: TokenizedTexts, first: int, stop: int) -> TokenizedTexts:
+    begin = int(tokens.lengths[:first].sum())
+    end = begin + int(tokens.lengths[first:stop].sum())
+    return TokenizedTexts(
+        ids=tokens.ids[begin:end],
+        lengths=tokens.lengths[first:stop],
+        truncated=tokens.truncated[first:stop],
+        prompt_tokens=tokens.prompt_tokens,
+    )

@@ -63,9 +63,7 @@ class _Stream:
 
     async def _submit(self, indexes: range, flow: int, *, continuation: bool) -> None:
         call, stages = self.call, self.call.stages
-        texts = None if call.texts is None else call.texts[indexes.start : indexes.stop]
-        token_ids = None if call.token_ids is None else call.token_ids[indexes.start : indexes.stop]
-        tokenized = await self.intake.tokenize(call, texts, token_ids)
+        tokenized = await self.intake.tokenize(call, indexes.start, indexes.stop)
         stages.tokenized_ns = time.monotonic_ns()
         over = self.intake.over_length(call, tokenized.lengths)
         ids, lengths, truncated = tokenized.ids, tokenized.lengths, tokenized.truncated

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import orjson
 from aiohttp import web
 
-from embedserve.engine.call import LoadReport
+from embedserve.engine.load import LoadReport
 from embedserve.errors import StartupError
 
 __all__ = ["OperationsPort"]

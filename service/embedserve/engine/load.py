@@ -1,0 +1,71 @@
+"""How loaded the engine is, for balancers, probes and people.
+
+Decides what "accepting", "degraded" and "overloaded" mean. Must never know who asks: GetLoad, the HTTP health page and the
+metrics all say the same.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from embedserve.scheduling.scheduler import Scheduler
+
+__all__ = ["LoadReport", "report_load"]
+
+ORDINARY_TOKENS = 32
+"""A request of ordinary size: one short text."""
+DEGRADED_DRAIN_SHARE = 0.7
+"""Share of the drain limit from which the server asks to be sent less; py-gpu-inference uses the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """The load now; the fields of GetLoad and of the HTTP health page."""
+
+    state: str
+    """``healthy``, ``degraded``, ``overloaded`` or ``not_serving``."""
+    accepting_requests: bool
+    queued_tokens: int
+    service_rate_tokens_per_second: float
+    estimated_drain_time_ms: float
+    p95_latency_ms: float
+    queue_depth: int
+    uptime_seconds: int
+    running_items: int
+    running_tokens: int
+
+
+def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int) -> LoadReport:
+    """Snapshot of ``scheduler``; ``serving`` says whether the process takes requests at all, ``started_ns`` since when."""
+    now = time.monotonic_ns()
+    load, depth = scheduler.load(now), scheduler.depth
+    accepting = serving and load.accepting and scheduler.judge(ORDINARY_TOKENS, 1, now_ns=now) is None
+    state = "healthy"
+    if not serving:
+        state = "not_serving"
+    elif not accepting:
+        state = "overloaded"
+    elif _degraded(scheduler, now):
+        state = "degraded"
+    return LoadReport(
+        state=state,
+        accepting_requests=accepting,
+        queued_tokens=load.queued_tokens,
+        service_rate_tokens_per_second=load.tokens_per_second,
+        estimated_drain_time_ms=load.drain_ns / 1e6,
+        p95_latency_ms=(load.p95_sojourn_ns or 0) / 1e6,
+        queue_depth=depth.waiting_items,
+        uptime_seconds=(now - started_ns) // 1_000_000_000 if started_ns else 0,
+        running_items=depth.running_items,
+        running_tokens=load.running_tokens,
+    )
+
+
+def _degraded(scheduler: Scheduler, now_ns: int) -> bool:
+    """Whether a policy that is in force has passed its soft threshold."""
+    figures = scheduler.figures(now_ns)
+    drain = figures.get("throughput", {})
+    if drain and drain["drain_ns"] > DEGRADED_DRAIN_SHARE * drain["max_drain_ns"]:
+        return True
+    return figures.get("latency_p95", {}).get("shed_share", 0.0) > 0
