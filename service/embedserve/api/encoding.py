@@ -54,7 +54,7 @@ class EncodedRows:
         scales: npt.NDArray[np.float32] | None = None,
     ) -> None:
         """Take ``data`` of shape ``[rows, ...]``, C-contiguous, and ``scales`` of shape ``[rows]`` or none."""
-        self.data = memoryview(data.reshape(-1).view(np.uint8))
+        self.data = memoryview(data.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # has the buffer protocol
         """All rows; keeps the array alive."""
         self.encoding = encoding
         self.rows = len(data)
@@ -71,8 +71,8 @@ def row_bytes(encoding: Encoding, dimensions: int) -> int:
 def shorten(vectors: npt.NDArray[np.float32], dimensions: int, *, normalize: bool) -> npt.NDArray[np.float32]:
     """Keep the first ``dimensions`` components of each row, then scale to unit length where asked.
 
-    Normalising before the cut as well changes nothing but the scale, which the second normalising undoes: so a device may
-    normalise whole rows and the cut may come later. A row that is all zeros stays so.
+    Normalising before the cut as well changes nothing but the scale, which the second normalising undoes: so a device
+    may normalise whole rows and the cut may come later. A row that is all zeros stays so.
     """
     if dimensions == vectors.shape[1]:
         return vectors

@@ -1,16 +1,17 @@
 """The outermost interceptor: what every call has in common, and the wall that no exception passes.
 
-Decides when a call arrived, how long it may take, which one status it ends with and who is told. Must never know what a
-call asks for. It is one of the three places where a broad ``except`` is allowed, because grpc.aio sends the text of an
-exception that leaves a handler to the client, and sends nothing at all when a ``CancelledError`` that is not the client's
-leaves one (grpc#29248).
+Decides when a call arrived, how long it may take, which one status it ends with and who is told. Must never know what
+a call asks for. It is one of the three places where a broad ``except`` is allowed, because grpc.aio sends the text of an
+exception that leaves a handler to the client, and sends nothing at all when a ``CancelledError`` that is not the
+client's leaves one (grpc#29248).
 
-Only the guarded service is touched: health and reflection pass as they are, so that ``Watch`` keeps working. Handlers of
-the guarded service may be coroutines, async generators or coroutines that call ``context.write``.
+Only the guarded service is touched: health and reflection pass as they are, so that ``Watch`` keeps working. Handlers
+of the guarded service may be coroutines, async generators or coroutines that call ``context.write``.
 
 What a handler needs to know of its call is in ``current_call()``. A context variable does that in 40 ns, where a context
 of our own around grpc's would cost a Python call for each of its methods. It holds in the handler because grpc.aio runs
-interceptors and handler in one task.
+interceptors and handler in one task. The trace id goes out with the trailers: a batch of its own for initial metadata
+costs 46 us of the loop's time a call, the trailers 8 us.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import contextvars
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import grpc
 import grpc.aio
@@ -92,11 +93,17 @@ def current_call() -> Call:
 
 
 class _Unparsable:
-    """Stands for a request that is not the message it should be."""
+    """Stands for a request that could not be parsed."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception, method: str) -> None:
+        name = method.rpartition("/")[2]
+        violation = Violation("", f"the bytes are not a valid request of {name}", "MALFORMED_MESSAGE")
+        self.error = InvalidRequest([violation]) if isinstance(error, DecodeError) else error
 
 
-_UNPARSABLE = _Unparsable()
-
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 OnInternalError = Callable[[str, BaseException], None]
 """Told the id that the client got, and what happened."""
 OnFatal = Callable[[BaseException], None]
@@ -105,11 +112,7 @@ Accepting = Callable[[], NotServing | None]
 """``None`` while calls are accepted, otherwise what to refuse them with."""
 
 
-def _ignore(*_: object) -> None:
-    return None
-
-
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Guard(grpc.aio.ServerInterceptor):
     """Guards one service. Give it to the server as the first interceptor."""
 
     def __init__(
@@ -147,9 +150,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
+    ) -> Handler | None:
         """Stamp the arrival and give back the guarded handler."""
         method: str = handler_call_details.method
         if not method.startswith(self._prefix):
@@ -157,57 +160,56 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         _CALL.set(Call(method[1:], handler_call_details.invocation_metadata, self._clock()))
         try:
             handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            inner, outer = self._wrapped.get(method, (None, None))
+            if inner is not handler:
+                outer = self._wrap(handler, method)
+                self._wrapped[method] = (handler, outer)
         except Exception as error:  # noqa: BLE001  # an inner interceptor broke, and its text must not go out
-            return grpc.unary_unary_rpc_method_handler(self._unary(_raise(error), None, method))
-        if handler is None:
-            return None
-        inner, outer = self._wrapped.get(method, (None, None))
-        if inner is not handler:
-            outer = self._wrap(handler, method)
-            self._wrapped[method] = (handler, outer)
+            return grpc.unary_unary_rpc_method_handler(self._unary(_raising(error), None, method))
         return outer
 
-    def _wrap(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
+    def _wrap(self, handler: Any, method: str) -> Handler:
         if handler.request_streaming:
-            raise InvariantBroken(f"{method}: the guard knows no client streams")
-        deserializer = self._deserializer(handler.request_deserializer)
+            raise InvariantBroken(f"{method} takes a stream, which the guard does not know")
+        parse = self._parse(handler.request_deserializer, method)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, method), deserializer, handler.response_serializer
-            )
+            guarded = self._stream(handler.unary_stream, method)
+            return grpc.unary_stream_rpc_method_handler(guarded, parse, handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, handler.response_serializer, method), deserializer
+            self._unary(handler.unary_unary, handler.response_serializer, method), parse
         )
 
-    def _deserializer(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-        def parse_guarded(raw: bytes) -> Any:
+    def _parse(self, parse: Callable[[bytes], Any] | None, method: str) -> Callable[[bytes], Any]:
+        clock = self._clock
+
+        def guarded(raw: bytes) -> Any:
             try:
                 message = raw if parse is None else parse(raw)
-            except DecodeError:
-                message = _UNPARSABLE
-            _CALL.get().received_ns = self._clock()
+            except Exception as error:  # noqa: BLE001  # judged in the handler, where the client can be answered
+                message = _Unparsable(error, method)
+            _CALL.get().received_ns = clock()
             return message
 
-        return parse_guarded
+        return guarded
 
     def _unary(
         self, behaviour: Callable[[Any, Any], Awaitable[Any]], serialize: Callable[[Any], bytes] | None, method: str
     ) -> Callable[[Any, Any], Awaitable[bytes]]:
-        check = self._check_of(method)
+        always = self._is_always_answered(method)
 
         async def guarded(request: Any, context: Any) -> bytes:
             call = self._begin(context)
             try:
-                await check(call, request, context)
+                self._check(request, always=always)
                 response = await behaviour(request, context)
                 # Serialised here, not by grpc, so that a message that cannot be serialised is an error like any other.
-                raw: bytes = response if serialize is None else serialize(response)
-                if not isinstance(raw, bytes):
-                    raise ServerFault(f"{method} gave {type(raw).__name__}, not bytes")
+                raw = _as_bytes(response if serialize is None else serialize(response))
                 self._end_by_context(call, context)
             except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001  # the wall
                 await self._fail(call, context, error)
-                return b""  # not reached unless a status was sent before
+                return b""  # never sent: a status was
             else:
                 return raw
             finally:
@@ -216,13 +218,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return guarded
 
     def _stream(self, behaviour: Callable[[Any, Any], Any], method: str) -> Callable[[Any, Any], Awaitable[None]]:
-        check = self._check_of(method)
+        always = self._is_always_answered(method)
         generator = inspect.isasyncgenfunction(behaviour)
 
         async def guarded(request: Any, context: Any) -> None:
             call = self._begin(context)
             try:
-                await check(call, request, context)
+                self._check(request, always=always)
                 if generator:
                     await _write_all(behaviour(request, context), context)
                 else:
@@ -235,23 +237,18 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return guarded
 
-    def _check_of(self, method: str) -> Callable[[Call, Any, Any], Awaitable[None]]:
-        always = method.rpartition("/")[2] in self._always_answered
+    def _is_always_answered(self, method: str) -> bool:
+        return method.removeprefix(self._prefix) in self._always_answered
 
-        async def check(call: Call, request: Any, context: Any) -> None:
-            """Send the trace id; raise what forbids the call before its handler sees it."""
-            if call.trace.trace_id is not None:
-                await context.send_initial_metadata(((TRACE_ID_KEY, call.trace.trace_id),))
-            refusal = None if always else self._accepting()
-            if refusal is not None:
-                raise refusal
-            if request is _UNPARSABLE:
-                name = method.rpartition("/")[2]
-                raise InvalidRequest([Violation("", f"the bytes are not a valid {name} request", "MALFORMED_MESSAGE")])
+    def _check(self, request: Any, *, always: bool) -> None:
+        """Raise what forbids the call before its handler sees it."""
+        refusal = None if always else self._accepting()
+        if refusal is not None:
+            raise refusal
+        if isinstance(request, _Unparsable):
+            raise request.error
 
-        return check
-
-    # The life of one call -----------------------------------------------------------------------------------------------
+    # The life of one call
 
     def _begin(self, context: Any) -> Call:
         call = _CALL.get()
@@ -263,6 +260,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             # grpc counts by the wall clock, which may step: read once, and count on by the monotonic clock.
             call.deadline_ns = self._clock() + int(remaining_s * 1e9)
         call.trace = self._observer.begin(call.method, call.metadata, call.arrived_ns, context.peer())
+        if call.trace.trace_id is not None:
+            context.set_trailing_metadata(((TRACE_ID_KEY, call.trace.trace_id),))
         return call
 
     def _leave(self, call: Call) -> None:
@@ -280,29 +279,31 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._on_internal_error(status.new_error_id(), error)
 
     def _end_by_context(self, call: Call, context: Any) -> None:
+        """The handler has returned, or has aborted."""
         code = context.code()
-        if not code:
-            self._end(call, "OK", None)
-        else:
+        if code:
             name = _status_name(code)
             self._end(call, name, None if name == "OK" else name)
+        elif _cancelled_from_outside():  # and the handler has swallowed it
+            self._end_cancelled(call)
+        else:
+            self._end(call, "OK", None)
 
     async def _fail(self, call: Call, context: Any, error: BaseException) -> None:
         """End the call for ``error``: answer the client unless it is gone or was answered."""
-        if isinstance(error, grpc.aio.AbortError) or context.done():
+        if isinstance(error, grpc.aio.AbortError):
             self._end_by_context(call, context)
             raise error
-        if isinstance(error, asyncio.CancelledError) and _cancelled_from_outside():
-            self._end_cancelled(call)
-            raise error
-        if isinstance(error, grpc.aio.BaseError):
-            # grpc's own failure to send: the client went away between two events of the loop.
+        if _cancelled_from_outside():
             self._end_cancelled(call)
             raise asyncio.CancelledError from error
         reply = self._reply(error, call)
-        self._end(call, reply.code.name, reply.error_type)
         try:
-            await context.abort(reply.code, reply.message, reply.trailers)
+            if context.done():
+                self._end_by_context(call, context)
+            else:
+                self._end(call, reply.code.name, reply.error_type)
+                await context.abort(reply.code, reply.message, _with_trace_id(reply.trailers, call))
         finally:
             if isinstance(error, (InvariantBroken, SystemExit)):
                 self._on_fatal(error)
@@ -346,7 +347,19 @@ async def _write_all(responses: AsyncIterator[Any], context: Any) -> None:
         await responses.aclose()  # type: ignore[attr-defined]
 
 
-def _raise(error: BaseException) -> Callable[[Any, Any], Awaitable[Any]]:
+def _with_trace_id(trailers: status.Trailers, call: Call) -> status.Trailers:
+    """Trailers of an abort replace those that were set before."""
+    trace_id = call.trace.trace_id
+    return trailers if trace_id is None else (*trailers, (TRACE_ID_KEY, trace_id))
+
+
+def _as_bytes(response: Any) -> bytes:
+    if not isinstance(response, bytes):
+        raise TypeError(f"the answer is {type(response).__name__}, not bytes")
+    return response
+
+
+def _raising(error: BaseException) -> Callable[[Any, Any], Awaitable[Any]]:
     async def raising(_request: Any, _context: Any) -> Any:
         raise error
 

@@ -1,8 +1,8 @@
 """``grpc.health.v1`` for this process and its one service.
 
-Decides what Check, List and Watch answer. Must never know why the process serves or not: ``set_serving`` says so. Built on
-the stock protocol but not on the stock servicer, which begins as SERVING, has no List (gRFC A90), and holds one lock while
-it writes to a watcher: a watcher that does not read would then hold up whoever sets the status, and with it the shutdown.
+Decides what Check, List and Watch answer. Must never know why the process serves or not: ``set_serving`` says so. Built
+on the stock protocol but not on the stock servicer, which begins as SERVING, has no List (gRFC A90), and holds one lock
+while it writes to a watcher: a watcher that does not read would then hold up whoever sets the status, and the shutdown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The gRPC server itself: its channel options and the addresses that it listens on.
 
-Decides what the transport allows before any handler runs. Must never know a service. Every option of gRPC Core that has a
-bearing on safety is set here, so that no default of a new version changes it silently.
+Decides what the transport allows before any handler runs. Must never know a service. Every option of gRPC Core that has
+a bearing on safety is set here, so that no default of a new version changes it silently.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ServerOptions:
     max_metadata_bytes: int = 16 << 10
     """All headers of one call; above it gRPC answers RESOURCE_EXHAUSTED."""
     max_concurrent_streams: int = 1024
-    """Calls at once on one connection; Core has no limit by default and would run hundreds of handlers for one client."""
+    """Calls at once on one connection; Core has no limit by default, and would run whatever one client sends."""
     keepalive_time_ms: int = 60_000
     """A connection this long without a frame is pinged."""
     keepalive_timeout_ms: int = 20_000
@@ -43,10 +43,10 @@ class ServerOptions:
     min_ping_interval_ms: int = 10_000
     """Clients that ping more often than this are sent away (GOAWAY, too_many_pings)."""
     max_connection_idle_ms: int = 300_000
-    """A connection this long without a call is closed; also ends what opened a connection and never finished a request."""
+    """A connection this long without a call is closed."""
     max_connection_age_ms: int = 600_000
-    """A connection this old is asked to come back (GOAWAY; 10 % jitter, gRFC A9), which spreads clients over new
-    servers behind a connection-level balancer."""
+    """A connection this old is asked to come back (GOAWAY; 10 % jitter, gRFC A9): spreads clients over new servers behind
+    a balancer of connections, and ends a connection whose request never arrives whole."""
     max_connection_age_grace_ms: int = 60_000
     """How long its running calls may then take."""
 
@@ -82,7 +82,7 @@ def build_server(options: ServerOptions, interceptors: Sequence[grpc.aio.ServerI
 def bind(
     server: grpc.aio.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None = None
 ) -> list[int]:
-    """Listen on every address (``host:port``, ``[v6]:port``, ``unix:path``), with TLS where ``credentials`` are given.
+    """Listen on every address (``host:port``, ``[v6]:port``, ``unix:path``), with TLS where there are ``credentials``.
 
     Returns the port of each, chosen by the system where 0 is asked for, 1 for unix sockets. Raises ``StartupError`` that
     names the address when one is taken or wrong.

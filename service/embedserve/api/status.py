@@ -1,11 +1,11 @@
 """How a failure is told to a client: the only place that knows ``grpc.StatusCode`` for errors.
 
-Decides status, message, ``google.rpc`` details and retry hints. Must never know what raised the error or why. The text of
-an exception that is ours never goes out: the client gets an id that the log names too.
+Decides status, message, ``google.rpc`` details and retry hints. Must never know what raised the error or why. The text
+of an exception that is ours never goes out: the client gets an id that the log names too.
 
-Details follow the richer error model (``grpc-status-details-bin`` holding ``google.rpc.Status``) with ErrorInfo on every
-error (AIP-193); retry pushback follows gRFC A6: clients that have a retry policy wait that long, and a negative value
-stops them.
+Details follow the richer error model (``grpc-status-details-bin`` holding ``google.rpc.Status``) with ErrorInfo on
+every error (AIP-193); retry pushback follows gRFC A6: clients that have a retry policy wait that long, and a negative
+value stops them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -42,7 +42,7 @@ from embedserve.errors import (
     Violation,
 )
 
-__all__ = ["DOMAIN", "Reply", "item_error", "new_error_id", "reply", "unexpected"]
+__all__ = ["BAD_TEXT", "DOMAIN", "Reply", "item_error", "new_error_id", "reply", "unexpected"]
 
 DOMAIN: Final = "embedserve"
 """``ErrorInfo.domain`` of every error."""
@@ -50,6 +50,8 @@ MAX_DETAILS_BYTES: Final = 5120
 """Trailers are limited to 8 KiB in all by most peers, and base64 makes three bytes four: 5 KiB become 6.7 KiB."""
 MAX_MESSAGE_CHARACTERS: Final = 256
 """The message is sent twice, in ``grpc-message`` (percent-encoded) and in the details."""
+BAD_TEXT: Final[int] = grpc.StatusCode.INVALID_ARGUMENT.value[0]
+"""``ItemError.code`` of a ``validation.BadText``."""
 JITTER_SPREAD: Final = 0.2
 """A retry hint is scaled by 0.8 to 1.2, so that those refused together do not come back together."""
 NEVER: Final = "-1"
@@ -62,12 +64,15 @@ Jitter = Callable[[], float]
 """Gives the factor for one retry hint."""
 
 
+Trailers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+
 class Reply(NamedTuple):
     """What goes to the client, and what the log needs to find it again."""
 
     code: grpc.StatusCode
     message: str
-    trailers: tuple[tuple[str, str | bytes], ...]
+    trailers: Trailers
     error_type: str
     """Low-cardinality word for metrics: the error's class name, or a refusal's reason."""
     error_id: str | None = None
@@ -120,7 +125,7 @@ def _jitter() -> float:
 
 
 def reply(error: EmbedServeError, *, error_id: str | None = None, jitter: Jitter = _jitter) -> Reply:
-    """The answer to ``error``. Takes under 10 us for a refusal. ``error_id`` is made here when it is needed and not given."""
+    """The answer to ``error``, in under 10 us for a refusal. ``error_id`` is made here when needed and not given."""
     spelling = _spelling(error)
     if isinstance(error, InvalidRequest):
         return _invalid(error, spelling)
@@ -193,7 +198,7 @@ def _reply(
     error_id: str | None = None,
 ) -> Reply:
     status = status_pb2.Status(code=spelling.code.value[0], message=message, details=details).SerializeToString()
-    trailers: tuple[tuple[str, str | bytes], ...] = ((_DETAILS, status),)
+    trailers: Trailers = ((_DETAILS, status),)
     if pushback is not None:
         trailers = ((_PUSHBACK, pushback), *trailers)
     return Reply(spelling.code, message, trailers, error_type, error_id)
@@ -247,4 +252,5 @@ def _add(bad_request: error_details_pb2.BadRequest, violation: Violation) -> int
     entry = bad_request.field_violations.add(
         field=_cut(violation.field), description=_cut(violation.description, 512), reason=violation.reason
     )
-    return entry.ByteSize() + 3
+    size: int = entry.ByteSize()
+    return size + 3

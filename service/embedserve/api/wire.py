@@ -1,15 +1,16 @@
 """The wire trick: answers are written, and token ids read, as raw bytes.
 
-Decides the byte layout of the messages on the hot path. Must never know calls, limits or the engine: it takes buffers and
-gives ``bytes``, or takes ``bytes`` and gives arrays.
+Decides the byte layout of the messages on the hot path. Must never know calls, limits or the engine: it takes buffers
+and gives ``bytes``, or takes ``bytes`` and gives arrays.
 
 A packed ``repeated float`` and a ``bytes`` field are the same on the wire (protobuf encoding guide, "packed"): a tag, a
 length, and the little-endian components. protobuf's Python runtime has no way to hand it an array (protobuf#8047 was
 closed), and takes 8.2 us to write 384 floats one by one where the bytes take 0.6 us. So rows are put together here by
 hand, and everything that is not a row is written by the generated classes: the fields of one message may be serialised
 apart and joined. A private twin of the descriptor with ``bytes`` fields gives the same bytes, but copies each row three
-times: 139 us for 32 rows of 1024 against 22 us, so it is kept for requests only. Tags are read from the public descriptor
-at import, so that neither can drift from it; the tests compare every byte with what the generated classes write.
+times: 139 us for 32 rows of 1024 against 16 us, so a twin is kept for requests only. It and the tags are derived from
+the public descriptor at import, so that they cannot drift from it; the tests compare every byte with what the generated
+classes write.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ __all__ = [
 ]
 
 DEFAULT_STREAM_MESSAGE_BYTES: Final = 1 << 20
-"""One message of a stream stays under 1 MiB: a quarter of what clients accept, and small enough to share a connection."""
-_ROW_OVERHEAD_BYTES: Final = 34
-"""The most that is written around one row: tag and length 6, index 6, tag and length 6, token count 6, flag 2, batch 6,
-less what cannot happen together, and 5 for a scale; 32 or fewer in fact, rounded up."""
+"""One message of a stream stays under 1 MiB: a quarter of what clients accept, small enough to share a connection."""
+_ROW_OVERHEAD_BYTES: Final = 36
+"""The most that is written around one row: tag and length of the Embedding and of the row 5 each (rows are under
+256 MB), index, token count and batch size 6 each, flag 2, scale 5; and one to spare."""
 _MESSAGE_OVERHEAD_BYTES: Final = 1024
 """Identity, usage and timings: about 250 bytes, with room for a long model name."""
 
@@ -92,7 +93,7 @@ _SUMMARY_TIMINGS = _tag(pb.EmbedStreamSummary, "timings", _LENGTH_DELIMITED)
 Part = bytes | memoryview
 
 
-# Answers ---------------------------------------------------------------------------------------------------------------
+# Answers
 
 
 def max_response_bytes(texts: int, row_bytes: int) -> int:
@@ -132,21 +133,23 @@ def _add_rows(
     parts: list[Part],
     rows: EncodedRows,
     indexes: Sequence[int],
-    token_counts: Sequence[int],
-    truncated: Sequence[bool],
-    batch_sizes: Sequence[int],
+    columns: tuple[Sequence[int], Sequence[bool], Sequence[int]],
     first: int = 0,
 ) -> None:
-    """Add row ``first + i`` of ``rows`` as the Embedding of ``indexes[i]``; the other sequences run along ``indexes``."""
+    """Add row ``first + i`` of ``rows`` as the Embedding of ``indexes[i]``.
+
+    ``columns`` are token counts, truncated flags and batch sizes, one for each row from row 0.
+    """
+    token_counts, truncated, batch_sizes = columns
     size = rows.row_bytes
     data = rows.data
     row_tag = _VALUES if rows.encoding is Encoding.FLOAT32 else _PACKED
     scales = None if rows.scales is None else rows.scales.tolist()
     start = first * size
-    for row, index in enumerate(indexes):
+    for row, index in enumerate(indexes, first):
         after = _after_row(token_counts[row], truncated[row], batch_sizes[row])
-        if scales is not None and scales[first + row]:
-            after += _SCALE + struct.pack("<f", scales[first + row])
+        if scales is not None and scales[row]:
+            after += _SCALE + struct.pack("<f", scales[row])
         parts += (_before_row(index, row_tag, size, len(after)), data[start : start + size], after)
         start += size
 
@@ -168,7 +171,7 @@ def unary_parts(
     ``identity_message``. Row i is text i. Nothing is copied yet: ``rows`` must not change until ``finish_unary``.
     """
     parts: list[Part] = []
-    _add_rows(parts, rows, range(rows.rows), token_counts, truncated, batch_sizes)
+    _add_rows(parts, rows, range(rows.rows), (token_counts, truncated, batch_sizes))
     rest = pb.EmbedResponse(
         dimensions=dimensions,
         encoding=rows.encoding,  # type: ignore[arg-type]  # an IntEnum with the proto's numbers
@@ -220,17 +223,8 @@ def stream_messages(
     per_message = max(1, max_message_bytes // (rows.row_bytes + _ROW_OVERHEAD_BYTES))
     messages = []
     for first in range(0, rows.rows, per_message):
-        last = first + per_message
         parts: list[Part] = []
-        _add_rows(
-            parts,
-            rows,
-            indexes[first:last],
-            token_counts[first:last],
-            truncated[first:last],
-            batch_sizes[first:last],
-            first,
-        )
+        _add_rows(parts, rows, indexes[first : first + per_message], (token_counts, truncated, batch_sizes), first)
         messages.append(b"".join(parts))
     return messages
 
@@ -276,11 +270,11 @@ def stream_summary(
     return _SUMMARY + _varint(len(summary)) + summary
 
 
-# Requests --------------------------------------------------------------------------------------------------------------
+# Requests
 
 
 def _twin_classes() -> dict[str, Any]:
-    """Copy the public file under another package, with ``TokenIds.ids`` as ``repeated bytes``: one item a packed run."""
+    """Copy the public file under another package, with ``TokenIds.ids`` as ``repeated bytes``: an item a packed run."""
     file = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(file)
     package, twin = f".{file.package}.", "embedserve.twin.v1"
@@ -313,7 +307,7 @@ parse_embed_stream_request = _TWINS["EmbedStreamRequest"].FromString
 
 
 def token_id_rows(request: Any) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
-    """All token ids of a parsed request end to end, and how many each text has. Copies once, whatever the number of texts.
+    """All token ids of a parsed request end to end, and how many each text has; one copy for all texts together.
 
     Raises ``DecodeError`` where the generated class would: when a run of ids is not a multiple of four bytes.
     """
