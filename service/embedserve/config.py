@@ -193,6 +193,10 @@ class Tokenizer(Section):
     """Threads. none: one a core, 4 at most, which is more than one model on any device can take."""
     max_pending: Annotated[int, _between(1, 1_000_000)] = 1024
     """Requests that wait for a thread; more are refused. A quarter of the calls in flight."""
+    inline_chars: Annotated[int, _between(0, 65536)] = 256
+    """Requests of no more characters are tokenised on the event loop: that takes as long as to hand them to a thread."""
+    chunk_texts: Annotated[int, _between(1, 1_000_000)] = 64
+    """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
 
     def thread_count(self, cores: int) -> int:
         """``threads``, or what ``None`` means on ``cores`` cores."""
@@ -212,6 +216,8 @@ class Scheduling(Section):
     """Texts in one pass. Bounds the time to gather a batch of very short texts."""
     batches_in_flight: Annotated[int, _between(1, 8)] = 2
     """One that runs and one prepared behind it, so that the device never waits and little is decided early."""
+    prepare_ahead_us: Annotated[int, _between(0, 1_000_000)] = 1000
+    """How long before the predicted end of a pass the next one is closed: covers the hand-over, lets late texts ride."""
     max_queue_items: Annotated[int, _between(1, 16 * MIB)] = 65536
     """Texts that wait. Four of the largest requests; bounds memory."""
     max_queue_tokens: Annotated[int, _between(16, 1024 * MIB)] | None = None

@@ -65,15 +65,20 @@ class Engine:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
         on_fatal: Callable[[str], None] = lambda _why: None,
+        include_prompt: bool = True,
     ) -> None:
-        """Nothing runs before ``start``. ``on_fatal`` is called once when nothing more will run: end the process then."""
+        """Nothing runs before ``start``.
+
+        ``on_fatal`` is called once when nothing more will run: end the process then. ``include_prompt`` says whether the
+        checkpoint pools a prompt's tokens.
+        """
         self._factory = factory
         self._scheduler = scheduler
         self._settings = settings
         self._observer: EngineObserver = observer or SilentObserver()
         self._on_fatal = on_fatal
         self._pool = TokenizerPool(tokenizer, settings.tokenizer, self._observer.tokenized)
-        self._intake = Intake(scheduler, self._pool, self._observer, max_input_length)
+        self._intake = Intake(scheduler, self._pool, self._observer, max_input_length, include_prompt=include_prompt)
         self._started_ns = 0
         self._draining = False
         self._requests = 0
@@ -132,6 +137,11 @@ class Engine:
             ended = await loop.run_in_executor(None, self._worker.stop, timeout_s)
         self._pool.close()
         return ended
+
+    @property
+    def loaded(self) -> bool:
+        """Whether ``start`` has succeeded."""
+        return self._ready is not None
 
     @property
     def identity(self) -> ModelIdentity:
@@ -196,7 +206,7 @@ class Engine:
             future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
             submission = self._intake.submission(call, tokenized.lengths.tolist(), self._intake.new_flow())
             pending = WholeRequest(
-                submission, call, tokenized.ids, tokenized.truncated, tokenized.prompt_tokens, future
+                submission, call, tokenized.ids, tokenized.truncated, self._intake.skip(tokenized), future
             )
             stages.tokens = len(tokenized.ids)
             rejection = self._running.submit(pending)

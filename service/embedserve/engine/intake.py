@@ -47,13 +47,20 @@ class Intake:
     """What every request passes before it waits."""
 
     def __init__(
-        self, scheduler: Scheduler, pool: TokenizerPool, observer: EngineObserver, max_input_length: int
+        self,
+        scheduler: Scheduler,
+        pool: TokenizerPool,
+        observer: EngineObserver,
+        max_input_length: int,
+        *,
+        include_prompt: bool,
     ) -> None:
         """Shares the scheduler with the driver; both live on one event loop."""
         self._scheduler = scheduler
         self._pool = pool
         self._observer = observer
         self._max_input_length = max_input_length
+        self._include_prompt = include_prompt
         self._ids = itertools.count(1)
         self._tokens_per_char = 1.0 / CHARS_PER_TOKEN_GUESS
 
@@ -113,6 +120,10 @@ class Intake:
             ratio = min(max((len(tokenized.ids) - SPECIAL_TOKENS * len(texts)) / chars, low), high)
             self._tokens_per_char += ESTIMATE_SMOOTHING * (ratio - self._tokens_per_char)
         return tokenized
+
+    def skip(self, tokenized: TokenizedTexts) -> int:
+        """Leading tokens of each text that pooling leaves out: the prompt's, where the checkpoint says so."""
+        return 0 if self._include_prompt else tokenized.prompt_tokens
 
     def new_flow(self) -> int:
         """A number for one request: its submissions share what it is given."""

@@ -79,7 +79,7 @@ class _Stream:
                 return
         stages.tokens += len(ids)
         submission = self.intake.submission(call, lengths.tolist(), flow, continuation=continuation)
-        pending = Portions(submission, call, ids, truncated, tokenized.prompt_tokens, kept, self.post)
+        pending = Portions(submission, call, ids, truncated, self.intake.skip(tokenized), kept, self.post)
         while (rejection := self.driver.submit(pending)) is not None:
             await self._wait_for_room(rejection, continuation=continuation)
         self.unsettled = [p for p in self.unsettled if p.remaining]

@@ -1,0 +1,323 @@
+"""The composition root: builds every part, wires them, and lives the process's life.
+
+Decides the order of start and stop, and nothing else. The only module that knows every part; nobody imports it but the CLI.
+
+Start: the checkpoint's metadata, telemetry, ports (NOT_SERVING: probes must meet a server that loads), the engine with its
+weights and warm-up, SERVING, the ready line. Stop: NOT_SERVING, settle time for load balancers, the port closes, calls in
+flight end within the grace, the engine empties, telemetry is flushed. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import orjson
+import structlog
+
+from embedserve.api.embedding import SERVICE, EmbeddingServicer
+from embedserve.api.guard import Guard
+from embedserve.api.health import Health
+from embedserve.api.reflection import add_reflection
+from embedserve.api.server import bind, build_server
+from embedserve.config import Config
+from embedserve.engine.engine import Engine
+from embedserve.engine.intake import not_serving
+from embedserve.errors import EmbedServeError, EngineFailed, NotServing, Overloaded, Refusal, StartupError
+from embedserve.http.operations import OperationsPort
+from embedserve.lifecycle import ExitCode, Lifecycle, State
+from embedserve.model.backend import BackendFactory
+from embedserve.model.checkpoint import Checkpoint, load_checkpoint
+from embedserve.telemetry.load import LoadSnapshot
+from embedserve.telemetry.setup import Telemetry, setup_telemetry
+from embedserve.wiring import (
+    bucket_edges,
+    build_engine,
+    load_snapshot,
+    server_options,
+    servicer_settings,
+    telemetry_settings,
+)
+
+__all__ = ["App", "run"]
+
+FATAL_ANSWER_S = 1.0
+"""After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
+WORKER_STOP_S = 5.0
+"""Time for the pass that runs to end when the process stops. A pass takes milliseconds."""
+LOAD_READ_S = 2.0
+"""A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says so."""
+IN_FLIGHT_RETRY_MS = 100
+"""When ``limits.max_requests_in_flight`` refuses: a few batches later there is room."""
+
+
+class App:
+    """One process's life. ``live`` returns the exit code."""
+
+    def __init__(self, config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] | None = None) -> None:
+        """``make_backend`` replaces the torch backend, for tests and other devices."""
+        self._config = config
+        self._make_backend = make_backend
+        self._lifecycle = Lifecycle()
+        self._stop = asyncio.Event()
+        self._signals = 0
+        self._fatal: str | None = None
+        self._log = structlog.get_logger("embedserve.app")
+        self._engine: Engine | None = None
+        self._telemetry: Telemetry | None = None
+
+    async def live(self, ready_line: Callable[[bytes], None]) -> int:
+        """Start, serve until told to stop, drain. ``ready_line`` gets one JSON line once health says SERVING."""
+        started = time.monotonic_ns()
+        config = self._config
+        loop = asyncio.get_running_loop()
+        self._handle_signals(loop)
+        try:
+            # In a thread, so that a SIGTERM during the digests of a large checkpoint is heard.
+            checkpoint = await loop.run_in_executor(None, self._read_checkpoint)
+        except StartupError as error:
+            self._log.critical("start_failed", reason=str(error))
+            return ExitCode.START_FAILED
+        self._telemetry = telemetry = setup_telemetry(telemetry_settings(config, checkpoint))
+        code = ExitCode.BROKEN
+        try:
+            code = await self._serve(telemetry, checkpoint, started, ready_line)
+        finally:
+            await loop.run_in_executor(None, telemetry.shutdown)
+        return code
+
+    def _read_checkpoint(self) -> Checkpoint:
+        model = self._config.model
+        return load_checkpoint(
+            model.source,
+            name=model.name,
+            revision=model.revision,
+            max_input_length=model.max_input_length,
+            allow_download=model.allow_download,
+        )
+
+    async def _serve(
+        self, telemetry: Telemetry, checkpoint: Checkpoint, started: int, ready_line: Callable[[bytes], None]
+    ) -> int:
+        config, lifecycle = self._config, self._lifecycle
+        for note in checkpoint.notes:
+            self._log.info("checkpoint_note", note=note)
+        servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
+        health = Health((SERVICE,))
+        guard = Guard(
+            on_internal_error=self._internal_error,
+            on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
+            accepting=lambda: self._accepting(guard),
+            observer=telemetry.call_observer,
+        )
+        server = build_server(server_options(config), [guard])
+        servicer.add_to(server)
+        health.add_to(server)
+        if config.server.reflection:
+            add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
+        engine = self._engine = build_engine(
+            config, checkpoint, telemetry.engine_observer, self._die, make_backend=self._make_backend
+        )
+        loop = asyncio.get_running_loop()
+        telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
+        operations = OperationsPort(
+            alive=lambda: lifecycle.alive,
+            ready=lambda: lifecycle.accepting,
+            load=engine.load,
+            render_metrics=telemetry.render_metrics if config.telemetry.prometheus else None,
+            lifecycle_state=lambda: lifecycle.state.value,
+        )
+        try:
+            ports = bind(server, config.server.addresses)
+            await server.start()
+            http_address = await operations.start(config.operations.address) if config.operations.enabled else None
+            lifecycle.to(State.WARMING)
+            await self._start_engine(engine)
+        except StartupError as error:
+            self._log.critical("start_failed", reason=str(error))
+            lifecycle.to(State.FAILED)
+            await server.stop(None)
+            await operations.stop()
+            return lifecycle.exit_code
+        if not self._stop.is_set():
+            servicer.attach(engine, bucket_edges(config, checkpoint))
+            telemetry.describe_model(engine.identity, engine.device)
+            lifecycle.to(State.SERVING)
+            health.set_serving(True)
+            self._announce(ready_line, _addresses(config.server.addresses, ports), http_address, engine, started)
+        await self._stop.wait()
+        return await self._shut_down(server, health, guard, operations, engine)
+
+    async def _start_engine(self, engine: Engine) -> None:
+        """Load and warm up, unless a signal comes first: a load cannot be interrupted, but need not be waited for."""
+        start = asyncio.ensure_future(engine.start())
+        stop = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if start.done():
+            start.result()
+
+    def _announce(
+        self,
+        ready_line: Callable[[bytes], None],
+        addresses: list[str],
+        http_address: str | None,
+        engine: Engine,
+        started: int,
+    ) -> None:
+        identity = engine.identity
+        facts = {
+            "type": "ready",
+            "address": addresses[0],
+            "addresses": addresses,
+            "operations": http_address,
+            "model": identity.name,
+            "revision": identity.revision,
+            "dimension": identity.dimension,
+            "max_input_length": identity.max_input_length,
+            "dtype": identity.dtype,
+            "device": identity.device,
+            "startup_ms": round((time.monotonic_ns() - started) / 1e6),
+            "pid": os.getpid(),
+        }
+        self._log.info("serving", **{k: v for k, v in facts.items() if k != "type"})
+        ready_line(orjson.dumps(facts))
+
+    # ------------------------------------------------------------------------------------------------------ shutdown
+
+    async def _shut_down(
+        self, server: object, health: Health, guard: Guard, operations: OperationsPort, engine: Engine
+    ) -> int:
+        config, lifecycle = self._config.shutdown, self._lifecycle
+        health.enter_graceful_shutdown()
+        if self._fatal is not None:
+            lifecycle.to(State.FAILED)
+            self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
+            await server.stop(FATAL_ANSWER_S)  # type: ignore[attr-defined]
+            await operations.stop()
+            return lifecycle.exit_code
+        served = lifecycle.state is State.SERVING
+        lifecycle.to(State.DRAINING)
+        self._log.info("draining", in_flight=guard.in_flight, settle_ms=config.settle_ms, grace_ms=config.grace_ms)
+        if served:
+            await asyncio.sleep(config.settle_ms / 1000)
+        health.close()
+        cut_off = await self._drain(server, guard, engine)
+        await engine.stop(WORKER_STOP_S)
+        await operations.stop()
+        lifecycle.to(State.STOPPED)
+        self._log.info("stopped", cut_off=cut_off)
+        return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
+
+    async def _drain(self, server: object, guard: Guard, engine: Engine) -> int:
+        """Let calls in flight end within the grace; returns how many were cut off."""
+        grace_s = self._config.shutdown.grace_ms / 1000
+        stopping = asyncio.ensure_future(server.stop(grace_s))  # type: ignore[attr-defined]
+        cut_off = 0
+        try:
+            async with asyncio.timeout(grace_s):
+                await guard.wait_idle()
+        except TimeoutError:
+            cut_off = guard.in_flight
+            self._log.error("grace_exceeded", cut_off=cut_off, grace_ms=self._config.shutdown.grace_ms)
+        engine.drain()
+        await stopping
+        return cut_off
+
+    def _accepting(self, guard: Guard) -> Refusal | None:
+        """Calls are taken while serving and through the settle time: until the port closes nobody is turned away."""
+        if self._lifecycle.state not in (State.SERVING, State.DRAINING):
+            return not_serving()
+        limit = self._config.limits.max_requests_in_flight
+        if guard.in_flight > limit:
+            return Overloaded(
+                f"{limit} calls are in flight (limits.max_requests_in_flight)",
+                reason="TOO_MANY_REQUESTS_IN_FLIGHT",
+                policy="in_flight",
+                retry_after_ms=IN_FLIGHT_RETRY_MS,
+            )
+        return None
+
+    def _internal_error(self, error_id: str, error: BaseException) -> None:
+        """The client has the id; the log has the rest."""
+        known = isinstance(error, (EngineFailed, NotServing))
+        self._log.error(
+            "internal_error",
+            error_id=error_id,
+            error_type=type(error).__name__,
+            error=str(error) if isinstance(error, EmbedServeError) else None,
+            exc_info=None if known else error,
+        )
+
+    def _die(self, why: str) -> None:
+        """Nothing more will run: end, once."""
+        if self._fatal is None:
+            self._fatal = why
+            self._stop.set()
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._take_signal, number)
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            self._log.warning("stopped_at_once", signal=number.name)
+            sys.stdout.flush()
+            os._exit(128 + number)
+        self._stop.set()
+
+
+def _addresses(asked: tuple[str, ...], ports: list[int]) -> list[str]:
+    """The addresses as they are: port 0 replaced by what the system chose."""
+    return [
+        address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        for address, port in zip(asked, ports, strict=True)
+    ]
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, read: Callable[[], LoadSnapshot]) -> LoadSnapshot:
+    """Read on the loop's own thread: reading prunes windows, which must not happen beside an append (coral's D15)."""
+
+    async def on_loop() -> LoadSnapshot:
+        return read()
+
+    if loop.is_closed():
+        return LoadSnapshot(lifecycle_state=State.STOPPED.value)
+    return asyncio.run_coroutine_threadsafe(on_loop(), loop).result(LOAD_READ_S)
+
+
+def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] | None = None) -> int:
+    """Live one life in a new event loop and return the exit code."""
+    # Idle OpenMP threads spin by default and take the second core from the event loop; read when torch is loaded, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Our pool decides about threads; the tokenizer's own would fight with it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def ready_line(line: bytes) -> None:
+        sys.stdout.write(line.decode() + "\n")
+        sys.stdout.flush()
+
+    async def live() -> int:
+        return await App(config, make_backend=make_backend).live(ready_line)
+
+    with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
+        code = runner.run(live())
+    if code == ExitCode.BROKEN:
+        # The worker may be stuck in native code: threads that Python would wait for must not hold the exit.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop]:
+    if not config.server.uvloop:
+        return asyncio.new_event_loop
+    import uvloop  # noqa: PLC0415 - an option
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

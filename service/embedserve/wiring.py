@@ -1,0 +1,238 @@
+"""From settings to parts: how each section of the configuration becomes what a part takes.
+
+Decides nothing that a setting does not say, but for the settings that mean "chosen for the machine or the model". Must never
+start anything: ``app.py`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from embedserve import __version__
+from embedserve.api.embedding import ServicerSettings
+from embedserve.api.server import ServerOptions
+from embedserve.api.validation import RequestLimits
+from embedserve.config import Config
+from embedserve.engine.engine import Engine, EngineSettings
+from embedserve.engine.observer import EngineObserver
+from embedserve.engine.tokenization import TokenizerSettings
+from embedserve.model.backend import Backend, BackendFactory
+from embedserve.model.checkpoint import Checkpoint
+from embedserve.scheduling.admission import Policy
+from embedserve.scheduling.admission.latency_p95 import LatencyP95Policy
+from embedserve.scheduling.admission.throughput import ThroughputPolicy
+from embedserve.scheduling.item import Shape
+from embedserve.scheduling.scheduler import Scheduler
+from embedserve.scheduling.settings import LatencyP95Settings, SchedulerSettings, ThroughputSettings
+from embedserve.telemetry.load import LoadSnapshot
+from embedserve.telemetry.settings import TelemetrySettings
+
+__all__ = [
+    "bucket_edges",
+    "build_engine",
+    "build_scheduler",
+    "load_snapshot",
+    "server_options",
+    "servicer_settings",
+    "telemetry_settings",
+    "torch_backend",
+]
+
+MS = 1_000_000
+"""Nanoseconds in a millisecond."""
+
+
+def server_options(config: Config) -> ServerOptions:
+    """The transport's limits."""
+    server = config.server
+    return ServerOptions(
+        reuse_port=server.so_reuseport,
+        max_receive_message_bytes=server.max_receive_message_bytes,
+        max_send_message_bytes=server.max_send_message_bytes,
+        max_metadata_bytes=server.max_metadata_bytes,
+        max_concurrent_streams=server.max_concurrent_streams,
+        keepalive_time_ms=server.keepalive_time_ms,
+        keepalive_timeout_ms=server.keepalive_timeout_ms,
+        keepalive_permit_without_calls=server.keepalive_permit_without_calls,
+        min_ping_interval_ms=server.min_ping_interval_ms,
+        max_connection_idle_ms=server.max_connection_idle_ms,
+        max_connection_age_ms=server.max_connection_age_ms,
+        max_connection_age_grace_ms=server.max_connection_age_grace_ms,
+    )
+
+
+def servicer_settings(config: Config) -> ServicerSettings:
+    """The API's limits."""
+    return ServicerSettings(
+        limits=RequestLimits(
+            max_texts=config.limits.max_texts,
+            max_text_bytes=config.limits.max_text_bytes,
+            max_send_message_bytes=config.server.max_send_message_bytes,
+            max_tenant_bytes=config.limits.max_tenant_bytes,
+        ),
+        max_request_ms=config.server.max_request_ms,
+        stream_message_bytes=config.server.stream_message_bytes,
+        stream_stall_ms=config.server.stream_stall_ms,
+    )
+
+
+def bucket_edges(config: Config, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The configured edges under the model's limit, and the limit itself: every text has a bucket."""
+    limit = checkpoint.max_input_length
+    return (*(edge for edge in config.scheduling.bucket_edges if edge < limit), limit)
+
+
+def device_name(config: Config) -> str:
+    """What ``auto`` means on this machine, as far as it can be told without loading torch."""
+    if config.model.device != "auto":
+        return config.model.device
+    return "cuda:0" if os.path.exists("/dev/nvidia0") else "cpu"  # noqa: PTH110 - a device node, not a file
+
+
+def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
+    """The core with its policies."""
+    from embedserve.model.attention import PACKED_ARCHITECTURES  # noqa: PLC0415 - imports torch, which takes a second
+
+    settings = config.scheduling
+    batch_tokens = settings.batch_tokens(device_name(config), checkpoint.max_input_length)
+    shape = settings.shape
+    if shape == "auto":
+        shape = "packed" if checkpoint.architecture in PACKED_ARCHITECTURES else "bucketed"
+    return Scheduler(
+        SchedulerSettings(
+            shape=Shape(shape),
+            bucket_edges=bucket_edges(config, checkpoint),
+            max_batch_tokens=batch_tokens,
+            max_batch_items=settings.max_batch_items,
+            max_queue_items=settings.max_queue_items,
+            max_queue_tokens=settings.queue_tokens(batch_tokens),
+            max_queue_delay_ns=settings.max_queue_delay_ms * MS,
+            max_wait_ns=settings.max_wait_ms * MS,
+            lowest_class_share=settings.lowest_class_share,
+            max_tenants=config.limits.max_tenants,
+        ),
+        _policies(config),
+    )
+
+
+def _policies(config: Config) -> list[Policy]:
+    admission = config.admission
+    made: dict[str, Callable[[], Policy]] = {
+        "throughput": lambda: ThroughputPolicy(ThroughputSettings(max_drain_ns=admission.throughput.max_drain_ms * MS)),
+        "latency_p95": lambda: LatencyP95Policy(
+            LatencyP95Settings(
+                slo_ns=admission.latency_p95.slo_ms * MS,
+                soft_ns=admission.latency_p95.soft_ms * MS,
+                hard_ns=admission.latency_p95.hard_ms * MS,
+                window_ns=admission.latency_p95.window_ms * MS,
+                min_samples=admission.latency_p95.min_samples,
+            )
+        ),
+    }
+    return [made[name]() for name in admission.policies]
+
+
+def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:
+    """Builds the torch backend in the thread that will own it."""
+
+    def build() -> Backend:
+        from embedserve.model.torch_backend import TorchBackend  # noqa: PLC0415 - torch takes seconds to import
+
+        return TorchBackend(
+            checkpoint,
+            device=device_name(config),
+            dtype=config.model.dtype,
+            threads=config.model.threads,
+            control_tokens=tuple(config.model.control_tokens),
+        )
+
+    return build
+
+
+def build_engine(
+    config: Config,
+    checkpoint: Checkpoint,
+    observer: EngineObserver,
+    on_fatal: Callable[[str], None],
+    *,
+    make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
+) -> Engine:
+    """An engine that has not started yet."""
+    scheduling, tokenizer = config.scheduling, config.tokenizer
+    return Engine(
+        factory=make_backend(checkpoint) if make_backend else torch_backend(config, checkpoint),
+        tokenizer=checkpoint.tokenizer(),
+        max_input_length=checkpoint.max_input_length,
+        scheduler=build_scheduler(config, checkpoint),
+        settings=EngineSettings(
+            tokenizer=TokenizerSettings(
+                threads=tokenizer.thread_count(os.cpu_count() or 1),
+                max_pending=tokenizer.max_pending,
+                inline_chars=tokenizer.inline_chars,
+                chunk_texts=tokenizer.chunk_texts,
+            ),
+            batches_in_flight=scheduling.batches_in_flight,
+            prepare_ahead_ns=scheduling.prepare_ahead_us * 1000,
+            warm_up_tokens=scheduling.batch_tokens(device_name(config), checkpoint.max_input_length),
+            stream_window_items=config.server.stream_window_items,
+        ),
+        observer=observer,
+        on_fatal=on_fatal,
+        include_prompt=checkpoint.include_prompt,
+    )
+
+
+def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySettings:
+    """Everything that telemetry is told."""
+    telemetry = config.telemetry
+    return TelemetrySettings(
+        service_name=telemetry.service_name,
+        service_version=__version__,
+        resource_attributes={
+            "embedserve.model.name": checkpoint.name,
+            "embedserve.model.revision": checkpoint.revision,
+            "embedserve.model.weights_digest": checkpoint.weights_digest,
+        },
+        prometheus_enabled=telemetry.prometheus and config.operations.enabled,
+        exemplars=telemetry.exemplars,
+        bucket_edges=bucket_edges(config, checkpoint),
+        trace_sample_ratio=telemetry.trace_sample_ratio,
+        span_links_max=telemetry.span_links_max,
+        flush_timeout_ms=config.shutdown.telemetry_flush_ms,
+        log_level=telemetry.log_level,
+        log_levels=telemetry.log_levels,
+        log_format=telemetry.log_format,
+        log_requests=telemetry.log_requests,
+    )
+
+
+def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
+    """What metrics show of the engine now. Called from a scraper's thread: it only reads."""
+    scheduler = engine.scheduler
+    now = time.monotonic_ns()
+    depth, load = scheduler.depth, scheduler.load(now)
+    figures = scheduler.figures(now)
+    report = engine.load()
+    device = engine.device if engine.loaded else None
+    return LoadSnapshot(
+        lifecycle_state=lifecycle_state,
+        accepting=report.accepting_requests,
+        waiting_items_by_bucket=depth.waiting_by_bucket,
+        waiting_tokens=depth.waiting_tokens,
+        oldest_age_s=0.0 if depth.oldest_arrived_ns is None else (now - depth.oldest_arrived_ns) / 1e9,
+        running_items=depth.running_items,
+        running_tokens=depth.running_tokens,
+        service_rate_tokens_per_s=load.tokens_per_second,
+        drain_s=load.drain_ns / 1e9,
+        p95_s=(load.p95_sojourn_ns or 0) / 1e9,
+        shed_probability=figures.get("latency_p95", {}).get("shed_share", 0.0),
+        theta=scheduler.theta,
+        max_batch_tokens=scheduler.max_batch_tokens,
+        cost_fixed_s=scheduler.cost.batch_ns / 1e9,
+        cost_per_token_s=scheduler.cost.token_ns / 1e9,
+        device_memory_used_bytes=device.memory_used_bytes if device else 0,
+        device_memory_total_bytes=device.memory_total_bytes if device else 0,
+        compiled=device.compiled if device else False,
+    )
