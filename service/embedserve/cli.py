@@ -18,69 +18,25 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 import orjson
 
 from embedserve import __version__
-from embedserve.config import Config, Loaded, load_config
+from embedserve.bulk.command import embed
+from embedserve.config import Config, Loaded
 from embedserve.errors import ConfigError, EmbedServeError, InvariantBroken
+from embedserve.flags import load_flags, setting_flags
 from embedserve.lifecycle import ExitCode
 from embedserve.migration import hints
-from embedserve.settings import CONFIG_FILE_ENV, render, settings_of
+from embedserve.settings import render, settings_of
 
 __all__ = ["main"]
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
-
-ALIASES = {
-    "server.address": "--address",
-    "model.source": "--model",
-    "model.device": "--device",
-    "model.dtype": "--dtype",
-}
-
-Command = Callable[..., int]
-
-
-def setting_flags(*paths: str) -> Callable[[Command], Command]:
-    """Add ``--config`` and a flag for each of the settings ``paths``; for every setting where none is named."""
-
-    def decorate(command: Command) -> Command:
-        for setting in reversed(settings_of(Config)):
-            if paths and setting.path not in paths:
-                continue
-            alias = [ALIASES[setting.path]] if setting.path in ALIASES else []
-            shown = render(setting.default) or "empty"
-            command = click.option(
-                setting.flag,
-                *alias,
-                _parameter(setting.path),
-                metavar="VALUE",
-                help=f"{' '.join(setting.meaning.split())} Allowed: {setting.allowed}. Default: {shown}.",
-            )(command)
-        return click.option(
-            "--config",
-            "config_file",
-            metavar="PATH",
-            help=f"TOML file with settings; otherwise {CONFIG_FILE_ENV} names one.",
-        )(command)
-
-    return decorate
-
-
-def _parameter(path: str) -> str:
-    """Name of the Python argument that a setting's flag arrives in; no other argument has two underscores in a row."""
-    return path.replace(".", "__")
-
-
-def _load(config_file: str | None, arguments: Mapping[str, str | None], *, on_this_machine: bool) -> Loaded:
-    paths = {_parameter(setting.path): setting.path for setting in settings_of(Config)}
-    flags = {paths[name]: text for name, text in arguments.items() if name in paths and text is not None}
-    return load_config(flags, file=config_file, on_this_machine=on_this_machine)
 
 
 @click.group(context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]})
@@ -93,7 +49,7 @@ def commands() -> None:
 @setting_flags()
 def serve(config_file: str | None, **arguments: Any) -> int:
     """Serve until SIGTERM."""
-    loaded = _load(config_file, arguments, on_this_machine=True)
+    loaded = load_flags(config_file, arguments, on_this_machine=True)
     from embedserve.app import run  # noqa: PLC0415 (brings torch and gRPC)
 
     return run(loaded.config)
@@ -105,7 +61,7 @@ def serve(config_file: str | None, **arguments: Any) -> int:
 def check_config(config_file: str | None, *, as_json: bool, **arguments: Any) -> int:
     """Print every setting with where it came from, or every problem."""
     try:
-        loaded = _load(config_file, arguments, on_this_machine=True)
+        loaded = load_flags(config_file, arguments, on_this_machine=True)
     except ConfigError as error:
         if not as_json:
             _print_hints()
@@ -162,7 +118,7 @@ def _print_hints() -> None:
 )
 def healthcheck(config_file: str | None, *, service: str, timeout_ms: int, **arguments: Any) -> int:
     """Exit with 0 when the server at server.address (the first one) is SERVING, with 1 and a reason otherwise."""
-    loaded = _load(config_file, arguments, on_this_machine=False)
+    loaded = load_flags(config_file, arguments, on_this_machine=False)
     from embedserve.probe import check_health, target_of  # noqa: PLC0415 (brings gRPC)
 
     why_not = check_health(target_of(loaded.config.server.addresses[0]), service, timeout_ms)
@@ -170,6 +126,9 @@ def healthcheck(config_file: str | None, *, service: str, timeout_ms: int, **arg
         return ExitCode.OK
     click.echo(f"embedserve: {why_not}", err=True)
     return ExitCode.START_FAILED
+
+
+commands.add_command(embed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,202 @@
+"""Vectors into files: JSON lines, one NumPy array, or Parquet.
+
+Decides what each format holds, and that a file appears under its name only when it is whole: until then it is
+``NAME.partial``. Must never know where vectors come from.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import orjson
+
+from embedserve.bulk.outcome import BulkError, Failure, Vector
+from embedserve.errors import InvariantBroken
+
+__all__ = ["OutputFormat", "Row", "Sink", "open_sink"]
+
+OutputFormat = Literal["jsonl", "npy", "parquet"]
+
+ROW_GROUP_ROWS = 8192
+"""Rows that Parquet keeps together: 12 MB at 384 components, large enough to compress, small enough to hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text's outcome, as it is written."""
+
+    index: int
+    id: Any
+    outcome: Vector | Failure
+
+
+class Sink(ABC):
+    """Takes rows in order. ``close`` makes the file whole; without it what was written stays as ``NAME.partial``."""
+
+    @abstractmethod
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append rows. Raises ``OSError``; ``BrokenPipeError`` when nobody reads any more."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write what is held back and give the file its name."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Close the file and leave it partial."""
+
+
+def open_sink(form: OutputFormat, path: Path | None, dimensions: int) -> Sink:
+    """A sink for vectors of ``dimensions`` components; ``path`` ``None`` is standard output, for JSONL only."""
+    if path is None:
+        if form != "jsonl":
+            raise InvariantBroken(f"{form} to standard output")
+        return JsonLines(sys.stdout.buffer, None)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        file = partial.open("w+b")
+    except OSError as error:
+        raise BulkError(f"{partial} cannot be written: {error.strerror or error}") from error
+    if form == "jsonl":
+        return JsonLines(file, path)
+    try:
+        return (Npy if form == "npy" else Parquet)(file, path, dimensions)
+    except BulkError:
+        file.close()
+        partial.unlink()
+        raise
+
+
+class _File(Sink):
+    """What the formats share: the file and its two names."""
+
+    def __init__(self, file: BinaryIO, path: Path | None) -> None:
+        self._file = file
+        self._path = path
+
+    def close(self) -> None:
+        self._file.flush()
+        if self._path is not None:
+            self._file.close()
+            self._path.with_name(f"{self._path.name}.partial").replace(self._path)
+
+    def abandon(self) -> None:
+        if self._path is not None:
+            self._file.close()
+
+
+class JsonLines(_File):
+    """``{"index": 0, "id": ..., "embedding": [...], "token_count": 3, "truncated": false}``, one a line.
+
+    A text that failed has ``"embedding": null`` and ``"error": {"reason": ..., "message": ...}``. Floats are written
+    with as few digits as give the same float32 back. ``id`` is there when the input gives one.
+    """
+
+    def write(self, rows: Sequence[Row]) -> None:
+        option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+        self._file.write(b"".join(orjson.dumps(_json(row), option=option) for row in rows))
+        self._file.flush()
+
+
+def _json(row: Row) -> dict[str, Any]:
+    head: dict[str, Any] = {"index": row.index} | ({"id": row.id} if row.id is not None else {})
+    if isinstance(row.outcome, Failure):
+        return head | {"embedding": None, "error": {"reason": row.outcome.reason, "message": row.outcome.message}}
+    vector = row.outcome
+    return head | {
+        "embedding": np.ascontiguousarray(vector.values),
+        "token_count": vector.token_count,
+        "truncated": vector.truncated,
+    }
+
+
+class Npy(_File):
+    """One array, float32, shape ``[rows, dimensions]``; the row of a text that failed is NaN.
+
+    The number of rows stands at the beginning of the file and is known at the end: NumPy's header leaves room for it.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, dimensions: int) -> None:
+        super().__init__(file, path)
+        self._dimensions = dimensions
+        self._rows = 0
+        self._write_header()
+        self._header_bytes = file.tell()
+
+    def _write_header(self) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._rows, self._dimensions)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        block = np.full((len(rows), self._dimensions), np.nan, dtype="<f4")
+        for position, row in enumerate(rows):
+            if isinstance(row.outcome, Vector):
+                block[position] = row.outcome.values
+        self._file.write(block.tobytes())
+        self._rows += len(rows)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        if self._file.tell() != self._header_bytes:
+            raise InvariantBroken("the header of the npy file has outgrown its room")
+        super().close()
+
+
+class Parquet(_File):
+    """Columns ``index``, ``id`` (as JSON), ``embedding`` (fixed size), ``token_count``, ``truncated``, ``error``."""
+
+    def __init__(self, file: BinaryIO, path: Path, dimensions: int) -> None:
+        super().__init__(file, path)
+        try:
+            import pyarrow as pa  # noqa: PLC0415 (an extra)
+            from pyarrow import parquet  # noqa: PLC0415
+        except ImportError as error:
+            raise BulkError(
+                "writing Parquet needs pyarrow, which is not installed: pip install 'embedserve[parquet]', or choose "
+                "--format npy or jsonl"
+            ) from error
+        self._arrow = pa
+        columns = [
+            ("index", pa.int64()),
+            ("id", pa.string()),
+            ("embedding", pa.list_(pa.float32(), dimensions)),
+            ("token_count", pa.int32()),
+            ("truncated", pa.bool_()),
+            ("error", pa.string()),
+        ]
+        self._schema = pa.schema(columns)
+        self._writer = parquet.ParquetWriter(file, self._schema)
+        self._held: list[Row] = []
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._held += rows
+        if len(self._held) >= ROW_GROUP_ROWS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        outcomes = [row.outcome for row in self._held]
+        vectors = [outcome if isinstance(outcome, Vector) else None for outcome in outcomes]
+        failures = [outcome if isinstance(outcome, Failure) else None for outcome in outcomes]
+        columns = {
+            "index": [row.index for row in self._held],
+            "id": [None if row.id is None else orjson.dumps(row.id).decode() for row in self._held],
+            "embedding": [None if vector is None else vector.values for vector in vectors],
+            "token_count": [None if vector is None else vector.token_count for vector in vectors],
+            "truncated": [None if vector is None else vector.truncated for vector in vectors],
+            "error": [None if failure is None else f"{failure.reason}: {failure.message}" for failure in failures],
+        }
+        self._writer.write_table(self._arrow.table(columns, schema=self._schema))
+        self._held.clear()
+
+    def close(self) -> None:
+        if self._held:
+            self._write_group()
+        self._writer.close()
+        super().close()
