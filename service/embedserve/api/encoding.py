@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EncodedRows", "Encoding", "encode", "row_bytes", "shorten"]
+__all__ = ["EncodedRows", "Encoding", "encode", "row_bytes"]
 
 INT8_LEVELS = 127
 """Steps on each side of zero: symmetric, so that a vector and its negation have the same error."""
@@ -66,22 +66,6 @@ class EncodedRows:
 def row_bytes(encoding: Encoding, dimensions: int) -> int:
     """Bytes of one vector of ``dimensions`` components; binary encodings need a multiple of 8."""
     return _BITS_PER_COMPONENT[encoding] * dimensions // 8
-
-
-def shorten(vectors: npt.NDArray[np.float32], dimensions: int, *, normalize: bool) -> npt.NDArray[np.float32]:
-    """Keep the first ``dimensions`` components of each row, then scale to unit length where asked.
-
-    Normalising before the cut as well changes nothing but the scale, which the second normalising undoes: so a device
-    may normalise whole rows and the cut may come later. A row that is all zeros stays so.
-    """
-    if dimensions == vectors.shape[1]:
-        return vectors
-    cut = np.ascontiguousarray(vectors[:, :dimensions])
-    if normalize:
-        lengths = np.sqrt(np.einsum("ij,ij->i", cut, cut))
-        lengths[lengths == 0] = 1
-        cut /= lengths[:, np.newaxis]
-    return cut
 
 
 def encode(vectors: npt.NDArray[np.float32], encoding: Encoding) -> EncodedRows:

@@ -1,17 +1,17 @@
 """The outermost interceptor: what every call has in common, and the wall that no exception passes.
 
 Decides when a call arrived, how long it may take, which one status it ends with and who is told. Must never know what
-a call asks for. It is one of the three places where a broad ``except`` is allowed, because grpc.aio sends the text of an
-exception that leaves a handler to the client, and sends nothing at all when a ``CancelledError`` that is not the
+a call asks for. It is one of the three places where a broad ``except`` is allowed, because grpc.aio sends the text of
+an exception that leaves a handler to the client, and sends nothing at all when a ``CancelledError`` that is not the
 client's leaves one (grpc#29248).
 
 Only the guarded service is touched: health and reflection pass as they are, so that ``Watch`` keeps working. Handlers
 of the guarded service may be coroutines, async generators or coroutines that call ``context.write``.
 
-What a handler needs to know of its call is in ``current_call()``. A context variable does that in 40 ns, where a context
-of our own around grpc's would cost a Python call for each of its methods. It holds in the handler because grpc.aio runs
-interceptors and handler in one task. The trace id goes out with the trailers: a batch of its own for initial metadata
-costs 46 us of the loop's time a call, the trailers 8 us.
+What a handler needs to know of its call is in ``current_call()``. A context variable does that in 40 ns, where a
+context of our own around grpc's would cost a Python call for each of its methods. It holds in the handler because
+grpc.aio runs interceptors and handler in one task. The trace id goes out with the trailers: a batch of its own for
+initial metadata costs 46 us of the loop's time a call, the trailers 8 us.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from embedserve.errors import (
     InvariantBroken,
     NotServing,
     Overloaded,
-    ServerFault,
     Violation,
 )
 
@@ -45,6 +44,11 @@ __all__ = ["Call", "Guard", "current_call"]
 SERVICE: Final = "embedserve.v1.EmbeddingService"
 ALWAYS_ANSWERED: Final = frozenset({"GetLoad"})
 """Methods that answer while the server does not accept: a balancer must be able to ask whether it does."""
+NOT_SERVING_RETRY_MS: Final = 1000
+"""A start or a drain takes seconds, and a balancer has another address."""
+LAST_WORD_S: Final = 1.0
+"""How long a stream's reader may take to accept its error status. The status waits behind the messages that the reader
+has not read, and a reader that has stopped reading must not keep the call in flight."""
 TRACE_ID_KEY: Final = "x-trace-id"
 
 _NO_TRACE = SilentCallTrace()
@@ -108,8 +112,8 @@ OnInternalError = Callable[[str, BaseException], None]
 """Told the id that the client got, and what happened."""
 OnFatal = Callable[[BaseException], None]
 """Told that this process must end; called after the client was answered."""
-Accepting = Callable[[], NotServing | None]
-"""``None`` while calls are accepted, otherwise what to refuse them with."""
+Accepting = Callable[[], bool]
+"""Whether calls are taken now."""
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -120,7 +124,7 @@ class Guard(grpc.aio.ServerInterceptor):
         *,
         on_internal_error: OnInternalError,
         on_fatal: OnFatal,
-        accepting: Accepting = lambda: None,
+        accepting: Accepting = lambda: True,
         observer: CallObserver | None = None,
         service: str = SERVICE,
         always_answered: frozenset[str] = ALWAYS_ANSWERED,
@@ -134,7 +138,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._prefix = f"/{service}/"
         self._always_answered = always_answered
         self._clock = clock
-        self._wrapped: dict[str, tuple[Any, Any]] = {}
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -162,13 +166,12 @@ class Guard(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            inner, outer = self._wrapped.get(method, (None, None))
-            if inner is not handler:
-                outer = self._wrap(handler, method)
-                self._wrapped[method] = (handler, outer)
+            known = self._wrapped.get(method)
+            if known is None or known[0] is not handler:
+                known = self._wrapped[method] = (handler, self._wrap(handler, method))
         except Exception as error:  # noqa: BLE001  # an inner interceptor broke, and its text must not go out
             return grpc.unary_unary_rpc_method_handler(self._unary(_raising(error), None, method))
-        return outer
+        return known[1]
 
     def _wrap(self, handler: Any, method: str) -> Handler:
         if handler.request_streaming:
@@ -231,7 +234,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     await behaviour(request, context)
                 self._end_by_context(call, context)
             except (Exception, asyncio.CancelledError, SystemExit) as error:  # noqa: BLE001  # the wall
-                await self._fail(call, context, error)
+                await self._fail(call, context, error, LAST_WORD_S)
             finally:
                 self._leave(call)
 
@@ -242,9 +245,10 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _check(self, request: Any, *, always: bool) -> None:
         """Raise what forbids the call before its handler sees it."""
-        refusal = None if always else self._accepting()
-        if refusal is not None:
-            raise refusal
+        if not always and not self._accepting():
+            raise NotServing(
+                "the server is starting or draining", reason="NOT_SERVING", retry_after_ms=NOT_SERVING_RETRY_MS
+            )
         if isinstance(request, _Unparsable):
             raise request.error
 
@@ -289,7 +293,7 @@ class Guard(grpc.aio.ServerInterceptor):
         else:
             self._end(call, "OK", None)
 
-    async def _fail(self, call: Call, context: Any, error: BaseException) -> None:
+    async def _fail(self, call: Call, context: Any, error: BaseException, last_word_s: float | None = None) -> None:
         """End the call for ``error``: answer the client unless it is gone or was answered."""
         if isinstance(error, grpc.aio.AbortError):
             self._end_by_context(call, context)
@@ -303,7 +307,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._end_by_context(call, context)
             else:
                 self._end(call, reply.code.name, reply.error_type)
-                await context.abort(reply.code, reply.message, _with_trace_id(reply.trailers, call))
+                await _abort(context, reply, call, within_s=last_word_s)
         finally:
             if isinstance(error, (InvariantBroken, SystemExit)):
                 self._on_fatal(error)
@@ -347,10 +351,19 @@ async def _write_all(responses: AsyncIterator[Any], context: Any) -> None:
         await responses.aclose()  # type: ignore[attr-defined]
 
 
-def _with_trace_id(trailers: status.Trailers, call: Call) -> status.Trailers:
-    """Trailers of an abort replace those that were set before."""
-    trace_id = call.trace.trace_id
-    return trailers if trace_id is None else (*trailers, (TRACE_ID_KEY, trace_id))
+async def _abort(context: Any, reply: status.Reply, call: Call, *, within_s: float | None) -> None:
+    """Send ``reply`` as the call's status; raises ``AbortError``, or ``CancelledError`` if it was not taken in time."""
+    trailers = reply.trailers
+    if call.trace.trace_id is not None:  # trailers of an abort replace those that were set before
+        trailers = (*trailers, (TRACE_ID_KEY, call.trace.trace_id))
+    if within_s is None:
+        await context.abort(reply.code, reply.message, trailers)
+        return
+    try:
+        async with asyncio.timeout(within_s):
+            await context.abort(reply.code, reply.message, trailers)
+    except TimeoutError as stalled:
+        raise asyncio.CancelledError from stalled
 
 
 def _as_bytes(response: Any) -> bytes:

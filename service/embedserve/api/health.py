@@ -8,27 +8,28 @@ while it writes to a watcher: a watcher that does not read would then hold up wh
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, Final
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-__all__ = ["Health"]
+__all__ = ["HealthService"]
 
 PROCESS: Final = ""
 """The name that stands for the whole process."""
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class HealthService(health_pb2_grpc.HealthServicer):
     """Answers for ``""`` and each of ``services``; NOT_SERVING until told otherwise."""
 
-    def __init__(self, services: tuple[str, ...]) -> None:
+    def __init__(self, services: Sequence[str]) -> None:
         """Know ``services`` by their full names."""
         self._names = frozenset((PROCESS, *services))
         self._serving = False
         self._final = False
-        self._closed = False
+        self._closed: bool = False
         self._changed = asyncio.Event()
 
     @property
@@ -61,12 +62,13 @@ class Health(health_pb2_grpc.HealthServicer):
         """The status of one service; NOT_FOUND for others."""
         if request.service not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no service of that name is served here")
-        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+        return self._answer(request.service)
 
-    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:  # noqa: ARG002, N802
+    # The published type stubs of grpcio-health-checking do not know List yet.
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802
         """The status of every service."""
-        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in self._names}
-        return health_pb2.HealthListResponse(statuses=statuses)
+        statuses = {name: self._answer(name) for name in self._names}
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802
         """The status now and after each change; SERVICE_UNKNOWN, with the stream kept open, for others."""
@@ -74,17 +76,19 @@ class Health(health_pb2_grpc.HealthServicer):
         while not self._closed:
             # Taken before the status is read: a change during the write below sets this very event.
             changed = self._changed
-            status = self._status(request.service)
-            if status != last:
-                await context.write(health_pb2.HealthCheckResponse(status=status))
-                last = status
+            answer = self._answer(request.service)
+            if answer != last:
+                await context.write(answer)
+                last = answer
             await changed.wait()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
-    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+    def _answer(self, service: str) -> health_pb2.HealthCheckResponse:
         if service not in self._names:
-            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        return health_pb2.HealthCheckResponse.SERVING if self._serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        if self._serving:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
 
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

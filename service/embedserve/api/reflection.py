@@ -27,7 +27,7 @@ def add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
     # ``v1`` is not listed: its file is not in the descriptor pool, and a name that cannot be described breaks
     # clients that describe all they see.
     servicer = reflection_aio.ReflectionServicer((*services, _ALPHA))
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

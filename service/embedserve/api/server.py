@@ -23,11 +23,11 @@ __all__ = ["ServerOptions", "bind", "build_server"]
 class ServerOptions:
     """Limits of the transport. Each field is a setting of the same name under ``server``."""
 
-    reuse_port: bool = False
+    so_reuseport: bool = False
     """Let several processes listen on one port. Off: a second server on a port then fails instead of taking half the
     connections silently, which is gRPC's default."""
-    max_receive_message_bytes: int = 4 << 20
-    """One request, also after decompression: gRPC's own default, said aloud."""
+    max_receive_message_bytes: int = 16 << 20
+    """One request, also after decompression; gRPC's own 4 MiB would refuse 16384 texts of 300 bytes."""
     max_send_message_bytes: int = 4 << 20
     """One answer: what clients accept by default."""
     max_metadata_bytes: int = 16 << 10
@@ -45,8 +45,8 @@ class ServerOptions:
     max_connection_idle_ms: int = 300_000
     """A connection this long without a call is closed."""
     max_connection_age_ms: int = 600_000
-    """A connection this old is asked to come back (GOAWAY; 10 % jitter, gRFC A9): spreads clients over new servers behind
-    a balancer of connections, and ends a connection whose request never arrives whole."""
+    """A connection this old is asked to come back (GOAWAY; 10 % jitter, gRFC A9): spreads clients over new servers
+    behind a balancer of connections, and ends a connection whose request never arrives whole."""
     max_connection_age_grace_ms: int = 60_000
     """How long its running calls may then take."""
 
@@ -54,7 +54,7 @@ class ServerOptions:
 def channel_options(options: ServerOptions) -> tuple[tuple[str, int], ...]:
     """``options`` under the names of gRPC Core's ``channel_arg_names.h``."""
     return (
-        ("grpc.so_reuseport", int(options.reuse_port)),
+        ("grpc.so_reuseport", int(options.so_reuseport)),
         ("grpc.max_receive_message_length", options.max_receive_message_bytes),
         ("grpc.max_send_message_length", options.max_send_message_bytes),
         ("grpc.max_metadata_size", options.max_metadata_bytes),
@@ -73,8 +73,8 @@ def channel_options(options: ServerOptions) -> tuple[tuple[str, int], ...]:
 def build_server(options: ServerOptions, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
     """A server that listens nowhere yet. ``interceptors`` outermost first.
 
-    ``maximum_concurrent_rpcs`` stays unset: it refuses without details or a retry hint, and admission is ours. Answers are
-    not compressed: vectors do not compress, and it costs more than the bytes.
+    ``maximum_concurrent_rpcs`` stays unset: it refuses without details or a retry hint, and admission is ours. Answers
+    are not compressed: vectors do not compress, and it costs more than the bytes.
     """
     return grpc.aio.server(interceptors=tuple(interceptors), options=channel_options(options))
 
@@ -82,10 +82,10 @@ def build_server(options: ServerOptions, interceptors: Sequence[grpc.aio.ServerI
 def bind(
     server: grpc.aio.Server, addresses: Sequence[str], credentials: grpc.ServerCredentials | None = None
 ) -> list[int]:
-    """Listen on every address (``host:port``, ``[v6]:port``, ``unix:path``), with TLS where there are ``credentials``.
+    """Listen on every address (``host:port``, ``[v6]:port``, ``unix:path``), with TLS if ``credentials`` are given.
 
-    Returns the port of each, chosen by the system where 0 is asked for, 1 for unix sockets. Raises ``StartupError`` that
-    names the address when one is taken or wrong.
+    Returns the port of each, chosen by the system where 0 is asked for, 1 for unix sockets. Raises ``StartupError``
+    that names the address when one is taken or wrong.
     """
     ports = []
     for address in addresses:

@@ -16,15 +16,15 @@ from embedserve.api.violations import BadText
 from embedserve.model.backend import ModelIdentity
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 
-__all__ = ["judge_token_ids", "over_length"]
+__all__ = ["judge_token_ids"]
 
 
 def judge_token_ids(
     request: Any, identity: ModelIdentity, truncation: Truncation
 ) -> tuple[TokenizedTexts, Iterable[BadText]]:
-    """The ids of ``request.token_ids``, cut where ``truncation`` says so, and the texts among them that are bad.
+    """The ids of ``request.token_ids``, cut where ``truncation`` says so, and which of the texts are bad.
 
-    Each text needs at least one id, all below ``vocab_size``, and with ``Truncation.NONE`` at most ``max_input_length``.
+    Each text needs at least one id, all below ``vocab_size``, and, unless it is cut, at most ``max_input_length``.
     Raises ``DecodeError`` where the bytes are not ids at all.
     """
     ids, lengths = wire.token_id_rows(request)
@@ -41,11 +41,6 @@ def judge_token_ids(
     if truncated.any():
         ids, lengths = _cut(ids, lengths, limit, truncation)
     return TokenizedTexts(ids.view(np.int32), lengths, truncated), bad
-
-
-def over_length(length: int, limit: int) -> str:
-    """The sentence for a text that is too long."""
-    return f"{length} tokens, the model takes {limit}: shorten it, or set truncate"
 
 
 def _inspect(
@@ -67,7 +62,10 @@ def _inspect(
             message = f"holds {unknown[index]}; ids must be below {identity.vocab_size}"
             yield BadText(index, "TOKEN_ID_OUT_OF_RANGE", message)
         else:
-            yield BadText(index, "TEXT_TOO_LONG", over_length(length, identity.max_input_length))
+            limit = identity.max_input_length
+            yield BadText(
+                index, "TEXT_TOO_LONG", f"{length} tokens, the model takes {limit}: shorten it, or set truncate"
+            )
 
 
 def _cut(

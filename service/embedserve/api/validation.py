@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from embedserve.api import wire
 from embedserve.api.encoding import Encoding, row_bytes
-from embedserve.api.token_ids import judge_token_ids, over_length
+from embedserve.api.token_ids import judge_token_ids
 from embedserve.api.violations import MAX_ECHO_CHARACTERS, BadText, Violations, echo
 from embedserve.errors import RevisionMismatch, UnknownModel
 from embedserve.model.backend import ModelIdentity
@@ -130,17 +129,6 @@ class RequestValidator:
         if name not in self._names:
             raise UnknownModel(name[:MAX_ECHO_CHARACTERS], (self._identity.name,))
 
-    def over_length(self, lengths: npt.NDArray[np.int32], indexes: Sequence[int]) -> list[BadText]:
-        """The texts with more tokens than the model takes: to be asked with ``Truncation.NONE``, after tokenising.
-
-        ``lengths`` has shape ``[n]``; text i is ``indexes[i]`` of the request.
-        """
-        limit = self._identity.max_input_length
-        return [
-            BadText(indexes[position], "TEXT_TOO_LONG", over_length(int(lengths[position]), limit))
-            for position in np.flatnonzero(lengths > limit).tolist()
-        ]
-
     def _judge(self, request: Any, metadata: Metadata, *, stream: bool) -> ValidCall:
         self.model(request.model)
         if request.expected_revision not in self._revisions:
@@ -215,7 +203,7 @@ class RequestValidator:
             if not text:
                 yield BadText(index, "TEXT_EMPTY", "empty; a text needs at least one character")
             elif len(text) * 4 > limit and (size := len(text.encode())) > limit:
-                message = f"{size} bytes in UTF-8, at most {limit} are allowed (request.max_text_bytes)"
+                message = f"{size} bytes in UTF-8, at most {limit} are allowed (limits.max_text_bytes)"
                 yield BadText(index, "TEXT_TOO_LARGE", message)
 
     # Counts, sizes, options
@@ -225,7 +213,9 @@ class RequestValidator:
         if given == 0:
             violations.add(field, "empty; give at least one text, or token_ids", "NO_TEXTS")
         elif given > most:
-            violations.add(field, f"{given} given, at most {most} a request are allowed", "TOO_MANY_TEXTS")
+            violations.add(
+                field, f"{given} given, at most {most} are allowed in one request (limits.max_texts)", "TOO_MANY_TEXTS"
+            )
 
     def _answer_size(self, texts: int, encoding: Encoding, dimensions: int, violations: Violations) -> None:
         size = row_bytes(encoding, dimensions)

@@ -5,13 +5,13 @@ Decides how much of it an error lists. Must never know what the rules are: ``val
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from embedserve.errors import InvalidRequest, Violation
 
-__all__ = ["MAX_ECHO_CHARACTERS", "MAX_VIOLATIONS", "BadText", "Violations", "echo", "invalid_texts"]
+__all__ = ["MAX_ECHO_CHARACTERS", "MAX_VIOLATIONS", "BadText", "Violations", "echo"]
 
 MAX_VIOLATIONS: Final = 32
 """Violations that one error lists, the last of which says how many more there are: as many as a person may read, and
@@ -27,6 +27,11 @@ class BadText:
     index: int
     reason: str
     message: str
+
+    @property
+    def violation(self) -> Violation:
+        """The same as a violation of ``texts``."""
+        return Violation(f"texts[{self.index}]", self.message, self.reason)
 
 
 class Violations:
@@ -59,17 +64,6 @@ class Violations:
             self.kept[-1] = Violation("", f"{more} more violations are not listed", "MORE_VIOLATIONS")
         if self.kept:
             raise InvalidRequest(self.kept)
-
-
-def invalid_texts(bad_texts: Sequence[BadText], field: str = "texts") -> InvalidRequest:
-    """The error for texts found bad after validation, such as over-long ones; not empty."""
-    violations = Violations()
-    violations.add_texts(bad_texts, field)
-    try:
-        violations.raise_if_any()
-    except InvalidRequest as error:
-        return error
-    raise ValueError("no bad text")
 
 
 def echo(value: str) -> str:
