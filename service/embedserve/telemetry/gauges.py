@@ -1,0 +1,131 @@
+"""What is looked up when somebody reads the metrics: counters' values, the load, the process.
+
+Decides which observable instrument reads what. Must never know the event loop: callbacks run in a reader's thread and only read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from embedserve.model.backend import ModelIdentity
+from embedserve.telemetry import instruments as table
+from embedserve.telemetry.instruments import INSTRUMENTS, Instrument, Instruments, Kind
+from embedserve.telemetry.load import LoadSnapshot, SharedSnapshot
+from embedserve.telemetry.tally import CounterTally
+
+__all__ = ["Gauges"]
+
+_PROC: Final = Path("/proc/self")
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+_NONE: Final[Mapping[str, str]] = {}
+
+_LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
+    (table.QUEUE_TOKENS, lambda load: load.waiting_tokens),
+    (table.QUEUE_OLDEST, lambda load: load.oldest_age_s),
+    (table.RUNNING_ITEMS, lambda load: load.running_items),
+    (table.RUNNING_TOKENS, lambda load: load.running_tokens),
+    (table.SERVICE_RATE, lambda load: load.service_rate_tokens_per_s),
+    (table.DRAIN_TIME, lambda load: load.drain_s),
+    (table.LATENCY_P95, lambda load: load.p95_s),
+    (table.SHED_PROBABILITY, lambda load: load.shed_probability),
+    (table.THETA, lambda load: load.theta),
+    (table.INFLIGHT_LIMIT, lambda load: load.inflight_limit_tokens),
+    (table.MAX_BATCH_TOKENS, lambda load: load.max_batch_tokens),
+    (table.COST_FIXED, lambda load: load.cost_fixed_s),
+    (table.COST_PER_TOKEN, lambda load: load.cost_per_token_s),
+    (table.ACCEPTING, lambda load: int(load.accepting)),
+    (table.DEVICE_MEMORY_USED, lambda load: load.device_memory_used_bytes),
+    (table.DEVICE_MEMORY_TOTAL, lambda load: load.device_memory_total_bytes),
+    (table.MODEL_COMPILED, lambda load: int(load.compiled)),
+)
+"""Gauges without a label, and the field that each shows."""
+
+_Read = Callable[[], Iterable[Observation]]
+
+
+class Gauges:
+    """Registers an observable instrument for every counter and gauge of the table."""
+
+    def __init__(
+        self, meter: Meter, instruments: Instruments, snapshot: SharedSnapshot, edges: tuple[int, ...]
+    ) -> None:
+        """``edges`` are the scheduler's length buckets, shown at zero until a load source is registered."""
+        self._instruments = instruments
+        self._snapshot = snapshot
+        self._edges = edges
+        self._begun_s = time.monotonic()
+        self._model: dict[str, str] | None = None
+        readers: dict[str, _Read] = {
+            table.ACTIVE_CALLS.name: lambda: _values(instruments.counter(table.ACTIVE_CALLS)),
+            table.QUEUE_ITEMS.name: self._queue_items,
+            table.LIFECYCLE.name: self._lifecycle,
+            table.MODEL_INFO.name: self._model_info,
+            table.PROCESS_CPU.name: self._cpu,
+            table.PROCESS_MEMORY.name: _memory,
+            table.PROCESS_FDS.name: _file_descriptors,
+            table.PROCESS_UPTIME.name: self._uptime,
+        }
+        for instrument, field in _LOAD:
+            readers[instrument.name] = self._load(field)
+        for instrument in INSTRUMENTS:
+            if instrument.kind is not Kind.HISTOGRAM:
+                _register(meter, instrument, readers.get(instrument.name) or self._counter(instrument))
+
+    def show_model(self, identity: ModelIdentity) -> None:
+        """Show ``identity`` as the model that is served."""
+        self._model = {label.name: str(getattr(identity, label.name)) for label in table.MODEL_INFO.labels}
+
+    def _counter(self, instrument: Instrument) -> _Read:
+        tally = self._instruments.counter(instrument)
+        return lambda: _values(tally)
+
+    def _load(self, field: Callable[[LoadSnapshot], float]) -> _Read:
+        return lambda: [Observation(field(self._snapshot.read()), _NONE)]
+
+    def _queue_items(self) -> Iterable[Observation]:
+        waiting = {**dict.fromkeys(self._edges, 0), **self._snapshot.read().waiting_items_by_bucket}
+        return [Observation(items, {"bucket": str(edge)}) for edge, items in waiting.items()]
+
+    def _lifecycle(self) -> Iterable[Observation]:
+        now = self._snapshot.read().lifecycle_state
+        return [Observation(int(state == now), {"state": state}) for state in table.STATES]
+
+    def _model_info(self) -> Iterable[Observation]:
+        return [Observation(1, self._model)] if self._model is not None else []
+
+    def _cpu(self) -> Iterable[Observation]:
+        times = os.times()
+        return [Observation(times.user, {"cpu.mode": "user"}), Observation(times.system, {"cpu.mode": "system"})]
+
+    def _uptime(self) -> Iterable[Observation]:
+        return [Observation(time.monotonic() - self._begun_s, _NONE)]
+
+
+def _register(meter: Meter, instrument: Instrument, read: _Read) -> None:
+    def callback(_options: CallbackOptions) -> Iterable[Observation]:
+        return read()
+
+    create = meter.create_observable_counter if instrument.kind is Kind.COUNTER else meter.create_observable_gauge
+    create(instrument.name, callbacks=[callback], unit=instrument.unit, description=instrument.description)
+
+
+def _values(tally: CounterTally) -> Iterable[Observation]:
+    return [Observation(cell.value, cell.attributes) for cell in tally.cells()]
+
+
+def _memory() -> Iterable[Observation]:
+    # Linux only, as the container images are; elsewhere there is no series rather than a wrong one.
+    if not _PROC.exists():
+        return []
+    resident_pages = int((_PROC / "statm").read_text().split()[1])
+    return [Observation(resident_pages * _PAGE_BYTES, _NONE)]
+
+
+def _file_descriptors() -> Iterable[Observation]:
+    return [Observation(len(os.listdir(_PROC / "fd")), _NONE)] if _PROC.exists() else []

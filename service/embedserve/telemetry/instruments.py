@@ -1,0 +1,292 @@
+"""Every metric, once: name, kind, unit, labels, buckets and what it tells.
+
+Decides which metrics there are and which label values are declared, so that all of them are there, at zero, from the first
+scrape. Must never know how a value is measured (``observers``, ``tracing``) or read (``gauges`` for what is looked up at a
+scrape). OPERATIONS.md, the dashboards and the alerts are made from ``INSTRUMENTS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from itertools import product
+from typing import Final
+
+from embedserve.scheduling.item import Verdict
+from embedserve.telemetry import semconv
+from embedserve.telemetry.settings import DURATION_BUCKETS_S
+from embedserve.telemetry.tally import CounterTally, HistogramTally
+
+__all__ = ["INSTRUMENTS", "Instrument", "Instruments", "Kind", "Label", "prometheus_label", "prometheus_name"]
+
+
+class Kind(Enum):
+    """What becomes of a value over time."""
+
+    COUNTER = "counter"
+    """Only grows."""
+    GAUGE = "gauge"
+    """Read at the scrape."""
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """An attribute of a metric, and the values that are declared for it."""
+
+    name: str
+    values: tuple[str, ...] = ()
+    """Empty: known at run time only, such as a model's name; still few."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """One metric."""
+
+    name: str
+    kind: Kind
+    unit: str
+    """UCUM, as OpenTelemetry writes it: ``s``, ``By``, ``1`` or a noun in braces."""
+    description: str
+    labels: tuple[Label, ...] = ()
+    series: tuple[tuple[str, ...], ...] | None = None
+    """The declared label sets where not every combination can occur."""
+    buckets: tuple[float, ...] = ()
+    """Of a histogram; histograms of seconds take the configured bounds instead."""
+    constant: tuple[tuple[str, str], ...] = ()
+    """Attributes that every series carries."""
+
+    def declared(self) -> tuple[tuple[str, ...], ...]:
+        """Label sets that are there from the first scrape."""
+        return self.series if self.series is not None else tuple(product(*(label.values for label in self.labels)))
+
+
+_UNITS: Final = {"s": "seconds", "By": "bytes", "1": "ratio"}
+
+
+def prometheus_name(name: str, unit: str, kind: Kind) -> str:
+    """The name that a scrape shows, without ``_bucket``, ``_sum`` and ``_count``.
+
+    After OpenTelemetry's "Prometheus and OpenMetrics Compatibility": dots become underscores, the unit a suffix (a unit in
+    braces none, ``1`` becomes ``ratio`` on gauges only), counters end in ``_total``.
+    """
+    words = "".join(char if char.isalnum() else "_" for char in name)
+    suffix = _UNITS.get(unit, "")
+    if suffix and not (suffix == "ratio" and kind is not Kind.GAUGE) and not words.endswith(f"_{suffix}"):
+        words += f"_{suffix}"
+    return f"{words}_total" if kind is Kind.COUNTER else words
+
+
+def prometheus_label(name: str) -> str:
+    """The label that an attribute becomes."""
+    return "".join(char if char.isalnum() else "_" for char in name)
+
+
+_EMBEDDING_STATUSES: Final = (
+    "OK", "CANCELLED", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+    "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+)  # fmt: skip
+_INFORMATION_STATUSES: Final = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "NOT_FOUND", "INTERNAL", "UNAVAILABLE")
+_METHOD: Final = Label(semconv.RPC_METHOD, semconv.METHODS)
+
+STAGES: Final = ("validate", "admit", "tokenize", "queue", "assemble", "forward", "respond")
+PASS_STAGES: Final = ("assemble", "copy_in", "forward", "pool", "copy_out")
+OUTCOMES: Final = ("ok", "out_of_memory", "failed", "non_finite", "fatal")
+VERDICTS: Final = tuple(verdict.value for verdict in Verdict)
+REQUEST_VERDICTS: Final = ("done", "expired", "cancelled", "failed", "rejected")
+STATES: Final = ("starting", "warming", "serving", "draining", "stopped", "failed")
+POLICIES: Final = ("throughput", "latency_p95", "gradient")
+REFUSALS: Final = (
+    *product(("queue",), ("QUEUE_FULL",), ("estimate", "exact")),
+    *product(("too_large",), ("SUBMISSION_EXCEEDS_QUEUE", "ITEM_EXCEEDS_BATCH"), ("estimate", "exact")),
+    *product(("deadline",), ("DEADLINE_PASSED", "DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ("estimate", "exact")),
+    *product(("throughput",), ("DRAIN_TIME_EXCEEDED",), ("estimate", "exact")),
+    *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ("estimate", "exact")),
+    *product(("draining",), ("DRAINING", "ENGINE_FAILED"), ("estimate", "exact")),
+)
+"""Policy, reason and stage of every refusal that the scheduler knows; the tally takes a few that are not here."""
+
+_RATIO_BUCKETS: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+_EFFICIENCY_BUCKETS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+_ITEM_BUCKETS: Final = tuple(float(1 << power) for power in range(11))
+_TOKEN_BUCKETS: Final = tuple(float(1 << power) for power in range(4, 18))
+
+
+def _counter(
+    name: str, unit: str, description: str, *labels: Label, series: tuple[tuple[str, ...], ...] | None = None
+) -> Instrument:
+    return Instrument(name, Kind.COUNTER, unit, description, labels, series)
+
+
+def _gauge(name: str, unit: str, description: str, *labels: Label) -> Instrument:
+    return Instrument(name, Kind.GAUGE, unit, description, labels)
+
+
+def _histogram(
+    name: str, unit: str, description: str, *labels: Label, buckets: tuple[float, ...] = DURATION_BUCKETS_S
+) -> Instrument:
+    return Instrument(name, Kind.HISTOGRAM, unit, description, labels, buckets=buckets)
+
+
+RPC_DURATION: Final = Instrument(
+    semconv.RPC_DURATION,
+    Kind.HISTOGRAM,
+    "s",
+    "Duration of calls, from arrival to the answer, health and reflection left out.",
+    (_METHOD, Label(semconv.RPC_STATUS_CODE, _EMBEDDING_STATUSES)),
+    (
+        *product(semconv.EMBEDDING_METHODS, _EMBEDDING_STATUSES),
+        *product(semconv.INFORMATION_METHODS, _INFORMATION_STATUSES),
+    ),
+    DURATION_BUCKETS_S,
+    ((semconv.RPC_SYSTEM_NAME, semconv.GRPC),),
+)
+ACTIVE_CALLS: Final = _gauge("embedserve.rpc.active_calls", "{call}", "Calls that have arrived and not ended.", _METHOD)
+STAGE_DURATION: Final = _histogram(
+    "embedserve.stage.duration", "s", "Time of a call in each stage; the stages of a call add up to its duration.",
+    Label("stage", STAGES),
+)  # fmt: skip
+REQUESTS: Final = _counter(
+    "embedserve.requests",
+    "{request}",
+    "Requests that left the engine, by what became of them.",
+    Label("verdict", REQUEST_VERDICTS),
+)
+ITEMS_ADMITTED: Final = _counter("embedserve.items.admitted", "{item}", "Texts that were let into the queue.")
+TOKENS_ADMITTED: Final = _counter("embedserve.tokens.admitted", "{token}", "Tokens that were let into the queue.")
+ITEMS_SETTLED: Final = _counter(
+    "embedserve.items.settled",
+    "{item}",
+    "Texts that left the scheduler, by what became of them.",
+    Label("verdict", VERDICTS),
+)
+DECISIONS: Final = _counter(
+    "embedserve.admission.decisions",
+    "{request}",
+    "Admission decisions. stage=estimate is judged before tokenising, exact on real tokens.",
+    Label("decision", ("admitted", "rejected")), Label("policy"), Label("reason"), Label("stage", ("estimate", "exact")),
+    series=(("admitted", "none", "none", "exact"), *(("rejected", *refusal) for refusal in REFUSALS)),
+)  # fmt: skip
+QUEUE_WAIT: Final = _histogram(
+    "embedserve.queue.wait", "s", "Time from the queue to the worker, by the bucket of the longest text; expired requests count.",
+    Label("bucket"),
+)  # fmt: skip
+WAIT_PREDICTION: Final = _histogram(
+    "embedserve.wait.prediction", "1", "Actual over predicted time in queue and pass; above 1 admission was too hopeful.",
+    buckets=_RATIO_BUCKETS,
+)  # fmt: skip
+TOKENIZER_WAIT: Final = _histogram("embedserve.tokenizer.wait", "s", "Wait for a tokenizer thread.")
+TOKENIZER_DURATION: Final = _histogram("embedserve.tokenizer.duration", "s", "Time of a tokenizer thread at work.")
+TOKENIZER_TEXTS: Final = _counter("embedserve.tokenizer.texts", "{text}", "Texts that were tokenised.")
+TOKENIZER_TOKENS: Final = _counter("embedserve.tokenizer.tokens", "{token}", "Tokens that came out of the tokenizer.")
+BATCH_DURATION: Final = _histogram(
+    "embedserve.batch.duration", "s", "Time of a pass, from the hand-over to the worker until the loop has the result.",
+    Label("outcome", OUTCOMES),
+)  # fmt: skip
+BATCH_STAGE_DURATION: Final = _histogram(
+    "embedserve.batch.stage.duration", "s", "Time of the worker in each stage of a pass.", Label("stage", PASS_STAGES)
+)
+BATCH_ITEMS: Final = _histogram("embedserve.batch.items", "{item}", "Rows of a pass.", buckets=_ITEM_BUCKETS)
+BATCH_TOKENS: Final = _histogram(
+    "embedserve.batch.tokens", "{token}", "Useful tokens of a pass.", buckets=_TOKEN_BUCKETS
+)
+BATCH_PADDED_TOKENS: Final = _histogram(
+    "embedserve.batch.padded_tokens",
+    "{token}",
+    "Tokens of a pass that are computed, padding included.",
+    buckets=_TOKEN_BUCKETS,
+)
+BATCH_EFFICIENCY: Final = _histogram(
+    "embedserve.batch.efficiency", "1", "Useful over computed tokens of a pass.", buckets=_EFFICIENCY_BUCKETS
+)
+BATCH_PREDICTION: Final = _histogram(
+    "embedserve.batch.prediction", "1", "Actual over predicted device time of a pass.", buckets=_RATIO_BUCKETS
+)
+DEVICE_BUSY: Final = _counter(
+    "embedserve.device.busy", "s", "Time in which the device worked; its rate is the busy fraction."
+)
+
+QUEUE_ITEMS: Final = _gauge("embedserve.queue.items", "{item}", "Texts that wait, by length bucket.", Label("bucket"))
+QUEUE_TOKENS: Final = _gauge("embedserve.queue.tokens", "{token}", "Tokens that wait.")
+QUEUE_OLDEST: Final = _gauge("embedserve.queue.oldest_age", "s", "Age of the oldest text that waits; 0 when none does.")
+RUNNING_ITEMS: Final = _gauge("embedserve.running.items", "{item}", "Texts in passes that run or are prepared.")
+RUNNING_TOKENS: Final = _gauge("embedserve.running.tokens", "{token}", "Tokens in passes that run or are prepared.")
+SERVICE_RATE: Final = _gauge(
+    "embedserve.service.rate", "{token}/s", "Tokens that the device computes in a second of work, smoothed."
+)
+DRAIN_TIME: Final = _gauge("embedserve.drain.estimated", "s", "Time until what waits and runs would be done.")
+LATENCY_P95: Final = _gauge(
+    "embedserve.latency.p95", "s", "P95 over the sliding window of the latency policy, timeouts included."
+)
+SHED_PROBABILITY: Final = _gauge(
+    "embedserve.admission.shed_probability", "1", "Share of requests that the latency policy refuses now."
+)
+THETA: Final = _gauge(
+    "embedserve.admission.theta", "1", "0.95 quantile of actual over predicted wait; scales the prediction."
+)
+INFLIGHT_LIMIT: Final = _gauge(
+    "embedserve.admission.inflight_limit", "{token}", "Tokens in flight that the gradient policy allows; 0 when off."
+)
+MAX_BATCH_TOKENS: Final = _gauge(
+    "embedserve.batch.max_tokens", "{token}", "Token budget of a pass now; falls when memory ran out."
+)
+COST_FIXED: Final = _gauge("embedserve.cost.fixed", "s", "Cost model: time of an empty pass (a of a + b * tokens).")
+COST_PER_TOKEN: Final = _gauge(
+    "embedserve.cost.per_token", "s", "Cost model: time that one more token adds (b of a + b * tokens)."
+)
+LIFECYCLE: Final = _gauge(
+    "embedserve.lifecycle.state", "{state}", "1 for the state that the process is in.", Label("state", STATES)
+)
+ACCEPTING: Final = _gauge("embedserve.accepting", "{process}", "1 while a request sent now would be taken.")
+DEVICE_MEMORY_USED: Final = _gauge("embedserve.device.memory.used", "By", "Device memory in use; 0 where unknown.")
+DEVICE_MEMORY_TOTAL: Final = _gauge("embedserve.device.memory.total", "By", "Device memory; 0 where unknown.")
+MODEL_COMPILED: Final = _gauge("embedserve.model.compiled", "{model}", "1 while passes run through a compiled model.")
+MODEL_INFO: Final = _gauge(
+    "embedserve.model.info", "{model}", "1; its labels say which model is served.",
+    Label("name"), Label("revision"), Label("weights_digest"), Label("dtype"), Label("device"), Label("pooling"), Label("dimension"),
+)  # fmt: skip
+LOOP_LAG: Final = _histogram(
+    "embedserve.event_loop.lag", "s", "How late the event loop runs a timer, sampled while calls are active."
+)
+SPANS: Final = _counter(
+    "embedserve.telemetry.spans", "{span}", "Spans by their end: exported, failed (the exporter gave up), dropped (queue full).",
+    Label("outcome", ("exported", "failed", "dropped")),
+)  # fmt: skip
+PROCESS_MEMORY: Final = _gauge("process.memory.usage", "By", "Resident memory.")
+PROCESS_CPU: Final = _counter("process.cpu.time", "s", "CPU time.", Label("cpu.mode", ("user", "system")))
+PROCESS_FDS: Final = _gauge("process.unix.file_descriptor.count", "{file_descriptor}", "Open file descriptors.")
+PROCESS_UPTIME: Final = _gauge("process.uptime", "s", "Time since telemetry was set up.")
+
+INSTRUMENTS: Final[tuple[Instrument, ...]] = tuple(
+    value for value in list(globals().values()) if isinstance(value, Instrument)
+)
+"""All of the above, in their order."""
+
+
+class Instruments:
+    """The counters and histograms, ready to be written to. One for each process; made at wiring."""
+
+    def __init__(
+        self, duration_buckets_s: tuple[float, ...] = DURATION_BUCKETS_S, bucket_edges: tuple[int, ...] = ()
+    ) -> None:
+        """``duration_buckets_s`` are the bounds of every histogram of seconds; ``bucket_edges`` the scheduler's."""
+        self.counters: dict[str, CounterTally] = {}
+        self.histograms: dict[str, HistogramTally] = {}
+        for instrument in INSTRUMENTS:
+            labels = [label.name for label in instrument.labels]
+            declared = instrument.declared()
+            if instrument is QUEUE_WAIT:
+                declared = tuple((str(edge),) for edge in bucket_edges)
+            if instrument.kind is Kind.COUNTER or instrument is ACTIVE_CALLS:
+                self.counters[instrument.name] = CounterTally(labels, declared, dict(instrument.constant))
+            elif instrument.kind is Kind.HISTOGRAM:
+                bounds = duration_buckets_s if instrument.unit == "s" else instrument.buckets
+                self.histograms[instrument.name] = HistogramTally(labels, declared, dict(instrument.constant), bounds)
+
+    def counter(self, instrument: Instrument) -> CounterTally:
+        """The tally of a counter of the table."""
+        return self.counters[instrument.name]
+
+    def histogram(self, instrument: Instrument) -> HistogramTally:
+        """The tally of a histogram of the table."""
+        return self.histograms[instrument.name]

@@ -1,0 +1,74 @@
+"""What telemetry wants to know of the engine at a scrape.
+
+Decides which figures of load are shown. Must never know where they come from: the composition root gives a function that makes
+a ``LoadSnapshot``. That function is called from a scraper's thread, so it must only read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = ["LoadSnapshot", "LoadSource", "SharedSnapshot"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSnapshot:
+    """The load, the policies and the device now. The defaults are those of a process that has only just begun."""
+
+    lifecycle_state: str = "starting"
+    """``starting``, ``warming``, ``serving``, ``draining``, ``stopped`` or ``failed``."""
+    accepting: bool = False
+    waiting_items_by_bucket: Mapping[int, int] = field(default_factory=dict)
+    """Bucket edge to texts that wait, all edges present; ``scheduling.item.Depth.waiting_by_bucket``."""
+    waiting_tokens: int = 0
+    oldest_age_s: float = 0.0
+    running_items: int = 0
+    running_tokens: int = 0
+    service_rate_tokens_per_s: float = 0.0
+    drain_s: float = 0.0
+    p95_s: float = 0.0
+    shed_probability: float = 0.0
+    theta: float = 0.0
+    inflight_limit_tokens: float = 0.0
+    max_batch_tokens: int = 0
+    cost_fixed_s: float = 0.0
+    cost_per_token_s: float = 0.0
+    device_memory_used_bytes: int = 0
+    device_memory_total_bytes: int = 0
+    compiled: bool = False
+
+
+LoadSource = Callable[[], LoadSnapshot]
+
+_SHARED_S: Final = 0.05
+"""How long one snapshot serves. A scrape asks twenty gauges within milliseconds; they should all tell of the same moment."""
+
+
+class SharedSnapshot:
+    """One snapshot for all gauges of a scrape. Thread-safe."""
+
+    def __init__(self) -> None:
+        """Begin with the defaults, until a source is registered."""
+        self._source: LoadSource = LoadSnapshot
+        self._lock = threading.Lock()
+        self._taken_s = float("-inf")
+        self._snapshot = LoadSnapshot()
+
+    def register(self, source: LoadSource) -> None:
+        """Ask ``source`` from now on."""
+        with self._lock:
+            self._source = source
+            self._taken_s = float("-inf")
+
+    def read(self) -> LoadSnapshot:
+        """The load, at most 50 ms old."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._taken_s > _SHARED_S:
+                self._snapshot = self._source()
+                self._taken_s = now
+            return self._snapshot

@@ -1,0 +1,127 @@
+"""The engine, watched.
+
+Decides which metric each event of the engine moves, and when a batch is traced: when a request in it is. Must never know gRPC or
+how metrics and spans leave the process. Every series is looked up once, here; an event costs additions and bisections.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import SpanContext, TraceFlags
+
+from embedserve.engine.observer import BatchRecord
+from embedserve.engine.stages import Stages
+from embedserve.model.backend import PassTimes
+from embedserve.scheduling.item import Rejection
+from embedserve.telemetry import instruments as table
+from embedserve.telemetry.instruments import Instruments
+from embedserve.telemetry.span_queue import SpanQueue
+from embedserve.telemetry.spans import BatchTrace
+
+__all__ = ["TelemetryEngineObserver"]
+
+_S_PER_NS: Final = 1e-9
+
+LogRejection = Callable[[Rejection, str], None]
+
+
+class TelemetryEngineObserver:
+    """Implements ``EngineObserver``. Event loop only."""
+
+    def __init__(self, instruments: Instruments, spans: SpanQueue | None, log_rejection: LogRejection) -> None:
+        """Without ``spans`` no batch is traced. ``log_rejection(rejection, stage)`` must not block."""
+        self._spans = spans
+        self._log_rejection = log_rejection
+        self._ids = RandomIdGenerator()
+        histogram, counter = instruments.histogram, instruments.counter
+        self._tokenizer_wait = histogram(table.TOKENIZER_WAIT).cell()
+        self._tokenizer_duration = histogram(table.TOKENIZER_DURATION).cell()
+        self._tokenizer_texts = counter(table.TOKENIZER_TEXTS).cell()
+        self._tokenizer_tokens = counter(table.TOKENIZER_TOKENS).cell()
+        self._decisions = counter(table.DECISIONS)
+        self._admitted = self._decisions.cell("admitted", "none", "none", "exact")
+        self._items_admitted = counter(table.ITEMS_ADMITTED).cell()
+        self._tokens_admitted = counter(table.TOKENS_ADMITTED).cell()
+        self._settled = counter(table.ITEMS_SETTLED)
+        self._requests = counter(table.REQUESTS)
+        self._queue_wait = histogram(table.QUEUE_WAIT)
+        self._wait_prediction = histogram(table.WAIT_PREDICTION).cell()
+        self._batch_duration = histogram(table.BATCH_DURATION)
+        stages = histogram(table.BATCH_STAGE_DURATION)
+        self._pass_stages = tuple(stages.cell(name) for name in table.PASS_STAGES)
+        self._batch_items = histogram(table.BATCH_ITEMS).cell()
+        self._batch_tokens = histogram(table.BATCH_TOKENS).cell()
+        self._batch_padded_tokens = histogram(table.BATCH_PADDED_TOKENS).cell()
+        self._batch_efficiency = histogram(table.BATCH_EFFICIENCY).cell()
+        self._batch_prediction = histogram(table.BATCH_PREDICTION).cell()
+        self._device_busy = counter(table.DEVICE_BUSY).cell()
+
+    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
+        """A tokenizer thread has finished some texts."""
+        self._tokenizer_wait.observe(waited_ns * _S_PER_NS)
+        self._tokenizer_duration.observe(elapsed_ns * _S_PER_NS)
+        self._tokenizer_texts.value += texts
+        self._tokenizer_tokens.value += tokens
+
+    def admitted(self, items: int, tokens: int) -> None:
+        """A request waits in its buckets."""
+        self._admitted.value += 1
+        self._items_admitted.value += items
+        self._tokens_admitted.value += tokens
+
+    def rejected(self, rejection: Rejection, *, stage: str) -> None:
+        """A request was refused."""
+        self._decisions.cell("rejected", rejection.policy, rejection.reason, stage).value += 1
+        self._log_rejection(rejection, stage)
+
+    def batch_finished(self, record: BatchRecord) -> object | None:
+        """A pass ended; the context of its span when a request in it is sampled."""
+        batch = record.batch
+        self._batch_duration.cell(record.outcome).observe((record.returned_ns - record.dispatched_ns) * _S_PER_NS)
+        self._batch_items.observe(batch.rows)
+        self._batch_tokens.observe(batch.tokens)
+        self._batch_padded_tokens.observe(batch.padded_tokens)
+        if batch.padded_tokens > 0:
+            self._batch_efficiency.observe(batch.tokens / batch.padded_tokens)
+        if record.times is not None:
+            self._pass_ended(record.times, record.predicted_ns)
+        if self._spans is None:
+            return None
+        sampled = [member for member in record.members if member.trace is not None]
+        if not sampled:
+            return None
+        context = SpanContext(
+            self._ids.generate_trace_id(), self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED)
+        )
+        self._spans.put(BatchTrace(context, record, sampled))
+        return context
+
+    def settled(self, verdict: str, items: int) -> None:
+        """Items ended."""
+        self._settled.cell(verdict).value += items
+
+    def request_finished(self, stages: Stages, *, verdict: str) -> None:
+        """A request left the engine."""
+        self._requests.cell(verdict).value += 1
+        if not stages.queued_ns:
+            return
+        # A request that expires in the queue has waited too; leaving it out would make an overload look short.
+        taken_ns = stages.dequeued_ns or time.monotonic_ns()
+        self._queue_wait.cell(str(stages.bucket)).observe(max(0, taken_ns - stages.queued_ns) * _S_PER_NS)
+        if verdict == "done" and stages.predicted_ns > 0:
+            self._wait_prediction.observe(max(0, stages.computed_ns - stages.queued_ns) / stages.predicted_ns)
+
+    def _pass_ended(self, times: PassTimes, predicted_ns: int) -> None:
+        marks = (
+            times.start_ns, times.assembled_ns, times.copied_in_ns, times.forward_ns, times.pooled_ns, times.copied_out_ns,
+        )  # fmt: skip
+        for cell, begin_ns, end_ns in zip(self._pass_stages, marks, marks[1:], strict=False):
+            cell.observe((end_ns - begin_ns) * _S_PER_NS)
+        busy_ns = times.copied_out_ns - times.start_ns
+        self._device_busy.value += busy_ns * _S_PER_NS
+        if predicted_ns > 0:
+            self._batch_prediction.observe(busy_ns / predicted_ns)

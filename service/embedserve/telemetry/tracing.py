@@ -1,0 +1,223 @@
+"""One RPC, watched from arrival to its final status.
+
+Decides whether a call is sampled, before anything is built for it, and hands what is noted of a sampled call to the span queue.
+Must never know gRPC: the API calls ``begin`` and ``end``. A call that is not sampled costs a context lookup, two clock readings
+and its metrics; a sampled one is turned into spans later, in another thread (``spans``).
+
+A batch is traced if and only if a call in it is (``observers``): the sampler that looks at links is thus the sampler of calls,
+asked once.
+
+We make our own SERVER span rather than use ``opentelemetry-instrumentation-grpc``: its aio interceptor (0.66b2) breaks health
+Watch and records wrong statuses, which ``tests/integration/telemetry/test_stock_interceptor.py`` reproduces. A user who starts the
+process under ``opentelemetry-instrument`` would get both; ``setup_telemetry`` therefore takes the stock patch off
+``grpc.aio.server`` before the server is made, and says so in the log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Sampler
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    TraceFlags,
+    format_trace_id,
+    set_span_in_context,
+)
+
+from embedserve.api.observer import Metadata
+from embedserve.engine.stages import Stages
+from embedserve.telemetry import instruments as table
+from embedserve.telemetry import semconv
+from embedserve.telemetry.instruments import Instruments
+from embedserve.telemetry.loop_lag import LoopLag
+from embedserve.telemetry.propagation import Propagation
+from embedserve.telemetry.span_queue import SpanQueue
+from embedserve.telemetry.spans import CallRecord, segments
+from embedserve.telemetry.tally import CounterCell, HistogramCell
+
+__all__ = ["CallEnd", "RequestTracer", "current_span_context"]
+
+current_span_context: ContextVar[SpanContext | None] = ContextVar("embedserve_span_context", default=None)
+"""The call that this task serves, for log lines. Each RPC is a task of its own, so that it is never reset, only set again."""
+
+_ROOT: Final = Context()
+_S_PER_NS: Final = 1e-9
+
+LogCall = Callable[["CallEnd"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """What an access log may say of a call."""
+
+    method: str
+    status: str
+    duration_ns: int
+    error_type: str | None
+    peer: str
+    attributes: Mapping[str, str | int | float | bool]
+
+
+class _Method:
+    """All series of one method, found once."""
+
+    __slots__ = ("active", "durations", "name", "sampling_attributes")
+
+    def __init__(self, name: str, instruments: Instruments) -> None:
+        self.name = name
+        self.active: CounterCell = instruments.counter(table.ACTIVE_CALLS).cell(name)
+        duration = instruments.histogram(table.RPC_DURATION)
+        declared = {status for method, status in table.RPC_DURATION.declared() if method == name}
+        self.durations: dict[str, HistogramCell] = {status: duration.cell(name, status) for status in declared}
+        self.sampling_attributes = {semconv.RPC_SYSTEM_NAME: semconv.GRPC, semconv.RPC_METHOD: name}
+
+
+class RequestTracer:
+    """Implements ``CallObserver``: metrics for every call, spans for sampled ones, a log line where wanted."""
+
+    def __init__(
+        self,
+        instruments: Instruments,
+        *,
+        sampler: Sampler | None,
+        spans: SpanQueue | None,
+        exemplars: bool,
+        log_call: LogCall | None,
+    ) -> None:
+        """``sampler`` and ``spans`` are both given or both ``None``: without an exporter nothing is sampled."""
+        self._instruments = instruments
+        self._sampler = sampler
+        self._spans = spans
+        self._exemplars = exemplars
+        self._log_call = log_call
+        self._propagation = Propagation()
+        self._ids = RandomIdGenerator()
+        self._methods = {name: _Method(name, instruments) for name in semconv.METHODS}
+        self._other: _Method | None = None
+        stage = instruments.histogram(table.STAGE_DURATION)
+        self._stages = {name: stage.cell(name) for name in table.STAGES}
+        self._stages["admit_exact"] = self._stages["admit"]
+        self._active = 0
+        self.lag = LoopLag(instruments.histogram(table.LOOP_LAG).cell(), lambda: self._active > 0)
+
+    def begin(self, method: str, metadata: Metadata, arrived_ns: int, peer: str) -> _Call:
+        """A call arrived. Must run on the event loop, in the task that serves the call."""
+        known = self._methods.get(method) or self._unknown()
+        known.active.value += 1
+        self._active += 1
+        if not self.lag.armed:
+            self.lag.arm()
+        parent = self._propagation.extract(metadata)
+        context = self._sampled(known, parent) if self._sampler is not None else None
+        current_span_context.set(context or parent)
+        return _Call(self, known, context, parent, arrived_ns, peer)
+
+    def _sampled(self, method: _Method, parent: SpanContext | None) -> SpanContext | None:
+        """The context of the call's span; ``None`` when it is not sampled."""
+        assert self._sampler is not None
+        if parent is None:
+            trace_id, parent_context = self._ids.generate_trace_id(), _ROOT
+        else:
+            trace_id, parent_context = parent.trace_id, set_span_in_context(NonRecordingSpan(parent), _ROOT)
+        result = self._sampler.should_sample(
+            parent_context, trace_id, method.name, SpanKind.SERVER, method.sampling_attributes, ()
+        )
+        if not result.decision.is_sampled():
+            return None
+        flags = TraceFlags(TraceFlags.SAMPLED)
+        return SpanContext(trace_id, self._ids.generate_span_id(), False, flags, result.trace_state)
+
+    def _unknown(self) -> _Method:
+        """What the conventions call a method that the server does not have."""
+        if self._other is None:
+            self._other = _Method(semconv.OTHER, self._instruments)
+        return self._other
+
+    def ended(
+        self,
+        call: _Call,
+        status: str,
+        stages: Stages | None,
+        error_type: str | None,
+        attributes: Mapping[str, str | int | float | bool],
+    ) -> None:
+        """Record ``call``; called by it, once."""
+        ended_ns = time.monotonic_ns()
+        method, context = call.method, call.context
+        method.active.value -= 1
+        self._active -= 1
+        traced = context if self._exemplars else None
+        duration = method.durations.get(status)
+        if duration is None:
+            name = status if status in semconv.STATUSES else "UNKNOWN"
+            duration = self._instruments.histogram(table.RPC_DURATION).cell(method.name, name)
+            method.durations[name] = duration
+        _observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced)
+        parts = segments(stages, ended_ns, answered=status == "OK") if stages is not None else []
+        cells = self._stages
+        for stage, begin_ns, end_ns in parts:
+            _observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced)
+        if context is not None and self._spans is not None:
+            rides = tuple(stages.rides) if stages is not None else ()
+            self._spans.put(
+                CallRecord(
+                    context, call.parent, method.name, call.peer, call.arrived_ns, ended_ns, status, error_type,
+                    attributes, parts, stages, rides,
+                )
+            )  # fmt: skip
+        if self._log_call is not None:
+            self._log_call(CallEnd(method.name, status, ended_ns - call.arrived_ns, error_type, call.peer, attributes))
+
+
+def _observe(cell: HistogramCell, value: float, context: SpanContext | None) -> None:
+    if context is None:
+        cell.observe(value)
+    else:
+        cell.observe_traced(value, context)
+
+
+class _Call:
+    """Implements ``CallTrace``."""
+
+    __slots__ = ("_tracer", "arrived_ns", "context", "method", "parent", "peer")
+
+    def __init__(
+        self,
+        tracer: RequestTracer,
+        method: _Method,
+        context: SpanContext | None,
+        parent: SpanContext | None,
+        arrived_ns: int,
+        peer: str,
+    ) -> None:
+        self._tracer = tracer
+        self.method = method
+        self.context = context
+        self.parent = parent
+        self.arrived_ns = arrived_ns
+        self.peer = peer
+
+    @property
+    def trace_id(self) -> str | None:
+        """32 hex digits; ``None`` when the call is not sampled."""
+        return format_trace_id(self.context.trace_id) if self.context is not None else None
+
+    def end(
+        self,
+        *,
+        status: str,
+        stages: Stages | None,
+        error_type: str | None,
+        attributes: Mapping[str, str | int | float | bool],
+    ) -> None:
+        """The call is over; see ``CallTrace``."""
+        self._tracer.ended(self, status, stages, error_type, attributes)
