@@ -34,12 +34,12 @@ ENV_PREFIX = "EMBEDSERVE_"
 CONFIG_FILE_ENV = "EMBEDSERVE_CONFIG"
 
 SERVICE_LINK = re.compile(
-    r"EMBEDSERVE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    r"EMBEDSERVE_(\w+_)?(SERVICE_HOST=[\d.:a-f]+|SERVICE_PORT(_\w+)?=\d+|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://\S+"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO=(tcp|udp|sctp)|PORT=\d+|ADDR=[\d.:a-f]+))"
 )
-"""Variables that Kubernetes puts into every pod beside a Service whose name begins with ``embedserve``."""
-SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)(://\S+)?|\d+|[\d.]+|[0-9a-fA-F:]+")
-
+"""``NAME=VALUE`` of variables that Kubernetes puts into every pod beside a Service called ``embedserve`` or similar."""
 SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+SEPARATOR = re.compile(r"[._]")
 SHOWN_CHARACTERS_MAX = 120
 """Of a wrong value in a sentence: enough to recognise it."""
 
@@ -161,11 +161,13 @@ def _allowed(kind: Kind, base: Any, metadata: Sequence[Any]) -> str:
     if get_origin(base) is Literal:
         return "one of " + ", ".join(get_args(base))
     low, high = known.get(annotated_types.Ge), known.get(annotated_types.Le)
+    shortest, longest = known.get(annotated_types.MinLen), known.get(annotated_types.MaxLen)
     within = f" from {low.ge} to {high.le}" if low and high else ""
+    length = f" of {shortest.min_length} to {longest.max_length} characters" if shortest and longest else ""
     if kind == "table":
         return "NAME=VALUE by commas, each value one of " + ", ".join(get_args(_unwrap(get_args(base)[1], ())[0]))
     return {
-        "text": "text",
+        "text": f"text{length}",
         "integer": f"an integer{within}",
         "number": f"a number{within}",
         "switch": "true or false",
@@ -222,6 +224,8 @@ def _from_file(file: str, settings: Mapping[str, Setting], problems: list[str]) 
 def _leaves(
     table: Mapping[str, Any], prefix: str, file: str, settings: Mapping[str, Setting], problems: list[str]
 ) -> Iterator[tuple[str, Given]]:
+    sections = {path.rpartition(".")[0] for path in settings}
+    known = [*settings, *sorted(sections)]
     for key, value in table.items():
         path = prefix + key
         is_section = any(known.startswith(f"{path}.") for known in settings)
@@ -232,7 +236,7 @@ def _leaves(
         elif is_section:
             problems.append(f"{path} = {render(value)} (file {file}): is a table of settings, not a setting")
         else:
-            problems.append(f"{path} (file {file}): there is no such setting{_nearest(path, settings)}")
+            problems.append(f"{path} (file {file}): there is no such setting{_nearest(path, known)}")
 
 
 def _from_environment(env: Mapping[str, str], settings: Mapping[str, Setting], problems: list[str]) -> dict[str, Given]:
@@ -242,16 +246,23 @@ def _from_environment(env: Mapping[str, str], settings: Mapping[str, Setting], p
         setting = by_env.get(name)
         if setting is not None:
             given[setting.path] = Given(parse(setting, env[name]), Origin("environment", name))
-        elif not (SERVICE_LINK.fullmatch(name) and SERVICE_LINK_VALUE.fullmatch(env[name])):
+        elif not SERVICE_LINK.fullmatch(f"{name}={env[name]}"):
             problems.append(
                 f"{name} (environment): there is no such setting{_nearest(name, [*by_env, CONFIG_FILE_ENV])}"
             )
     return given
 
 
-def _nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that is most like ``name``, as a question; empty where none is.
+
+    Names that begin alike are compared by the rest alone: a long beginning in common says nothing about a setting.
+    """
+    beginnings = {match.string[: match.end()] for one in known for match in SEPARATOR.finditer(one)}
+    beginning = max((one for one in beginnings if name.startswith(one)), key=len, default="")
+    rests = {one.removeprefix(beginning): one for one in known if one.startswith(beginning)}
+    nearest = difflib.get_close_matches(name.removeprefix(beginning), list(rests), n=1, cutoff=0.6)
+    return f"; did you mean {rests[nearest[0]]}?" if nearest else ""
 
 
 def parse(setting: Setting, text: str) -> Any:
