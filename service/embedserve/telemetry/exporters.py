@@ -1,7 +1,7 @@
 """Where traces and metrics go, as OpenTelemetry's own environment variables say.
 
-Decides exporters, sampler and resource from ``OTEL_*``; these are read here, and not from our settings, because operators and
-operators' platforms set them for every service alike. Must never know what is exported.
+Decides exporters, sampler and resource from ``OTEL_*``; these are read here, and not from our settings, because
+operators and operators' platforms set them for every service alike. Must never know what is exported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def span_exporter() -> SpanExporter | None:
 
 
 def metric_exporter() -> MetricExporter | None:
-    """What ``OTEL_METRICS_EXPORTER`` asks for, as ``span_exporter``; ``prometheus`` means the operations port, nothing here."""
+    """What ``OTEL_METRICS_EXPORTER`` asks for, as ``span_exporter``; ``prometheus`` is the operations port, not here."""
     match _choice("METRICS"):
         case "otlp":
             if _protocol("METRICS") == "grpc":

@@ -1,7 +1,7 @@
 """Our histograms as OpenTelemetry's data, for the readers that collect the SDK's own.
 
-Decides how tallies join what the SDK collects. Must never know a wire format. The specification's MetricProducer is the place
-for this; the Python SDK has none (1.45), so that each reader adds these metrics itself.
+Decides how tallies join what the SDK collects. Must never know a wire format. The specification's MetricProducer is the
+place for this; the Python SDK has none (1.45), so that each reader adds these metrics itself.
 """
 
 from __future__ import annotations

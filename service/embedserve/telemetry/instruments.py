@@ -1,8 +1,8 @@
 """Every metric, once: name, kind, unit, labels, buckets and what it tells.
 
-Decides which metrics there are and which label values are declared, so that all of them are there, at zero, from the first
-scrape. Must never know how a value is measured (``observers``, ``tracing``) or read (``gauges`` for what is looked up at a
-scrape). OPERATIONS.md, the dashboards and the alerts are made from ``INSTRUMENTS``.
+Decides which metrics there are and which label values are declared, so that all of them are there, at zero, from the
+first scrape. Must never know how a value is measured (``observers``, ``tracing``) or read (``gauges`` for what is
+looked up at a scrape). OPERATIONS.md, the dashboards and the alerts are made from ``INSTRUMENTS``.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ _UNITS: Final = {"s": "seconds", "By": "bytes", "1": "ratio"}
 def prometheus_name(name: str, unit: str, kind: Kind) -> str:
     """The name that a scrape shows, without ``_bucket``, ``_sum`` and ``_count``.
 
-    After OpenTelemetry's "Prometheus and OpenMetrics Compatibility": dots become underscores, the unit a suffix (a unit in
-    braces none, ``1`` becomes ``ratio`` on gauges only), counters end in ``_total``.
+    After OpenTelemetry's "Prometheus and OpenMetrics Compatibility": dots become underscores, the unit a suffix (a unit
+    in braces none, ``1`` becomes ``ratio`` on gauges only), counters end in ``_total``.
     """
     words = "".join(char if char.isalnum() else "_" for char in name)
     suffix = _UNITS.get(unit, "")
@@ -83,8 +83,8 @@ def prometheus_label(name: str) -> str:
 
 
 _EMBEDDING_STATUSES: Final = (
-    "OK", "CANCELLED", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
-    "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+    "OK", "CANCELLED", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
 )  # fmt: skip
 _INFORMATION_STATUSES: Final = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "NOT_FOUND", "INTERNAL", "UNAVAILABLE")
 _METHOD: Final = Label(semconv.RPC_METHOD, semconv.METHODS)
@@ -164,15 +164,16 @@ DECISIONS: Final = _counter(
     "embedserve.admission.decisions",
     "{request}",
     "Admission decisions. stage=estimate is judged before tokenising, exact on real tokens.",
-    Label("decision", ("admitted", "rejected")), Label("policy"), Label("reason"), Label("stage", ("estimate", "exact")),
+    Label("decision", ("admitted", "rejected")), Label("policy"), Label("reason"),
+    Label("stage", ("estimate", "exact")),
     series=(("admitted", "none", "none", "exact"), *(("rejected", *refusal) for refusal in REFUSALS)),
 )  # fmt: skip
 QUEUE_WAIT: Final = _histogram(
-    "embedserve.queue.wait", "s", "Time from the queue to the worker, by the bucket of the longest text; expired requests count.",
+    "embedserve.queue.wait", "s", "Time from the queue to the worker, by bucket of the longest text; expired requests count.",
     Label("bucket"),
 )  # fmt: skip
 WAIT_PREDICTION: Final = _histogram(
-    "embedserve.wait.prediction", "1", "Actual over predicted time in queue and pass; above 1 admission was too hopeful.",
+    "embedserve.wait.prediction", "1", "Actual over predicted time in queue and pass; above 1: admission too hopeful.",
     buckets=_RATIO_BUCKETS,
 )  # fmt: skip
 TOKENIZER_WAIT: Final = _histogram("embedserve.tokenizer.wait", "s", "Wait for a tokenizer thread.")
@@ -243,13 +244,14 @@ DEVICE_MEMORY_TOTAL: Final = _gauge("embedserve.device.memory.total", "By", "Dev
 MODEL_COMPILED: Final = _gauge("embedserve.model.compiled", "{model}", "1 while passes run through a compiled model.")
 MODEL_INFO: Final = _gauge(
     "embedserve.model.info", "{model}", "1; its labels say which model is served.",
-    Label("name"), Label("revision"), Label("weights_digest"), Label("dtype"), Label("device"), Label("pooling"), Label("dimension"),
+    Label("name"), Label("revision"), Label("weights_digest"), Label("dtype"), Label("device"), Label("pooling"),
+    Label("dimension"),
 )  # fmt: skip
 LOOP_LAG: Final = _histogram(
     "embedserve.event_loop.lag", "s", "How late the event loop runs a timer, sampled while calls are active."
 )
 SPANS: Final = _counter(
-    "embedserve.telemetry.spans", "{span}", "Spans by their end: exported, failed (the exporter gave up), dropped (queue full).",
+    "embedserve.telemetry.spans", "{span}", "Spans by their end: exported, failed (exporter gave up), dropped (queue full).",
     Label("outcome", ("exported", "failed", "dropped")),
 )  # fmt: skip
 PROCESS_MEMORY: Final = _gauge("process.memory.usage", "By", "Resident memory.")

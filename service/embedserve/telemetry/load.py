@@ -1,7 +1,7 @@
 """What telemetry wants to know of the engine at a scrape.
 
-Decides which figures of load are shown. Must never know where they come from: the composition root gives a function that makes
-a ``LoadSnapshot``. That function is called from a scraper's thread, so it must only read.
+Decides which figures of load are shown. Must never know where they come from: the composition root gives a function
+that makes a ``LoadSnapshot``. That function is called from a scraper's thread, so it must only read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LoadSnapshot:
 LoadSource = Callable[[], LoadSnapshot]
 
 _SHARED_S: Final = 0.05
-"""How long one snapshot serves. A scrape asks twenty gauges within milliseconds; they should all tell of the same moment."""
+"""How long one snapshot serves. A scrape asks twenty gauges within milliseconds; all should tell of one moment."""
 
 
 class SharedSnapshot:

@@ -1,11 +1,13 @@
 """Log lines: JSON for machines, colours for people, always on standard error.
 
-Decides the form of a line, which level each logger has, and what may never stand in one. Must never know what is logged.
-Standard output belongs to the ready line and the CLI. Lines of our own go through structlog without the standard library (6 us
-instead of 23); lines of grpc, asyncio, transformers and the like come in through one ``ProcessorFormatter`` and look the same.
+Decides the form of a line, which level each logger has, and what may never stand in one. Must never know what is
+logged. Standard output belongs to the ready line and the CLI. Lines of our own go through structlog without the
+standard library (6 us instead of 23); lines of grpc, asyncio, transformers and the like come in through one
+``ProcessorFormatter`` and look the same.
 
-Nothing that a caller sent stands in a log: values under the names in ``REDACTED`` are blanked, anything that is not a plain value
-is shown as its type, and tracebacks carry no local variables (structlog's own default does, and they hold texts and vectors).
+Nothing that a caller sent stands in a log: values under the names in ``REDACTED`` are blanked, anything that is not a
+plain value is shown as its type, and tracebacks carry no local variables (structlog's own default does, and they hold
+texts and vectors).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, Final, TextIO, cast
+from typing import BinaryIO, Final, TextIO, cast
 
 import orjson
 import structlog
@@ -28,11 +30,11 @@ __all__ = ["REDACTED", "configure_logs"]
 
 REDACTED: Final = frozenset(
     {
-        "api_key", "authorization", "cookie", "credentials", "embedding", "embeddings", "password", "prompt", "secret", "text",
-        "texts", "token", "token_ids", "vector", "vectors",
+        "api_key", "authorization", "cookie", "credentials", "embedding", "embeddings", "password", "prompt", "secret",
+        "text", "texts", "token", "token_ids", "vector", "vectors",
     }
 )  # fmt: skip
-"""Keys whose value is never written. Counts of texts and tokens have names of their own (``text_count``, ``tokens``)."""
+"""Keys whose value is never written. Counts of texts and tokens have other names (``text_count``, ``tokens``)."""
 VALUE_CHARS_MAX: Final = 2048
 """Of one string in a line; the rest is cut, with a sign that it was."""
 _PLAIN: Final = (str, int, float, bool, type(None))

@@ -1,7 +1,7 @@
 """How late the event loop runs what is due.
 
-Decides when it is measured: only while calls are active, since a timer that ticks for ever would cost an idle server CPU.
-Must never know calls: ``RequestTracer`` arms it and says whether it is still wanted.
+Decides when it is measured: only while calls are active, since a timer that ticks for ever would cost an idle server
+CPU. Must never know calls: ``RequestTracer`` arms it and says whether it is still wanted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The engine, watched.
 
-Decides which metric each event of the engine moves, and when a batch is traced: when a request in it is. Must never know gRPC or
-how metrics and spans leave the process. Every series is looked up once, here; an event costs additions and bisections.
+Decides which metric each event of the engine moves, and when a batch is traced: when a request in it is. Must never
+know gRPC or how metrics and spans leave the process. Every series is looked up once, here; an event costs additions and
+bisections.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class TelemetryEngineObserver:
 
     def _pass_ended(self, times: PassTimes, predicted_ns: int) -> None:
         marks = (
-            times.start_ns, times.assembled_ns, times.copied_in_ns, times.forward_ns, times.pooled_ns, times.copied_out_ns,
+            times.start_ns, times.assembled_ns, times.copied_in_ns, times.forward_ns, times.pooled_ns,
+            times.copied_out_ns,
         )  # fmt: skip
         for cell, begin_ns, end_ns in zip(self._pass_stages, marks, marks[1:], strict=False):
             cell.observe((end_ns - begin_ns) * _S_PER_NS)

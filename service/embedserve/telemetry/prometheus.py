@@ -1,8 +1,8 @@
 """The metrics as text, for a Prometheus that scrapes.
 
-Decides names, labels, exemplars and the content type. Must never know HTTP: the operations port calls ``render``. Not the
-stock ``opentelemetry-exporter-prometheus``, which drops exemplars and puts three ``otel_scope_*`` labels on every series; the
-text itself is written by prometheus_client.
+Decides names, labels, exemplars and the content type. Must never know HTTP: the operations port calls ``render``. Not
+the stock ``opentelemetry-exporter-prometheus``, which drops exemplars and puts three ``otel_scope_*`` labels on every
+series; the text itself is written by prometheus_client.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class PrometheusRenderer:
         self._lock = threading.Lock()
 
     def render(self, accept_header: str) -> tuple[str, bytes]:
-        """Content type and body: OpenMetrics with exemplars where ``accept_header`` asks for it, Prometheus text otherwise.
+        """Content type and body: OpenMetrics with exemplars where ``accept_header`` asks for it, Prometheus text
+        otherwise.
 
         Takes some milliseconds; may be called from any thread, and concurrent calls take turns.
         """
@@ -77,7 +78,7 @@ def _family(metric: Metric) -> Family:
         name = prometheus_name(metric.name, metric.unit or "", Kind.COUNTER)
         family: Family = CounterMetricFamily(name, metric.description or "")
         return _numbers(family, name, data.data_points)
-    # An exponential histogram has no classic form; we make none, and a foreign one is left out rather than shown wrongly.
+    # An exponential histogram has no classic form; we make none; a foreign one is left out, not shown wrongly.
     points = data.data_points if isinstance(data, Gauge | Sum) else ()
     name = prometheus_name(metric.name, metric.unit or "", Kind.GAUGE)
     return _numbers(GaugeMetricFamily(name, metric.description or ""), name, points)

@@ -1,8 +1,8 @@
 """The caller's trace context, out of a call's metadata.
 
-Decides what of the metadata is believed. Must never know sampling or spans. W3C Trace Context is what gRPC clients send as
-``traceparent`` and ``tracestate``; ``OTEL_PROPAGATORS`` may add others that are installed. What cannot be read counts as
-absent, as the recommendation asks: a wrong header never fails a call.
+Decides what of the metadata is believed. Must never know sampling or spans. W3C Trace Context is what gRPC clients send
+as ``traceparent`` and ``tracestate``; ``OTEL_PROPAGATORS`` may add others that are installed. What cannot be read
+counts as absent, as the recommendation asks: a wrong header never fails a call.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from opentelemetry.trace import SpanContext, get_current_span
 __all__ = ["Propagation"]
 
 HEADER_CHARS_MAX: Final = 512
-"""Longest header that is looked at: what the recommendation says must be carried of a tracestate, and nine times a traceparent.
-Longer ones are left out here, because the SDK would log a warning for each: a caller could fill the log with them."""
+"""Longest header that is looked at: what the recommendation says must be carried of a tracestate, and nine times a
+traceparent. Longer ones are left out here, because the SDK would log a warning for each: a caller could fill the log
+with them.
+"""
 
 
 class Propagation:

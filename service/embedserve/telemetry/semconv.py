@@ -1,13 +1,15 @@
 """The names of attributes, as OpenTelemetry's conventions or we ourselves define them.
 
-Decides spelling, once. Must never know values that are computed. They are our own constants because the Python package marks
-the GenAI names as moved and the RPC names as incubating, and both churn:
+Decides spelling, once. Must never know values that are computed. They are our own constants because the Python package
+marks the GenAI names as moved and the RPC names as incubating, and both churn:
 
-* RPC: release candidate of semantic-conventions 1.44. The status attribute is ``rpc.response.status_code`` there; the main
+* RPC: release candidate of semantic-conventions 1.44. The status attribute is ``rpc.response.status_code`` there; the
+  main
   branch has since renamed it ``rpc.status_code`` (semantic-conventions#3921, not released). When that is released,
   ``RPC_STATUS_CODE`` below is the only line to change.
 * GenAI embeddings: last text before the move to semantic-conventions-genai (1.41); status Development.
-* ``embedserve.*``: ours, stable from 1.0 on. Attributes of metrics are short words (``stage``, ``bucket``), because they become
+* ``embedserve.*``: ours, stable from 1.0 on. Attributes of metrics are short words (``stage``, ``bucket``), because
+  they become
   Prometheus labels; attributes of spans carry the namespace.
 """
 
@@ -72,8 +74,8 @@ INFORMATION_METHODS: Final = (f"{SERVICE}/ListModels", f"{SERVICE}/GetModel", f"
 METHODS: Final = (*EMBEDDING_METHODS, *INFORMATION_METHODS)
 
 STATUSES: Final = (
-    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED",
 )  # fmt: skip
 """All of gRPC's status names, in the order of their numbers."""

@@ -1,7 +1,8 @@
 """What telemetry is told: every switch and limit of traces, metrics and logs.
 
-Decides defaults and their reasons. Must never know where a value came from (file, flag, environment): the one exception are
-OpenTelemetry's own ``OTEL_*`` variables, which ``setup`` and ``exporters`` read because operators expect them to work.
+Decides defaults and their reasons. Must never know where a value came from (file, flag, environment): the one exception
+are OpenTelemetry's own ``OTEL_*`` variables, which ``setup`` and ``exporters`` read because operators expect them to
+work.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class TelemetrySettings:
     """Length buckets of the scheduler, so that their series are there, at zero, from the first scrape."""
 
     trace_sample_ratio: float = 0.01
-    """Share of the traces begun here that are kept; ``OTEL_TRACES_SAMPLER`` wins. A caller's own decision is honoured."""
+    """Share of the traces begun here that are kept; ``OTEL_TRACES_SAMPLER`` wins. A caller's decision is honoured."""
     span_links_max: int = 1024
     """Links on a batch's span; the SDK's own default of 128 keeps the last 128 and drops the rest silently."""
     flush_timeout_ms: int = 5000

@@ -1,7 +1,7 @@
 """Telemetry of one process: built once, told of the engine's load, shut down in bounded time.
 
-Decides what runs for given settings and environment, and that what is off costs nothing. Must never know the rest of the
-service: the composition root hands the observers to the core.
+Decides what runs for given settings and environment, and that what is off costs nothing. Must never know the rest of
+the service: the composition root hands the observers to the core.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 import structlog
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
-from opentelemetry.sdk.trace.sampling import Sampler
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from embedserve.api.observer import CallObserver, SilentCallObserver
@@ -59,7 +58,7 @@ class Telemetry:
         self.engine_observer = engine_observer
         self.call_observer = call_observer
         self.render_metrics = render_metrics
-        """``render_metrics(accept_header) -> (content_type, body)``, from any thread; ``None`` when Prometheus is off."""
+        """``(accept_header) -> (content_type, body)``, from any thread; ``None`` when Prometheus is off."""
         self._snapshot = snapshot
         self._gauges = gauges
         self._spans = spans
@@ -109,8 +108,8 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
     snapshot = SharedSnapshot()
     if span_exporter is None and metric_exporter is None and not prometheus and log_call is None:
         return Telemetry(
-            engine_observer=SilentObserver(), call_observer=SilentCallObserver(), render_metrics=None, snapshot=snapshot,
-            gauges=None, spans=None, meters=None, shed_log=None,
+            engine_observer=SilentObserver(), call_observer=SilentCallObserver(), render_metrics=None,
+            snapshot=snapshot, gauges=None, spans=None, meters=None, shed_log=None,
         )  # fmt: skip
     instruments = Instruments(settings.duration_buckets_s, settings.bucket_edges)
     resource = exporters.resource(settings)
@@ -123,23 +122,29 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
     meters = MeterProvider(readers, resource, shutdown_on_exit=False) if readers else None
     gauges = None
     if meters is not None:
-        meter = meters.get_meter("embedserve", settings.service_version, SCHEMA_URL)
+        meter = meters.get_meter(scope.name, scope.version, scope.schema_url)
         gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges)
-    spans: SpanQueue | None = None
-    sampler: Sampler | None = None
+    spans = None
     if span_exporter is not None:
-        sampler = exporters.sampler(settings)
         factory = SpanFactory(resource, scope, links_max=settings.span_links_max)
         spans = SpanQueue(span_exporter, factory, instruments.counter(table.SPANS), SpanQueueLimits.from_environment())
     shed_log = ShedLog(structlog.get_logger("embedserve.admission").bind())
     return Telemetry(
         engine_observer=TelemetryEngineObserver(instruments, spans, shed_log),
         call_observer=RequestTracer(
-            instruments, sampler=sampler, spans=spans, exemplars=exporters.exemplars_enabled(settings), log_call=log_call
+            instruments,
+            sampler=exporters.sampler(settings) if spans is not None else None,
+            spans=spans,
+            exemplars=exporters.exemplars_enabled(settings),
+            log_call=log_call,
         ),
         render_metrics=renderer.render if renderer is not None else None,
-        snapshot=snapshot, gauges=gauges, spans=spans, meters=meters, shed_log=shed_log,
-    )  # fmt: skip
+        snapshot=snapshot,
+        gauges=gauges,
+        spans=spans,
+        meters=meters,
+        shed_log=shed_log,
+    )
 
 
 def _stop_meters(meters: MeterProvider, timeout_s: float, done: threading.Event) -> None:
@@ -151,7 +156,7 @@ def _unpatch_stock_interceptor() -> None:
     """Take ``opentelemetry-instrumentation-grpc`` off ``grpc.aio.server``, if a zero-code start has put it there."""
     from opentelemetry.instrumentation.grpc import GrpcAioInstrumentorServer  # noqa: PLC0415 - imports grpc's channel classes
 
-    stock = GrpcAioInstrumentorServer()
+    stock = GrpcAioInstrumentorServer()  # type: ignore[no-untyped-call]
     if stock.is_instrumented_by_opentelemetry:
         stock.uninstrument()
         structlog.get_logger(__name__).warning(

@@ -1,8 +1,9 @@
 """Spans on their way out: a bounded queue, one thread, one exporter.
 
-Decides when spans are sent and what is dropped. Must never know what a span tells. The event loop only appends to a deque; spans
-are built, encoded and sent in the thread. Not the SDK's BatchSpanProcessor (1.45): it ignores the timeouts of export and flush
-(opentelemetry-python#4555, #4568), logs a warning for every span that it drops, counts none, and wants finished spans.
+Decides when spans are sent and what is dropped. Must never know what a span tells. The event loop only appends to a
+deque; spans are built, encoded and sent in the thread. Not the SDK's BatchSpanProcessor (1.45): it ignores the timeouts
+of export and flush (opentelemetry-python#4555, #4568), logs a warning for every span that it drops, counts none, and
+wants finished spans.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class SpanQueueLimits:
     def from_environment(cls) -> SpanQueueLimits:
         """What ``OTEL_BSP_MAX_QUEUE_SIZE``, ``_MAX_EXPORT_BATCH_SIZE`` and ``_SCHEDULE_DELAY`` (ms) say."""
         return cls(
-            records_max=int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", 2048)),
-            export_spans_max=int(os.environ.get("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)),
-            delay_s=float(os.environ.get("OTEL_BSP_SCHEDULE_DELAY", 5000)) / 1000,
+            records_max=int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048")),
+            export_spans_max=int(os.environ.get("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512")),
+            delay_s=float(os.environ.get("OTEL_BSP_SCHEDULE_DELAY", "5000")) / 1000,
         )
 
 
@@ -92,14 +93,14 @@ class SpanQueue:
             self._pressing.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Send what waits and stop, within ``timeout_s``; whether all of it was sent. The exporter is shut down either way."""
+        """Send what waits and stop, within ``timeout_s``; whether all was sent. The exporter is shut down either way."""
         ends = time.monotonic() + timeout_s
         self._closing = True
         self._pressing.set()
         self._filled.set()
         self._thread.join(timeout_s)
         sent = not self._thread.is_alive()
-        # Shutting the exporter down wakes an export that waits for a dead collector; it may itself wait, hence a thread.
+        # Shutting the exporter down wakes an export that waits for a dead collector; it may wait itself.
         stopper = threading.Thread(target=self._exporter.shutdown, name="embedserve-spans-stop", daemon=True)
         stopper.start()
         stopper.join(max(0.0, ends - time.monotonic()))
@@ -131,9 +132,9 @@ class SpanQueue:
     def _send(self, spans: list[ReadableSpan]) -> None:
         try:
             result = self._exporter.export(spans)
-        except Exception:
-            # The exporter is foreign code that is told what to do by the environment. Its fault must not end tracing for good,
-            # nor hide: it is counted, alerted on, and logged with its traceback.
+        except Exception:  # noqa: BLE001
+            # The exporter is foreign code that the environment chooses. Its fault must not end tracing for good, nor hide:
+            # it is counted, alerted on, and logged with its traceback.
             structlog.get_logger(__name__).exception("span_export_failed", spans=len(spans))
             result = SpanExportResult.FAILURE
         outcome = self._exported if result is SpanExportResult.SUCCESS else self._failed

@@ -1,7 +1,7 @@
 """Spans, built after the fact from marks.
 
-Decides which spans a request and a batch have, and their names, attributes and links. Must never know queues, exporters or the
-event loop: everything here runs in the export thread, for sampled requests only.
+Decides which spans a request and a batch have, and their names, attributes and links. Must never know queues, exporters
+or the event loop: everything here runs in the export thread, for sampled requests only.
 
     embedserve.v1.EmbeddingService/Embed     SERVER, child of the caller's span
     ├── validate
@@ -59,14 +59,14 @@ class SpanName:
 
 
 SPANS: Final = (
-    *(SpanName(method, "SERVER", "the caller's span", "One RPC, from arrival to its answer.") for method in semconv.METHODS),
+    *(SpanName(name, "SERVER", "the caller's span", "One RPC, from arrival to its answer.") for name in semconv.METHODS),
     SpanName("validate", "INTERNAL", "RPC", "Limits and options are checked."),
-    SpanName("admit", "INTERNAL", "RPC", "Admission; embedserve.admission.stage says whether on an estimate or on real tokens."),
+    SpanName("admit", "INTERNAL", "RPC", "Admission; embedserve.admission.stage: on an estimate, or on exact tokens."),
     SpanName("tokenize", "INTERNAL", "RPC", "Wait for a tokenizer thread, and its work."),
-    SpanName("queue", "INTERNAL", "RPC", "In the bucket, until the worker takes up the last batch with a text of this request."),
+    SpanName("queue", "INTERNAL", "RPC", "In the bucket, until the worker takes up the last batch that it rides in."),
     SpanName("forward", "INTERNAL", "RPC", "In the worker; linked to each batch that it rode in."),
     SpanName("respond", "INTERNAL", "RPC", "The answer is built."),
-    SpanName(BATCH_SPAN, "INTERNAL", "none, its own trace", "One pass; linked to the RPC of each sampled request in it."),
+    SpanName(BATCH_SPAN, "INTERNAL", "its own trace", "One pass; linked to the RPC of each sampled request in it."),
     SpanName("dispatch", "INTERNAL", BATCH_SPAN, "Handed over, until the worker takes it up."),
     SpanName("assemble", "INTERNAL", BATCH_SPAN, "Tokens are gathered and laid out."),
     SpanName("copy_in", "INTERNAL", BATCH_SPAN, "To the device."),
@@ -87,8 +87,8 @@ _NEXT: Final = ("validate", "admit", "tokenize", _ADMIT_EXACT, "queue", "assembl
 def segments(stages: Stages, ended_ns: int, *, answered: bool) -> list[Segment]:
     """The stages that a call went through, without gaps, from its arrival to ``ended_ns``.
 
-    A mark that was never set is left out. The last segment is the stage in which the call ended: ``respond`` when it was
-    ``answered``, otherwise whatever follows the last mark that was reached.
+    A mark that was never set is left out. The last segment is the stage in which the call ended: ``respond`` when it
+    was ``answered``, otherwise whatever follows the last mark that was reached.
     """
     at = stages.arrived_ns
     found: list[Segment] = []
@@ -122,7 +122,7 @@ class SpanFactory:
         self.set_clock()
 
     def set_clock(self) -> None:
-        """Take the wall clock's distance from the monotonic one: before each export, since NTP may step it at any time."""
+        """Take the wall clock's distance from the monotonic one: before each export, since it may be stepped."""
         self._offset_ns = time.time_ns() - time.monotonic_ns()
 
     def child(self, parent: SpanContext, name: str, begin_ns: int, end_ns: int, **rest: object) -> ReadableSpan:
@@ -240,7 +240,7 @@ class CallRecord:
             if name is not None:
                 attributes[name] = [str(value)] if name is semconv.GEN_AI_ENCODING_FORMATS else value
             elif not isinstance(value, str):
-                # Numbers have no words in them; a string under a name that we do not know could be anything, even a text.
+                # Numbers have no words in them; a string under an unknown name could be anything, even a text.
                 attributes[key if key.startswith("embedserve.") else semconv.ADMISSION_FIGURE + key] = value
         return attributes
 

@@ -1,12 +1,13 @@
 """Counts and histograms that cost the event loop a fraction of a microsecond.
 
 Decides how a measurement is kept until somebody reads it. Must never know what is measured or who reads. The SDK's own
-``Histogram.record`` costs 3 to 6 us (it copies and hashes the attributes, takes two locks and asks for the time), which is a
-tenth of what a whole call may cost; a cell here is found once and then costs an addition or a bisection. Counters are handed
-to OpenTelemetry as observable counters, histograms as data points beside the SDK's own (``exporters``, ``prometheus``).
+``Histogram.record`` costs 3 to 6 us (it copies and hashes the attributes, takes two locks and asks for the time), which
+is a tenth of what a whole call may cost; a cell here is found once and then costs an addition or a bisection. Counters
+are handed to OpenTelemetry as observable counters, histograms as data points beside the SDK's own (``exporters``,
+``prometheus``).
 
-One thread writes (the event loop), any thread reads: a reader copies the bucket list in one step, so that counts are exact and
-only ``sum`` may be one measurement ahead or behind.
+One thread writes (the event loop), any thread reads: a reader copies the bucket list in one step, so that counts are
+exact and only ``sum`` may be one measurement ahead or behind.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from embedserve.telemetry.semconv import OTHER
 __all__ = ["CounterCell", "CounterTally", "HistogramCell", "HistogramTally"]
 
 UNDECLARED_SERIES_MAX: Final = 32
-"""Label sets that a tally takes beside its declared ones; the next is counted as ``_OTHER``. Keeps cardinality closed."""
+"""Label sets that a tally takes beside its declared ones; more are counted as ``_OTHER``. Cardinality is closed."""
 
 
 class CounterCell:
@@ -76,7 +77,7 @@ class HistogramCell:
             sum=self._sum,
             bucket_counts=counts,
             explicit_bounds=self._bounds,
-            # Of the whole life of the process and thus of no use to anyone; the conventions make both optional, the SDK's type not.
+            # Extremes of a whole life are of no use to anyone; the protocol makes both optional, the SDK's type not.
             min=None,  # type: ignore[arg-type]
             max=None,  # type: ignore[arg-type]
             exemplars=[exemplar for exemplar in self._exemplars.copy() if exemplar is not None],
@@ -96,7 +97,7 @@ class _Tally(Generic[CellT]):
         self._series_max = len(self._cells) + UNDECLARED_SERIES_MAX
 
     def cell(self, *values: str) -> CellT:
-        """The series with these label values, in the instrument's order; one for all of them when there are too many."""
+        """The series with these label values, in the instrument's order; ``_OTHER`` when there are too many."""
         cell = self._cells.get(values)
         if cell is None:
             if len(self._cells) >= self._series_max:

@@ -1,16 +1,16 @@
 """One RPC, watched from arrival to its final status.
 
-Decides whether a call is sampled, before anything is built for it, and hands what is noted of a sampled call to the span queue.
-Must never know gRPC: the API calls ``begin`` and ``end``. A call that is not sampled costs a context lookup, two clock readings
-and its metrics; a sampled one is turned into spans later, in another thread (``spans``).
+Decides whether a call is sampled, before anything is built for it, and hands what is noted of a sampled call to the
+span queue. Must never know gRPC: the API calls ``begin`` and ``end``. A call that is not sampled costs a context
+lookup, two clock readings and its metrics; a sampled one is turned into spans later, in another thread (``spans``).
 
-A batch is traced if and only if a call in it is (``observers``): the sampler that looks at links is thus the sampler of calls,
-asked once.
+A batch is traced if and only if a call in it is (``observers``): the sampler that looks at links is thus the sampler of
+calls, asked once.
 
-We make our own SERVER span rather than use ``opentelemetry-instrumentation-grpc``: its aio interceptor (0.66b2) breaks health
-Watch and records wrong statuses, which ``tests/integration/telemetry/test_stock_interceptor.py`` reproduces. A user who starts the
-process under ``opentelemetry-instrument`` would get both; ``setup_telemetry`` therefore takes the stock patch off
-``grpc.aio.server`` before the server is made, and says so in the log.
+We make our own SERVER span rather than use ``opentelemetry-instrumentation-grpc``: its aio interceptor (0.66b2) breaks
+health Watch and records wrong statuses, which ``tests/integration/telemetry/test_stock_interceptor.py`` reproduces. A
+user who starts the process under ``opentelemetry-instrument`` would get both; ``setup_telemetry`` therefore takes the
+stock patch off ``grpc.aio.server`` before the server is made, and says so in the log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Final
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import Sampler
+from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.trace import (
     NonRecordingSpan,
     SpanContext,
@@ -47,7 +47,7 @@ from embedserve.telemetry.tally import CounterCell, HistogramCell
 __all__ = ["CallEnd", "RequestTracer", "current_span_context"]
 
 current_span_context: ContextVar[SpanContext | None] = ContextVar("embedserve_span_context", default=None)
-"""The call that this task serves, for log lines. Each RPC is a task of its own, so that it is never reset, only set again."""
+"""The call that this task serves, for log lines. Each RPC is a task of its own, so that it is only ever set."""
 
 _ROOT: Final = Context()
 _S_PER_NS: Final = 1e-9
@@ -131,7 +131,7 @@ class RequestTracer:
         result = self._sampler.should_sample(
             parent_context, trace_id, method.name, SpanKind.SERVER, method.sampling_attributes, ()
         )
-        if not result.decision.is_sampled():
+        if result.decision is not Decision.RECORD_AND_SAMPLE:
             return None
         flags = TraceFlags(TraceFlags.SAMPLED)
         return SpanContext(trace_id, self._ids.generate_span_id(), False, flags, result.trace_state)
@@ -190,7 +190,7 @@ class _Call:
 
     __slots__ = ("_tracer", "arrived_ns", "context", "method", "parent", "peer")
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - once a call, on the hot path
         self,
         tracer: RequestTracer,
         method: _Method,
