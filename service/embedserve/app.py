@@ -21,13 +21,12 @@ import structlog
 
 from embedserve.api.embedding import SERVICE, EmbeddingServicer
 from embedserve.api.guard import Guard
-from embedserve.api.health import Health
+from embedserve.api.health import HealthService
 from embedserve.api.reflection import add_reflection
 from embedserve.api.server import bind, build_server
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
-from embedserve.engine.intake import not_serving
-from embedserve.errors import EmbedServeError, EngineFailed, NotServing, Overloaded, Refusal, StartupError
+from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory
@@ -51,8 +50,6 @@ WORKER_STOP_S = 5.0
 """Time for the pass that runs to end when the process stops. A pass takes milliseconds."""
 LOAD_READ_S = 2.0
 """A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says so."""
-IN_FLIGHT_RETRY_MS = 100
-"""When ``limits.max_requests_in_flight`` refuses: a few batches later there is room."""
 
 
 class App:
@@ -87,7 +84,7 @@ class App:
         try:
             code = await self._serve(telemetry, checkpoint, started, ready_line)
         finally:
-            await loop.run_in_executor(None, telemetry.shutdown)
+            await loop.run_in_executor(None, telemetry.shutdown, config.shutdown.telemetry_flush_ms / 1000)
         return code
 
     def _read_checkpoint(self) -> Checkpoint:
@@ -107,11 +104,12 @@ class App:
         for note in checkpoint.notes:
             self._log.info("checkpoint_note", note=note)
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
-        health = Health((SERVICE,))
+        health = HealthService((SERVICE,))
         guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
-            accepting=lambda: self._accepting(guard),
+            # Through the settle time too: until the port closes nobody is turned away.
+            accepting=lambda: lifecycle.state in (State.SERVING, State.DRAINING),
             observer=telemetry.call_observer,
         )
         server = build_server(server_options(config), [guard])
@@ -145,7 +143,7 @@ class App:
             return lifecycle.exit_code
         if not self._stop.is_set():
             servicer.attach(engine, bucket_edges(config, checkpoint))
-            telemetry.describe_model(engine.identity, engine.device)
+            telemetry.register_model(engine.identity)
             lifecycle.to(State.SERVING)
             health.set_serving(True)
             self._announce(ready_line, _addresses(config.server.addresses, ports), http_address, engine, started)
@@ -190,7 +188,7 @@ class App:
     # ------------------------------------------------------------------------------------------------------ shutdown
 
     async def _shut_down(
-        self, server: object, health: Health, guard: Guard, operations: OperationsPort, engine: Engine
+        self, server: object, health: HealthService, guard: Guard, operations: OperationsPort, engine: Engine
     ) -> int:
         config, lifecycle = self._config.shutdown, self._lifecycle
         health.enter_graceful_shutdown()
@@ -227,20 +225,6 @@ class App:
         engine.drain()
         await stopping
         return cut_off
-
-    def _accepting(self, guard: Guard) -> Refusal | None:
-        """Calls are taken while serving and through the settle time: until the port closes nobody is turned away."""
-        if self._lifecycle.state not in (State.SERVING, State.DRAINING):
-            return not_serving()
-        limit = self._config.limits.max_requests_in_flight
-        if guard.in_flight > limit:
-            return Overloaded(
-                f"{limit} calls are in flight (limits.max_requests_in_flight)",
-                reason="TOO_MANY_REQUESTS_IN_FLIGHT",
-                policy="in_flight",
-                retry_after_ms=IN_FLIGHT_RETRY_MS,
-            )
-        return None
 
     def _internal_error(self, error_id: str, error: BaseException) -> None:
         """The client has the id; the log has the rest."""

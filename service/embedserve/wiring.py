@@ -48,7 +48,7 @@ def server_options(config: Config) -> ServerOptions:
     """The transport's limits."""
     server = config.server
     return ServerOptions(
-        reuse_port=server.so_reuseport,
+        so_reuseport=server.so_reuseport,
         max_receive_message_bytes=server.max_receive_message_bytes,
         max_send_message_bytes=server.max_send_message_bytes,
         max_metadata_bytes=server.max_metadata_bytes,
@@ -72,6 +72,7 @@ def servicer_settings(config: Config) -> ServicerSettings:
             max_send_message_bytes=config.server.max_send_message_bytes,
             max_tenant_bytes=config.limits.max_tenant_bytes,
         ),
+        max_requests_in_flight=config.limits.max_requests_in_flight,
         max_request_ms=config.server.max_request_ms,
         stream_message_bytes=config.server.stream_message_bytes,
         stream_stall_ms=config.server.stream_stall_ms,

@@ -24,12 +24,14 @@ from embedserve.engine.engine import Engine
 from embedserve.engine.intake import not_serving
 from embedserve.engine.load import LoadReport
 from embedserve.engine.stages import Stages
-from embedserve.errors import DeadlineExpired, EmbedServeError, ServerFault
+from embedserve.errors import DeadlineExpired, EmbedServeError, Overloaded, ServerFault
 from embedserve.v1 import embedding_pb2 as pb
 
 __all__ = ["SERVICE", "EmbeddingServicer", "ServicerSettings"]
 
 SERVICE: Final = "embedserve.v1.EmbeddingService"
+IN_FLIGHT_RETRY_MS: Final = 100
+"""When ``limits.max_requests_in_flight`` refuses: a few batches later there is room."""
 
 _LOAD_STATES: Final = {
     "healthy": pb.LOAD_STATE_HEALTHY,
@@ -45,6 +47,7 @@ class ServicerSettings:
     """Limits of the API; each field is a setting of the same name."""
 
     limits: RequestLimits
+    max_requests_in_flight: int
     max_request_ms: int
     """The server's own maximum: the deadline of a call whose caller set none, or a later one."""
     stream_message_bytes: int
@@ -121,11 +124,24 @@ class EmbeddingServicer:
             raise not_serving()
         return self._now_serving
 
+    def _with_room(self) -> _Served:
+        """What serves, if one more request may enter: checked before a single text is looked at."""
+        served, limit = self._served, self._settings.max_requests_in_flight
+        if served.engine.requests >= limit:
+            raise Overloaded(
+                f"{limit} requests are in flight (limits.max_requests_in_flight)",
+                reason="TOO_MANY_REQUESTS_IN_FLIGHT",
+                policy="in_flight",
+                retry_after_ms=IN_FLIGHT_RETRY_MS,
+                figures={"in_flight": float(limit)},
+            )
+        return served
+
     # --------------------------------------------------------------------------------------------------------- embed
 
     async def embed(self, request: Any, context: Any) -> bytes:  # noqa: ARG002
         """Embed, whole or not at all."""
-        served = self._served
+        served = self._with_room()
         rpc = guard.current_call()
         valid = served.validator.embed(request, rpc.metadata)
         call = self._call(served, rpc, valid)
@@ -145,7 +161,7 @@ class EmbeddingServicer:
 
     async def embed_stream(self, request: Any, context: Any) -> None:
         """EmbedStream: each batch's rows at once, bad texts as item errors, the summary last."""
-        served = self._served
+        served = self._with_room()
         rpc = guard.current_call()
         valid = served.validator.embed_stream(request, rpc.metadata)
         call = self._call(served, rpc, valid)
