@@ -1,10 +1,12 @@
 """The composition root: builds every part, wires them, and lives the process's life.
 
-Decides the order of start and stop, and nothing else. The only module that knows every part; nobody imports it but the CLI.
+Decides the order of start and stop, and nothing else. The only module that knows every part; nobody imports it but the
+CLI.
 
-Start: the checkpoint's metadata, telemetry, ports (NOT_SERVING: probes must meet a server that loads), the engine with its
-weights and warm-up, SERVING, the ready line. Stop: NOT_SERVING, settle time for load balancers, the port closes, calls in
-flight end within the grace, the engine empties, telemetry is flushed. A second signal ends the process at once.
+Start: the checkpoint's metadata, telemetry, ports (NOT_SERVING: probes must meet a server that loads), the engine with
+its weights and warm-up, SERVING, the ready line. Stop: NOT_SERVING, settle time for load balancers, the port closes,
+calls in flight end within the grace, the engine empties, telemetry is flushed. A second signal ends the process at
+once.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ FATAL_ANSWER_S = 1.0
 WORKER_STOP_S = 5.0
 """Time for the pass that runs to end when the process stops. A pass takes milliseconds."""
 LOAD_READ_S = 2.0
-"""A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says so."""
+"""A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says
+so."""
 
 
 class App:
@@ -277,7 +280,8 @@ def _on_loop(loop: asyncio.AbstractEventLoop, read: Callable[[], LoadSnapshot]) 
 
 def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] | None = None) -> int:
     """Live one life in a new event loop and return the exit code."""
-    # Idle OpenMP threads spin by default and take the second core from the event loop; read when torch is loaded, later.
+    # Idle OpenMP threads spin by default and take the second core from the event loop; read when torch is loaded,
+    # later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Our pool decides about threads; the tokenizer's own would fight with it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

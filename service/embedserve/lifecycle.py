@@ -1,7 +1,7 @@
 """The states of the process, as a table.
 
-Decides which state may follow which, whether calls are accepted and what the exit code is. Must never know gRPC, HTTP, signals
-or the engine: they listen. Pure: no clock, no IO.
+Decides which state may follow which, whether calls are accepted and what the exit code is. Must never know gRPC, HTTP,
+signals or the engine: they listen. Pure: no clock, no IO.
 
     STARTING ──▶ WARMING ──▶ SERVING ──▶ DRAINING ──▶ STOPPED
         │           │           │            │

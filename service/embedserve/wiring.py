@@ -1,7 +1,7 @@
 """From settings to parts: how each section of the configuration becomes what a part takes.
 
-Decides nothing that a setting does not say, but for the settings that mean "chosen for the machine or the model". Must never
-start anything: ``app.py`` does.
+Decides nothing that a setting does not say, but for the settings that mean "chosen for the machine or the model". Must
+never start anything: ``app.py`` does.
 """
 
 from __future__ import annotations

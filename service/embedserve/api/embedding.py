@@ -1,8 +1,8 @@
 """The servicer: from a message to the engine's call and back to bytes.
 
-Decides nothing but the translation. Must never know a tensor, a policy or the scheduler's insides; statuses are ``status.py``'s,
-limits are ``validation.py``'s, bytes are ``wire.py``'s. It exists before the model is loaded, so that probes meet a port that
-says NOT_SERVING; ``attach`` gives it the engine.
+Decides nothing but the translation. Must never know a tensor, a policy or the scheduler's insides; statuses are
+``status.py``'s, limits are ``validation.py``'s, bytes are ``wire.py``'s. It exists before the model is loaded, so that
+probes meet a port that says NOT_SERVING; ``attach`` gives it the engine.
 """
 
 from __future__ import annotations
@@ -260,7 +260,11 @@ class EmbeddingServicer:
 
     # ---------------------------------------------------------------------------------------------------- the others
 
-    async def count_tokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:  # noqa: ARG002
+    async def count_tokens(
+        self,
+        request: pb.CountTokensRequest,
+        context: Any,  # noqa: ARG002
+    ) -> pb.CountTokensResponse:
         """Counts as Embed would see them."""
         served = self._served
         valid = served.validator.count_tokens(request)

@@ -1,7 +1,8 @@
 """What the API tells whoever watches its calls.
 
-Decides which events a call has. Must never know OpenTelemetry: telemetry implements this protocol. One ``CallObserver`` is
-asked at the arrival of every RPC but health and reflection, and gives a ``CallTrace`` that sees the call to its end.
+Decides which events a call has. Must never know OpenTelemetry: telemetry implements this protocol. One
+``CallObserver`` is asked at the arrival of every RPC but health and reflection, and gives a ``CallTrace`` that sees
+the call to its end.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class CallTrace(Protocol):
-    """One RPC, from arrival to its final status. ``end`` is called exactly once, on the event loop, after the answer is built."""
+    """One RPC, from arrival to its final status.
+
+    ``end`` is called exactly once, on the event loop, after the answer is built.
+    """
 
     @property
     def context(self) -> object | None:
@@ -37,9 +41,9 @@ class CallTrace(Protocol):
     ) -> None:
         """The call is over.
 
-        ``status`` is a gRPC status name such as ``OK``; ``error_type`` a low-cardinality word (``errors`` class name or an
-        admission policy's reason) when it is not OK; ``attributes`` what the API knows: texts, tokens, model, encoding,
-        dimensions, and, for a refusal, the policy and its figures. Must not raise and must not block.
+        ``status`` is a gRPC status name such as ``OK``; ``error_type`` a low-cardinality word (``errors`` class name
+        or an admission policy's reason) when it is not OK; ``attributes`` what the API knows: texts, tokens, model,
+        encoding, dimensions, and, for a refusal, the policy and its figures. Must not raise and must not block.
         """
 
 
@@ -70,7 +74,7 @@ class SilentCallTrace:
 class SilentCallObserver:
     """Watches nothing."""
 
-    def begin(self, method: str, metadata: Metadata, arrived_ns: int, peer: str) -> SilentCallTrace:
+    def begin(self, method: str, metadata: Metadata, arrived_ns: int, peer: str) -> SilentCallTrace:  # noqa: ARG002
         """Nothing."""
         return _SILENT
 

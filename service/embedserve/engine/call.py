@@ -1,7 +1,7 @@
 """One request as the engine sees it, and what it gives back.
 
-Decides the border between a front end (gRPC, Ray Serve, a program in the same process) and the engine. Must never know a
-transport, a wire format or an encoding of vectors.
+Decides the border between a front end (gRPC, Ray Serve, a program in the same process) and the engine. Must never know
+a transport, a wire format or an encoding of vectors.
 """
 
 from __future__ import annotations

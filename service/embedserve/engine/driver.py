@@ -1,11 +1,11 @@
 """Turns the crank between the pure scheduler and the worker thread.
 
-Decides only *when* to ask the scheduler: after each event, and at the instant that it names itself. Must never know a policy,
-a transport or what is in a batch. It polls nothing: with no request there is no timer and no work.
+Decides only *when* to ask the scheduler: after each event, and at the instant that it names itself. Must never know a
+policy, a transport or what is in a batch. It polls nothing: with no request there is no timer and no work.
 
-Late binding: a batch is closed when the device can take it, not before. One batch runs; the next is closed when the running
-one is predicted to end within ``prepare_ahead_ns``, so that the hand-over costs the device nothing and late arrivals still
-ride along.
+Late binding: a batch is closed when the device can take it, not before. One batch runs; the next is closed when the
+running one is predicted to end within ``prepare_ahead_ns``, so that the hand-over costs the device nothing and late
+arrivals still ride along.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from embedserve.scheduling.item import (
     Batch,
     Failed,
     Fatal,
-    OutOfMemory,
     Outcome,
+    OutOfMemory,
     Rejection,
     Settled,
     Shape,
@@ -187,7 +187,10 @@ class Driver:
         self._submit_pass(Pass(batch.id, parts, batch.rows, pad_to))
 
     def _arm(self, now: int) -> None:
-        """Sleep until the scheduler's answer may change by time alone. An earlier timer is kept: it re-arms when it fires."""
+        """Sleep until the scheduler's answer may change by time alone.
+
+        A timer that is set earlier is kept: it re-arms when it fires, which is cheaper than moving it each time.
+        """
         wake = self._scheduler.wake_at(now)
         if self._flights and len(self._flights) < self._batches_in_flight and self._scheduler.depth.waiting_items:
             ready = self._device_free_ns - self._prepare_ahead_ns
@@ -221,7 +224,9 @@ class Driver:
                 continue
             useless = False
             if settled.rows:
-                assert flight is not None and result is not None and result.vectors is not None
+                assert flight is not None
+                assert result is not None
+                assert result.vectors is not None
                 self._deliver(pending, settled, flight, result, result.vectors, trace, now)
             else:
                 useless = pending.fail(settled)
@@ -244,7 +249,8 @@ class Driver:
     ) -> None:
         times, batch, stages = result.times, flight.batch, pending.call.stages
         assert times is not None
-        # The worker may have taken the pass up before the loop had stamped this request as queued by its own clock reading.
+        # The worker may have taken the pass up before the loop had stamped this request as queued by its own clock
+        # reading.
         stages.dequeued_ns = max(times.start_ns, stages.queued_ns)
         stages.assembled_ns = max(times.assembled_ns, stages.dequeued_ns)
         stages.computed_ns = now

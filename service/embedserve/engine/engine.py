@@ -1,8 +1,8 @@
 """The engine: texts in, vectors out, for whatever front end sits before it.
 
-Decides the order of a request's steps: early admission, tokenising, exact admission, waiting, answering. Must never know a
-transport: no gRPC, no protobuf, no HTTP, no telemetry SDK. Its futures end with an answer or an exception; they are never
-cancelled, because a CancelledError inside a gRPC handler sends the client nothing at all.
+Decides the order of a request's steps: early admission, tokenising, exact admission, waiting, answering. Must never
+know a transport: no gRPC, no protobuf, no HTTP, no telemetry SDK. Its futures end with an answer or an exception; they
+are never cancelled, because a CancelledError inside a gRPC handler sends the client nothing at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,8 @@ from embedserve.model.tokenizer import TextTokenizer
 from embedserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineSettings"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ class Engine:
     ) -> None:
         """Nothing runs before ``start``.
 
-        ``on_fatal`` is called once when nothing more will run: end the process then. ``include_prompt`` says whether the
-        checkpoint pools a prompt's tokens.
+        ``on_fatal`` is called once when nothing more will run: end the process then. ``include_prompt`` says whether
+        the checkpoint pools a prompt's tokens.
         """
         self._factory = factory
         self._scheduler = scheduler
@@ -229,8 +232,8 @@ class Engine:
     async def embed_stream(self, call: Call) -> AsyncGenerator[Portion, None]:
         """Portions of one request as their batches finish, failed texts among them; every index exactly once.
 
-        Work that is admitted and not yet taken is bounded by ``stream_window_items``: a reader that stalls stops its own
-        work. Raises as ``embed`` does, but for what concerns single texts. Close the generator to cancel.
+        Work that is admitted and not yet taken is bounded by ``stream_window_items``: a reader that stalls stops its
+        own work. Raises as ``embed`` does, but for what concerns single texts. Close the generator to cancel.
         """
         verdict = "cancelled"
         self._requests += 1
@@ -287,8 +290,7 @@ def _verdict_of(error: BaseException) -> str:
             return "failed"
 
 
-def _post(loop: asyncio.AbstractEventLoop, callback: Callable[[object], object], argument: object) -> None:
+def _post(loop: asyncio.AbstractEventLoop, callback: Callable[[_T], object], argument: _T) -> None:
     """Hand over to the loop from the worker thread; a loop that is closed has nobody left to tell."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(callback, argument)
-

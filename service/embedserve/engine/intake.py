@@ -1,7 +1,7 @@
 """The way in: early admission, tokenising, and the submission that the scheduler judges exactly.
 
-Decides how tokens are estimated before they are counted, and what a rejection or an over-long text means to its caller. Must
-never know batches, results or a transport.
+Decides how tokens are estimated before they are counted, and what a rejection or an over-long text means to its
+caller. Must never know batches, results or a transport.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ NOT_SERVING_RETRY_MS = 1000
 
 def not_serving() -> NotServing:
     """What a caller is told before start-up has ended and after the drain has begun."""
-    return NotServing(
-        "the server is starting or draining", reason="NOT_SERVING", retry_after_ms=NOT_SERVING_RETRY_MS
-    )
+    return NotServing("the server is starting or draining", reason="NOT_SERVING", retry_after_ms=NOT_SERVING_RETRY_MS)
 
 
 class Intake:

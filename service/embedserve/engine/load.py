@@ -1,7 +1,7 @@
 """How loaded the engine is, for balancers, probes and people.
 
-Decides what "accepting", "degraded" and "overloaded" mean. Must never know who asks: GetLoad, the HTTP health page and the
-metrics all say the same.
+Decides what "accepting", "degraded" and "overloaded" mean. Must never know who asks: GetLoad, the HTTP health page and
+the metrics all say the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class LoadReport:
 
 
 def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int) -> LoadReport:
-    """Snapshot of ``scheduler``; ``serving`` says whether the process takes requests at all, ``started_ns`` since when."""
+    """Take a snapshot.
+
+    ``serving`` says whether the process takes requests at all, ``started_ns`` since when.
+    """
     now = time.monotonic_ns()
     load, depth = scheduler.load(now), scheduler.depth
     accepting = serving and load.accepting and scheduler.judge(ORDINARY_TOKENS, 1, now_ns=now) is None

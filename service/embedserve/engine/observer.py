@@ -1,7 +1,8 @@
 """What the engine tells whoever watches it.
 
 Decides which events there are. Must never know OpenTelemetry: telemetry implements this protocol, tests record it, and
-``SilentObserver`` is what runs when nothing watches. Every call comes from the event loop, must not block and must not raise.
+``SilentObserver`` is what runs when nothing watches. Every call comes from the event loop, must not block and must not
+raise.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class EngineObserver(Protocol):
         """A request was refused; ``stage`` is ``estimate`` (before tokenising) or ``exact``."""
 
     def batch_finished(self, record: BatchRecord) -> object | None:
-        """A pass ended. Returns a handle that members' traces can link to, or ``None`` where none of them is sampled."""
+        """A pass ended.
+
+        Returns a handle that members' traces can link to, or ``None`` where none of them is sampled.
+        """
 
     def settled(self, verdict: str, items: int) -> None:
         """Items ended; ``verdict`` is a ``scheduling.item.Verdict`` value or ``cancelled``."""
@@ -85,7 +89,7 @@ class SilentObserver:
     def rejected(self, rejection: Rejection, *, stage: str) -> None:
         """Nothing."""
 
-    def batch_finished(self, record: BatchRecord) -> object | None:
+    def batch_finished(self, record: BatchRecord) -> object | None:  # noqa: ARG002
         """Nothing."""
         return None
 

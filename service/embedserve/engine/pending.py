@@ -1,7 +1,7 @@
 """Submissions that wait for their rows, and how rows come back to them.
 
-Decides how a batch's buffer becomes one caller's vectors, and that each submission ends exactly once. Must never know the
-event loop's driver, policies or transports.
+Decides how a batch's buffer becomes one caller's vectors, and that each submission ends exactly once. Must never know
+the event loop's driver, policies or transports.
 """
 
 from __future__ import annotations
@@ -192,8 +192,6 @@ class Portions(Pending):
     def fail(self, settled: Settled) -> bool:
         """Each item fails alone; the others go on."""
         self.remaining -= len(settled.indexes)
-        refused = [
-            Refused(self._indexes[i], error_of(settled.verdict, self._indexes[i])) for i in settled.indexes
-        ]
+        refused = [Refused(self._indexes[i], error_of(settled.verdict, self._indexes[i])) for i in settled.indexes]
         self._post(Portion(refused=refused))
         return False

@@ -1,8 +1,8 @@
 """When each stage of one request began and ended.
 
-Decides which borders there are. Must never know spans, metrics or protobuf: those are built from these marks afterwards.
-All marks are ``time.monotonic_ns``; a mark that was never reached is 0. Borders are shared (one stage ends where the next
-begins), so that stages always add up to the total.
+Decides which borders there are. Must never know spans, metrics or protobuf: those are built from these marks
+afterwards. All marks are ``time.monotonic_ns``; a mark that was never reached is 0. Borders are shared (one stage ends
+where the next begins), so that stages always add up to the total.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One stream: windows of a large request, fed as its reader takes results.
 
-Decides how much of a stream is in flight: admitted items and finished ones that nobody has taken yet are bounded together, so
-that a reader that stalls stops its own work and keeps a bounded number of rows alive. Must never know a transport.
+Decides how much of a stream is in flight: admitted items and finished ones that nobody has taken yet are bounded
+together, so that a reader that stalls stops its own work and keeps a bounded number of rows alive. Must never know a
+transport.
 """
 
 from __future__ import annotations

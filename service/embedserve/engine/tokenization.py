@@ -1,8 +1,8 @@
 """A bounded pool of tokenizer threads.
 
-Decides how many threads tokenise, how much may wait for them, and which requests are so short that handing them to a thread
-would cost more than tokenising them. Must never know policies, batches or transports. The Rust tokenizer releases the GIL
-and is not thread-safe, so each thread owns a clone.
+Decides how many threads tokenise, how much may wait for them, and which requests are so short that handing them to a
+thread would cost more than tokenising them. Must never know policies, batches or transports. The Rust tokenizer
+releases the GIL and is not thread-safe, so each thread owns a clone.
 """
 
 from __future__ import annotations

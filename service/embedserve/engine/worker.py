@@ -1,9 +1,9 @@
 """The one thread that owns the device.
 
 Decides nothing but the order: it takes passes from a queue, runs them, and reports each exactly once. Must never know
-requests, policies or the event loop's state: it knows a backend and a ``post`` function that is safe to call from any thread.
-Whatever ends this thread, even ``SystemExit``, is reported; nothing dies silently (a plain thread that dies tells nobody:
-waiters hang and the process exits with 0).
+requests, policies or the event loop's state: it knows a backend and a ``post`` function that is safe to call from any
+thread. Whatever ends this thread, even ``SystemExit``, is reported; nothing dies silently (a plain thread that dies
+tells nobody: waiters hang and the process exits with 0).
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Worker:
             why = f"the backend returned shape {vectors.shape} where {expected} was asked"
             return PassResult(work.batch_id, Fatal(why), None, None, InvariantBroken(why), None)
         bad: frozenset[int] = frozenset()
-        # NaN and infinity survive a sum, which is cheaper than a boolean array; a sum that merely overflows finds no row.
+        # NaN and infinity survive a sum, which is cheaper than a boolean array. A sum that overflows finds no row.
         if not np.isfinite(vectors.sum()):
             bad = frozenset(np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist())
         stamped = PassTimes(

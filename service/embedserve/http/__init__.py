@@ -1,0 +1,1 @@
+"""The operations port: plain HTTP for probes and scrapers."""

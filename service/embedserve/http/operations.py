@@ -1,7 +1,7 @@
 """The operations port: liveness, readiness, load and metrics over plain HTTP, for probes and scrapers.
 
-Decides paths and HTTP statuses. Must never know gRPC or the engine's insides: it is given four functions. aiohttp rather than
-uvicorn, whose main loop wakes ten times a second: an idle server must use no CPU.
+Decides paths and HTTP statuses. Must never know gRPC or the engine's insides: it is given four functions. aiohttp
+rather than uvicorn, whose main loop wakes ten times a second: an idle server must use no CPU.
 
     GET /livez    200 while the process can answer; 503 once it has failed. Never depends on load.
     GET /readyz   200 while calls are accepted; 503 while starting, warming, draining or failed.

@@ -59,7 +59,8 @@ def fake_vector(ids: npt.NDArray[np.int32], dimension: int, *, normalize: bool =
     vector = np.sin(np.arange(1, dimension + 1) * (1.0 + weighted % 997.0) + float(ids.sum() % 991))
     if normalize:
         vector /= np.linalg.norm(vector)
-    return vector.astype(np.float32)
+    single: npt.NDArray[np.float32] = vector.astype(np.float32)
+    return single
 
 
 class FakeBackend:
@@ -143,7 +144,7 @@ class FaultyBackend(FakeBackend):
         self.released = 0
         """How often memory was given back."""
 
-    def warm_up(self, max_batch_tokens: int) -> None:
+    def warm_up(self, max_batch_tokens: int) -> None:  # noqa: ARG002
         """Fail, if the plan says so."""
         if self.plan.fail_warm_up is not None:
             raise RuntimeError(self.plan.fail_warm_up)

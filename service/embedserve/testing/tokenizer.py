@@ -1,6 +1,7 @@
 """A real tokenizer that needs no file: WordPiece over printable ASCII, one token a character at the least.
 
-Decides a vocabulary. The rest is the ``tokenizers`` library, so that special tokens, offsets and truncation are the real thing.
+Decides a vocabulary. The rest is the ``tokenizers`` library, so that special tokens, offsets and truncation are the
+real thing.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def tiny_tokenizer_json() -> str:
     pieces += [c for c in characters if c not in pieces] + [f"##{c}" for c in characters]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))  # noqa: S106 - not a password
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],

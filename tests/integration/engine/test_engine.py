@@ -29,12 +29,16 @@ from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend, tiny_token
 from embedserve.testing.backends import fake_vector
 from tests.integration.engine.conftest import Bench, call, running
 
-WORDS = "the world says hello to a text that nobody has read before today".split()
+WORDS = ("the", "world", "says", "hello", "to", "a", "text", "that", "nobody", "has", "read", "before", "today")
 
 
 def expected(text: str, dimension: int = 16, *, normalize: bool = True) -> np.ndarray:
     ids = tiny_tokenizer().encode([text], truncation=Truncation.NONE).ids
     return fake_vector(ids, dimension, normalize=normalize)
+
+
+def sentence(rng: random.Random, most: int = 20) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
 
 def poison_id() -> int:
@@ -62,7 +66,7 @@ class TestAnswers:
 
     async def test_order_and_identity_hold_under_64_concurrent_mixed_callers(self) -> None:
         rng = random.Random(11)
-        texts = [[" ".join(rng.choices(WORDS, k=rng.randint(1, 20))) for _ in range(rng.randint(1, 9))] for _ in range(256)]
+        texts = [[sentence(rng) for _ in range(rng.randint(1, 9))] for _ in range(256)]
         pace = FakeBackend(pass_ns=lambda b: 200_000 + 500 * len(b.ids))
         async with running(pace) as bench:
             gate = asyncio.Semaphore(64)
@@ -103,9 +107,7 @@ class TestAnswers:
             plan.gate.clear()
             first = asyncio.ensure_future(bench.engine.embed(call("a")))
             await until(lambda: bench.engine.load().running_items == 1)
-            both = [
-                asyncio.ensure_future(bench.engine.embed(call("hello", normalize=flag))) for flag in (True, False)
-            ]
+            both = [asyncio.ensure_future(bench.engine.embed(call("hello", normalize=flag))) for flag in (True, False)]
             await until(lambda: bench.engine.load().queue_depth + bench.engine.load().running_items == 3)
             plan.gate.set()
             await first
@@ -283,7 +285,8 @@ class TestStreams:
 
     async def test_closing_a_stream_frees_what_it_had_waiting(self) -> None:
         plan = FaultPlan()
-        async with running(FaultyBackend(plan), scheduler=SchedulerSettings(bucket_edges=(128,), max_batch_items=4)) as bench:
+        small = SchedulerSettings(bucket_edges=(128,), max_batch_items=4)
+        async with running(FaultyBackend(plan), scheduler=small) as bench:
             stream = bench.engine.embed_stream(call(*["hello"] * 60))
             await anext(stream)
             plan.gate.clear()
@@ -329,7 +332,8 @@ class TestDrain:
 
     async def test_a_drain_answers_what_was_admitted_and_refuses_what_comes(self) -> None:
         plan = FaultPlan()
-        async with running(FaultyBackend(plan), scheduler=SchedulerSettings(bucket_edges=(128,), max_batch_items=8)) as bench:
+        small = SchedulerSettings(bucket_edges=(128,), max_batch_items=8)
+        async with running(FaultyBackend(plan), scheduler=small) as bench:
             plan.gate.clear()
             admitted = [asyncio.ensure_future(bench.engine.embed(call("hello"))) for _ in range(5)]
             portions: list[int] = []
