@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
 
 from embedserve.errors import ModelRefused
 from embedserve.model.checkpoint import Checkpoint
@@ -46,6 +47,10 @@ SET_ASIDE = {
 }
 """Tensors that an encoder does not read, with the reason; matched from the start of the name."""
 
+CONVERTED_BY_TRANSFORMERS = frozenset({"nomic_bert"})
+"""Architectures whose files keep the names and fused tensors of code from before transformers had them. Only its loader
+knows that conversion; what it reports as missing or unexpected is refused here all the same."""
+
 NAMED_MAX = 8
 """Tensors that a refusal lists by name before it counts the rest."""
 
@@ -62,18 +67,15 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelRefused(
             f"{directory}: transformers has no encoder for {checkpoint.architecture!r}: {error}"
         ) from error
-    # Shapes are compared on the meta device first: a configuration that lies about a size must not make us allocate it.
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in _build(model_class, config).state_dict().items()}
-    names = _check_names(directory, model_class, wanted, _shapes(checkpoint.weight_files))
-    with no_init_weights():
-        model = _build(model_class, config)
+    if checkpoint.architecture in CONVERTED_BY_TRANSFORMERS:
+        model = _load_converted(directory / checkpoint.pipeline.transformer_folder, model_class, config)
+    else:
+        model = _load_exactly(checkpoint, model_class, config)
     for module in model.modules():
         if getattr(module, "is_causal", False):
             raise ModelRefused(
                 f"{directory}: {checkpoint.architecture} attends to earlier tokens only; encoders are served"
             )
-    _fill(model, checkpoint.weight_files, names)
     # Only the weights: buffers hold rotary frequencies, which bfloat16 would round to other positions.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -82,11 +84,49 @@ def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _load_exactly(checkpoint: Checkpoint, model_class: Any, config: Any) -> PreTrainedModel:
+    # Shapes are compared on the meta device first: a configuration that lies about a size must not make us allocate it.
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in _build(model_class, config).state_dict().items()}
+    names = _check_names(checkpoint.files.directory, model_class, wanted, _shapes(checkpoint.weight_files))
+    with no_init_weights():
+        model = _build(model_class, config)
+    _fill(model, checkpoint.weight_files, names)
+    return model
+
+
+def _load_converted(directory: Path, model_class: Any, config: Any) -> PreTrainedModel:
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: PreTrainedModel
+    model, report = model_class.from_pretrained(
+        directory,
+        config=config,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        **_without_pooler(model_class),
+    )
+    unexpected = [name for name in report["unexpected_keys"] if not _is_set_aside(name)]
+    _refuse(
+        directory,
+        model_class,
+        missing=sorted(report["missing_keys"]),
+        unexpected=sorted(unexpected),
+        misshapen=sorted(map(str, report["mismatched_keys"])) + list(report["error_msgs"]),
+    )
+    return model
+
+
 def _build(model_class: Any, config: Any) -> PreTrainedModel:
-    takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    arguments = {"add_pooling_layer": False} if takes_pooler else {}
+    arguments = _without_pooler(model_class)
     model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, **arguments)  # noqa: SLF001
     return model
+
+
+def _without_pooler(model_class: Any) -> dict[str, bool]:
+    takes_it = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_it else {}
 
 
 def _shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
@@ -118,20 +158,25 @@ def _check_names(
             own = pattern.sub(replacement, own)
         if own in wanted and name.startswith(strip):
             names[own] = name
-        elif not any(re.match(pattern, own) for pattern in SET_ASIDE):
+        elif not _is_set_aside(own):
             unexpected.append(name)
-    problems = []
-    if missing := [name for name in wanted if name not in names]:
-        problems.append(f"missing: {_listed(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {_listed(unexpected)}")
-    if wrong := [
+    misshapen = [
         f"{own} is {found[name]} and must be {wanted[own]}" for own, name in names.items() if found[name] != wanted[own]
-    ]:
-        problems.append(f"misshapen: {_listed(wrong)}")
-    if problems:
-        raise ModelRefused(f"{directory}: the weights are not those of {model_class.__name__}; {'; '.join(problems)}")
+    ]
+    missing = [name for name in wanted if name not in names]
+    _refuse(directory, model_class, missing=missing, unexpected=unexpected, misshapen=misshapen)
     return names
+
+
+def _refuse(directory: Path, model_class: Any, **problems: list[str]) -> None:
+    """Raise ``ModelRefused`` naming the tensors of each problem that there is."""
+    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ModelRefused(f"{directory}: the weights are not those of {model_class.__name__}; {'; '.join(found)}")
+
+
+def _is_set_aside(name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in SET_ASIDE)
 
 
 def _is_own_prefix(prefix: str, wanted: Iterable[str]) -> bool:

@@ -130,7 +130,9 @@ class TextTokenizer:
         """
         if not prompt:
             return 0
-        ids = self._prompt_ids(prompt)[: self.max_input_length]
+        ids = self._prompt_ids(prompt)
+        if ids.size > self.max_input_length:
+            ids = self._truncate(ids, Truncation.END, "")
         return ids.size - (int(ids[-1]) in self._special_ids)
 
     def token_id(self, token: str) -> int | None:

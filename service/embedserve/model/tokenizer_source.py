@@ -55,7 +55,7 @@ def read_tokenizer_json(files: CheckpointFiles, folder: str, *, lowercase: bool)
 
 
 def _apply_bert_options(normalizer: Any, config: dict[str, Any]) -> bool:
-    """Whether ``tokenizer_config.json`` changed the ``BertNormalizer``, over which it decides in transformers 4 and 5."""
+    """Whether ``tokenizer_config.json`` changed the ``BertNormalizer``: transformers lets it decide."""
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         return False
     if str(config.get("tokenizer_class", "")).removesuffix("Fast") not in BERT_CLASSES:
