@@ -39,7 +39,22 @@ INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 
-@click.group(context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]})
+class ReaderLeft(Exception):
+    """Whoever reads our standard output has seen enough."""
+
+
+class Commands(click.Group):
+    """The group of all commands. click ends the process with 1 on a broken pipe; for us that is no failure."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was given."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderLeft from error
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="embedserve", message="%(prog)s %(version)s")
 def commands() -> None:
     """Text to vectors in production."""
@@ -144,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.BAD_CONFIG
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our results has seen enough. The interpreter flushes stdout once more at its end: into nothing.
+    except (ReaderLeft, BrokenPipeError):
+        # The interpreter flushes standard output once more at its end: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OK
     except InvariantBroken:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from embedserve.bulk.outcome import Embedder, Options
+from embedserve.bulk.outcome import BulkError, Embedder, Options
 from embedserve.bulk.pipeline import OnError, Tally, embed_all
 from embedserve.bulk.sink import OutputFormat, open_sink
 from embedserve.bulk.source import InputFormat, chunked, read_texts
@@ -51,7 +51,20 @@ class Job:
 
 
 async def run_job(job: Job) -> Tally:
-    """Run it to its end. Raises ``BulkError``, ``StartupError`` where no model can be loaded here, and ``OSError``."""
+    """Run it to its end.
+
+    Raises ``BulkError``, ``StartupError`` where no model can be loaded here, and ``BrokenPipeError`` when nobody reads
+    standard output any more.
+    """
+    try:
+        return await _run(job)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BulkError(f"{error.filename or job.output or 'standard output'}: {error.strerror or error}") from error
+
+
+async def _run(job: Job) -> Tally:
     texts = read_texts(job.files, job.input_format, field=job.field, id_field=job.id_field)
     async with AsyncExitStack() as stack:
         embedder = await _embedder(job, stack)

@@ -1,7 +1,8 @@
 """Vectors into files: JSON lines, one NumPy array, or Parquet.
 
 Decides what each format holds, and that a file appears under its name only when it is whole: until then it is
-``NAME.partial``. Must never know where vectors come from.
+``NAME.partial``. A device or a named pipe is written to as it is, never replaced. Must never know where vectors come
+from.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -58,36 +60,55 @@ def open_sink(form: OutputFormat, path: Path | None, dimensions: int) -> Sink:
         if form != "jsonl":
             raise InvariantBroken(f"{form} to standard output")
         return JsonLines(sys.stdout.buffer, None)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        file = partial.open("w+b")
-    except OSError as error:
-        raise BulkError(f"{partial} cannot be written: {error.strerror or error}") from error
+    target = _Target(path)
     if form == "jsonl":
-        return JsonLines(file, path)
-    try:
-        return (Npy if form == "npy" else Parquet)(file, path, dimensions)
-    except BulkError:
-        file.close()
-        partial.unlink()
-        raise
+        return JsonLines(target.open(), target)
+    if target.is_special:
+        raise BulkError(f"{path} is a device or a pipe, and {form} is written back to its beginning at the end")
+    if form == "npy":
+        return Npy(target.open(), target, dimensions)
+    return Parquet(_import_pyarrow(), target.open(), target, dimensions)
+
+
+class _Target:
+    """Where a file is while it is written, and where it goes when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        # A link is followed, so that the file it names is replaced and not the link.
+        self._path = path.resolve()
+        self.is_special = path.exists() and not path.is_file()
+        self._written = self._path if self.is_special else self._path.with_name(f"{self._path.name}.partial")
+
+    def open(self) -> BinaryIO:
+        try:
+            # A special file is not truncated, and has no size to read back.
+            return self._written.open("wb" if self.is_special else "w+b")
+        except OSError as error:
+            raise BulkError(f"{self._written} cannot be written: {error.strerror or error}") from error
+
+    def complete(self) -> None:
+        if not self.is_special:
+            self._written.replace(self._path)
 
 
 class _File(Sink):
     """What the formats share: the file and its two names."""
 
-    def __init__(self, file: BinaryIO, path: Path | None) -> None:
+    def __init__(self, file: BinaryIO, target: _Target | None) -> None:
         self._file = file
-        self._path = path
+        self._target = target
 
     def close(self) -> None:
         self._file.flush()
-        if self._path is not None:
+        if self._target is not None:
             self._file.close()
-            self._path.with_name(f"{self._path.name}.partial").replace(self._path)
+            self._target.complete()
 
     def abandon(self) -> None:
-        if self._path is not None:
+        if self._target is None:
+            return
+        # What is in the buffer for a full disk or a broken pipe cannot be written now either; that was told before.
+        with suppress(OSError):
             self._file.close()
 
 
@@ -122,8 +143,8 @@ class Npy(_File):
     The number of rows stands at the beginning of the file and is known at the end: NumPy's header leaves room for it.
     """
 
-    def __init__(self, file: BinaryIO, path: Path, dimensions: int) -> None:
-        super().__init__(file, path)
+    def __init__(self, file: BinaryIO, target: _Target, dimensions: int) -> None:
+        super().__init__(file, target)
         self._dimensions = dimensions
         self._rows = 0
         self._write_header()
@@ -149,19 +170,24 @@ class Npy(_File):
         super().close()
 
 
+def _import_pyarrow() -> Any:
+    """The extra that writes Parquet. Raises ``BulkError`` where it is not installed."""
+    try:
+        import pyarrow as pa  # noqa: PLC0415 (an extra)
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise BulkError(
+            "writing Parquet needs pyarrow, which is not installed: pip install 'embedserve[parquet]', or choose "
+            "--format npy or jsonl"
+        ) from error
+    return pa
+
+
 class Parquet(_File):
     """Columns ``index``, ``id`` (as JSON), ``embedding`` (fixed size), ``token_count``, ``truncated``, ``error``."""
 
-    def __init__(self, file: BinaryIO, path: Path, dimensions: int) -> None:
-        super().__init__(file, path)
-        try:
-            import pyarrow as pa  # noqa: PLC0415 (an extra)
-            from pyarrow import parquet  # noqa: PLC0415
-        except ImportError as error:
-            raise BulkError(
-                "writing Parquet needs pyarrow, which is not installed: pip install 'embedserve[parquet]', or choose "
-                "--format npy or jsonl"
-            ) from error
+    def __init__(self, pa: Any, file: BinaryIO, target: _Target, dimensions: int) -> None:
+        super().__init__(file, target)
         self._arrow = pa
         columns = [
             ("index", pa.int64()),
@@ -172,7 +198,7 @@ class Parquet(_File):
             ("error", pa.string()),
         ]
         self._schema = pa.schema(columns)
-        self._writer = parquet.ParquetWriter(file, self._schema)
+        self._writer = pa.parquet.ParquetWriter(file, self._schema)
         self._held: list[Row] = []
 
     def write(self, rows: Sequence[Row]) -> None:

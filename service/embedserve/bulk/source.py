@@ -21,7 +21,7 @@ InputFormat = Literal["lines", "jsonl"]
 
 STDIN = "-"
 LINE_BYTES_MAX = 16 * 1024 * 1024
-"""A line beyond this is not held in memory. No server takes a larger message by default."""
+"""A line with its end beyond this is not held in memory. No server takes a larger message by default."""
 TOO_LONG = f"the line is longer than {LINE_BYTES_MAX} bytes"
 CHUNK_BYTES_MAX = 4 * 1024 * 1024
 """Text in one call: far under a server's 16 MiB, and what gRPC itself takes by default."""
