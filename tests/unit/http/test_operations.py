@@ -1,0 +1,114 @@
+"""Paths and HTTP statuses of the operations port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+
+import httpx
+import pytest
+
+from embedserve.engine.load import LoadReport
+from embedserve.errors import StartupError
+from embedserve.http.operations import OperationsPort
+
+HEALTHY = LoadReport("healthy", True, 12, 1500.0, 8.0, 20.5, 3, 60, 2, 40)
+SHEDDING = LoadReport("overloaded", False, 90_000, 1500.0, 60_000.0, 900.0, 700, 60, 2, 40)
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[SimpleNamespace]:
+    state = SimpleNamespace(alive=True, ready=True, load=HEALTHY, lifecycle="serving", accepts=[])
+
+    def render(accept: str) -> tuple[str, bytes]:
+        state.accepts.append(accept)
+        return "text/plain; version=0.0.4; charset=utf-8", b"up 1\n"
+
+    operations = OperationsPort(
+        alive=lambda: state.alive,
+        ready=lambda: state.ready,
+        load=lambda: state.load,
+        render_metrics=render,
+        lifecycle_state=lambda: state.lifecycle,
+    )
+    address = await operations.start("127.0.0.1:0")
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        state.get = client.get
+        state.address = address
+        yield state
+    await operations.stop()
+
+
+class TestProbes:
+    """Liveness never depends on load; readiness follows the lifecycle."""
+
+    async def test_a_process_that_serves_is_alive_and_ready(self, port: SimpleNamespace) -> None:
+        answers = [await port.get(path) for path in ("/livez", "/readyz")]
+
+        assert [(a.status_code, a.text) for a in answers] == [(200, "ok\n"), (200, "ready\n")]
+
+    async def test_a_process_that_drains_is_alive_and_not_ready_and_says_why(self, port: SimpleNamespace) -> None:
+        port.ready, port.lifecycle = False, "draining"
+        live, ready = [await port.get(path) for path in ("/livez", "/readyz")]
+
+        assert live.status_code == 200
+        assert (ready.status_code, ready.text) == (503, "not ready: draining\n")
+
+    async def test_a_process_that_failed_is_not_alive(self, port: SimpleNamespace) -> None:
+        port.alive = False
+
+        assert (await port.get("/livez")).status_code == 503
+
+    async def test_a_process_that_sheds_is_alive_and_ready(self, port: SimpleNamespace) -> None:
+        port.load = SHEDDING
+
+        assert [(await port.get(path)).status_code for path in ("/livez", "/readyz")] == [200, 200]
+
+
+class TestHealth:
+    """The fields of GetLoad, and 503 when a request sent now would not be taken."""
+
+    async def test_the_body_has_the_fields_of_get_load(self, port: SimpleNamespace) -> None:
+        answer = await port.get("/health")
+
+        assert answer.status_code == 200
+        assert answer.json() == {
+            "status": "healthy",
+            "accepting_requests": True,
+            "queued_tokens": 12,
+            "service_rate_tokens_per_second": 1500.0,
+            "estimated_drain_time_ms": 8.0,
+            "p95_latency_ms": 20.5,
+            "queue_depth": 3,
+            "uptime_seconds": 60,
+            "running_items": 2,
+            "running_tokens": 40,
+        }
+
+    async def test_it_is_503_when_not_accepting(self, port: SimpleNamespace) -> None:
+        port.load = SHEDDING
+        answer = await port.get("/health")
+
+        assert (answer.status_code, answer.json()["status"]) == (503, "overloaded")
+
+
+class TestMetrics:
+    """What the renderer gives, as it gives it."""
+
+    async def test_the_accept_header_reaches_the_renderer(self, port: SimpleNamespace) -> None:
+        answer = await port.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+
+        assert answer.text == "up 1\n"
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert port.accepts == ["application/openmetrics-text"]
+
+
+class TestBinding:
+    """A port that is taken stops the start with a sentence."""
+
+    async def test_a_taken_port_is_named(self, port: SimpleNamespace) -> None:
+        second = OperationsPort(
+            alive=lambda: True, ready=lambda: True, load=lambda: HEALTHY, render_metrics=None, lifecycle_state=str
+        )
+        with pytest.raises(StartupError, match=f"operations.address {port.address} cannot be bound"):
+            await second.start(port.address)
