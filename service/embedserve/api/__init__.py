@@ -1,0 +1,1 @@
+"""The gRPC front: translation only. The engine behind it knows no transport, and nothing here knows a tensor."""
