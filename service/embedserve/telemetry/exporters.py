@@ -60,7 +60,7 @@ def span_exporter() -> SpanExporter | None:
 
 
 def metric_exporter() -> MetricExporter | None:
-    """What ``OTEL_METRICS_EXPORTER`` asks for, as ``span_exporter``; ``prometheus`` is the operations port, not here."""
+    """What ``OTEL_METRICS_EXPORTER`` asks for, as ``span_exporter``; ``prometheus`` is served elsewhere."""
     match _choice("METRICS"):
         case "otlp":
             if _protocol("METRICS") == "grpc":

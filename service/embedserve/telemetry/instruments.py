@@ -169,7 +169,7 @@ DECISIONS: Final = _counter(
     series=(("admitted", "none", "none", "exact"), *(("rejected", *refusal) for refusal in REFUSALS)),
 )  # fmt: skip
 QUEUE_WAIT: Final = _histogram(
-    "embedserve.queue.wait", "s", "Time from the queue to the worker, by bucket of the longest text; expired requests count.",
+    "embedserve.queue.wait", "s", "Time from the queue to the worker, by bucket of the longest text; expired ones count.",
     Label("bucket"),
 )  # fmt: skip
 WAIT_PREDICTION: Final = _histogram(
@@ -251,7 +251,7 @@ LOOP_LAG: Final = _histogram(
     "embedserve.event_loop.lag", "s", "How late the event loop runs a timer, sampled while calls are active."
 )
 SPANS: Final = _counter(
-    "embedserve.telemetry.spans", "{span}", "Spans by their end: exported, failed (exporter gave up), dropped (queue full).",
+    "embedserve.telemetry.spans", "{span}", "Spans: exported, failed (the exporter gave up) or dropped (queue full).",
     Label("outcome", ("exported", "failed", "dropped")),
 )  # fmt: skip
 PROCESS_MEMORY: Final = _gauge("process.memory.usage", "By", "Resident memory.")

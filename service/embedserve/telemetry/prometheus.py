@@ -45,8 +45,7 @@ class PrometheusRenderer:
         self._lock = threading.Lock()
 
     def render(self, accept_header: str) -> tuple[str, bytes]:
-        """Content type and body: OpenMetrics with exemplars where ``accept_header`` asks for it, Prometheus text
-        otherwise.
+        """Content type and body: OpenMetrics, with exemplars, where ``accept_header`` asks for it, else text.
 
         Takes some milliseconds; may be called from any thread, and concurrent calls take turns.
         """

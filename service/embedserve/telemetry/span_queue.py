@@ -93,7 +93,7 @@ class SpanQueue:
             self._pressing.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Send what waits and stop, within ``timeout_s``; whether all was sent. The exporter is shut down either way."""
+        """Send what waits and stop, within ``timeout_s``; whether all was sent. The exporter is shut down."""
         ends = time.monotonic() + timeout_s
         self._closing = True
         self._pressing.set()
@@ -133,8 +133,8 @@ class SpanQueue:
         try:
             result = self._exporter.export(spans)
         except Exception:  # noqa: BLE001
-            # The exporter is foreign code that the environment chooses. Its fault must not end tracing for good, nor hide:
-            # it is counted, alerted on, and logged with its traceback.
+            # The exporter is foreign code that the environment chooses. Its fault must not end tracing, nor hide: it
+            # is counted, alerted on, and logged with its traceback.
             structlog.get_logger(__name__).exception("span_export_failed", spans=len(spans))
             result = SpanExportResult.FAILURE
         outcome = self._exported if result is SpanExportResult.SUCCESS else self._failed

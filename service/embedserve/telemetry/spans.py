@@ -59,7 +59,7 @@ class SpanName:
 
 
 SPANS: Final = (
-    *(SpanName(name, "SERVER", "the caller's span", "One RPC, from arrival to its answer.") for name in semconv.METHODS),
+    *(SpanName(name, "SERVER", "the caller's span", "One RPC, arrival to answer.") for name in semconv.METHODS),
     SpanName("validate", "INTERNAL", "RPC", "Limits and options are checked."),
     SpanName("admit", "INTERNAL", "RPC", "Admission; embedserve.admission.stage: on an estimate, or on exact tokens."),
     SpanName("tokenize", "INTERNAL", "RPC", "Wait for a tokenizer thread, and its work."),

@@ -1,0 +1,94 @@
+"""Every event of the engine moves the metrics that it should."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from embedserve.engine.observer import EngineObserver
+from embedserve.engine.stages import Stages
+from embedserve.scheduling.item import Rejection, Verdict
+from embedserve.telemetry import instruments as table
+from embedserve.telemetry.instruments import Instrument
+from embedserve.telemetry.tally import HistogramCell
+from tests.unit.telemetry.pipeline import MS, Pipeline, record_of, stages_of
+
+
+def count(pipeline: Pipeline, instrument: Instrument, *labels: str) -> float:
+    return pipeline.instruments.counter(instrument).cell(*labels).value
+
+
+def histogram(pipeline: Pipeline, instrument: Instrument, *labels: str) -> tuple[int, float]:
+    cell: HistogramCell = pipeline.instruments.histogram(instrument).cell(*labels)
+    point = cell.point(0)
+    return point.count, point.sum
+
+
+class TestEngineObserver:
+    def test_it_is_one(self, pipeline: Pipeline) -> None:
+        observer: EngineObserver = pipeline.engine
+        assert all(hasattr(observer, name) for name in vars(EngineObserver) if not name.startswith("_"))
+
+    def test_tokenizing(self, pipeline: Pipeline) -> None:
+        pipeline.engine.tokenized(3, 30, 2 * MS, 5 * MS)
+
+        assert (1, pytest.approx(0.002)) == histogram(pipeline, table.TOKENIZER_WAIT)
+        assert (1, pytest.approx(0.005)) == histogram(pipeline, table.TOKENIZER_DURATION)
+        assert (3, 30) == (count(pipeline, table.TOKENIZER_TEXTS), count(pipeline, table.TOKENIZER_TOKENS))
+
+    def test_admission(self, pipeline: Pipeline) -> None:
+        pipeline.engine.admitted(2, 20)
+        rejection = Rejection("throughput", "DRAIN_TIME_EXCEEDED", 10)
+        pipeline.engine.rejected(rejection, stage="estimate")
+
+        assert 1 == count(pipeline, table.DECISIONS, "admitted", "none", "none", "exact")
+        assert 1 == count(pipeline, table.DECISIONS, "rejected", "throughput", "DRAIN_TIME_EXCEEDED", "estimate")
+        assert (2, 20) == (count(pipeline, table.ITEMS_ADMITTED), count(pipeline, table.TOKENS_ADMITTED))
+        assert [(rejection, "estimate")] == pipeline.rejections
+
+    @pytest.mark.parametrize("outcome", table.OUTCOMES)
+    def test_a_pass(self, pipeline: Pipeline, outcome: str) -> None:
+        pipeline.engine.batch_finished(record_of([None, None], outcome=outcome))
+
+        computed = outcome in {"ok", "non_finite"}
+        assert (1, pytest.approx(0.007)) == histogram(pipeline, table.BATCH_DURATION, outcome)
+        assert (1, 2) == histogram(pipeline, table.BATCH_ITEMS)
+        assert (1, 20) == histogram(pipeline, table.BATCH_TOKENS)
+        assert (1, 32) == histogram(pipeline, table.BATCH_PADDED_TOKENS)
+        assert (1, pytest.approx(20 / 32)) == histogram(pipeline, table.BATCH_EFFICIENCY)
+        assert pytest.approx(0.005 if computed else 0) == count(pipeline, table.DEVICE_BUSY)
+        assert (int(computed), pytest.approx(0.5 * computed)) == histogram(pipeline, table.BATCH_PREDICTION)
+        for stage in table.PASS_STAGES:
+            assert (int(computed), pytest.approx(0.001 * computed)) == histogram(pipeline, table.BATCH_STAGE_DURATION, stage)
+
+    @pytest.mark.parametrize("verdict", [verdict.value for verdict in Verdict])
+    def test_verdicts(self, pipeline: Pipeline, verdict: str) -> None:
+        before = len(pipeline.instruments.counter(table.ITEMS_SETTLED).cells())
+
+        pipeline.engine.settled(verdict, 3)
+
+        assert 3 == count(pipeline, table.ITEMS_SETTLED, verdict)
+        assert before == len(pipeline.instruments.counter(table.ITEMS_SETTLED).cells())
+
+    def test_a_request_that_was_answered(self, pipeline: Pipeline) -> None:
+        pipeline.engine.request_finished(stages_of(MS), verdict="done")
+
+        assert 1 == count(pipeline, table.REQUESTS, "done")
+        assert (1, pytest.approx(0.002)) == histogram(pipeline, table.QUEUE_WAIT, "16")
+        assert (1, pytest.approx(0.5)) == histogram(pipeline, table.WAIT_PREDICTION)
+
+    def test_a_request_that_expired_in_the_queue_has_waited_too(self, pipeline: Pipeline) -> None:
+        now = time.monotonic_ns()
+        pipeline.engine.request_finished(Stages(now - 9 * MS, queued_ns=now - 8 * MS, bucket=32), verdict="expired")
+
+        waits, seconds = histogram(pipeline, table.QUEUE_WAIT, "32")
+        assert 1 == waits
+        assert seconds >= 0.008
+        assert (0, 0) == histogram(pipeline, table.WAIT_PREDICTION)
+
+    def test_a_request_that_was_refused_has_not_waited(self, pipeline: Pipeline) -> None:
+        pipeline.engine.request_finished(Stages(time.monotonic_ns()), verdict="rejected")
+
+        assert 1 == count(pipeline, table.REQUESTS, "rejected")
+        assert all(cell.point(0).count == 0 for cell in pipeline.instruments.histogram(table.QUEUE_WAIT).cells())

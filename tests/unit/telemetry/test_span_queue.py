@@ -1,0 +1,105 @@
+"""Spans leave in bounded memory and bounded time, whatever the exporter does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.trace import SpanContext, TraceFlags
+
+from embedserve.telemetry import instruments as table
+from embedserve.telemetry.span_queue import LINKS_PER_EXPORT_MAX, SpanQueueLimits
+from tests.unit.telemetry.pipeline import EMBED, Pipeline, record_of
+
+
+def one_call(pipeline: Pipeline) -> None:
+    pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "").end(status="OK", stages=None, error_type=None, attributes={})
+
+
+def outcome(pipeline: Pipeline, word: str) -> float:
+    return pipeline.instruments.counter(table.SPANS).cell(word).value
+
+
+class TestSpanQueue:
+    async def test_all_that_waits_is_sent_on_close(self, pipeline: Pipeline) -> None:
+        for _ in range(1000):
+            one_call(pipeline)
+
+        assert 1000 == len(pipeline.finish())
+        assert (1000, 0, 0) == tuple(outcome(pipeline, word) for word in ("exported", "failed", "dropped"))
+        assert pipeline.exporter.was_shut_down.is_set()
+
+    async def test_one_export_holds_a_bounded_number_of_spans(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(limits=SpanQueueLimits(records_max=1000, export_spans_max=100, delay_s=60))
+        for _ in range(950):
+            one_call(pipeline)
+
+        pipeline.finish()
+
+        assert 950 == sum(pipeline.exporter.exports)
+        assert max(pipeline.exporter.exports) <= 100
+
+    async def test_one_export_holds_a_bounded_number_of_links(self, pipeline: Pipeline) -> None:
+        contexts = [SpanContext(1, number + 1, False, TraceFlags(1)) for number in range(1024)]
+        for _ in range(20):
+            pipeline.engine.batch_finished(record_of(contexts))
+
+        pipeline.finish()
+
+        assert 20 * 1024 / LINKS_PER_EXPORT_MAX <= len(pipeline.exporter.exports)
+
+    async def test_a_stuck_exporter_costs_the_oldest_and_never_the_caller(
+        self, make_pipeline: Callable[..., Pipeline]
+    ) -> None:
+        pipeline = make_pipeline(limits=SpanQueueLimits(records_max=10, export_spans_max=1, delay_s=0.001))
+        pipeline.exporter.gate.clear()
+        one_call(pipeline)
+        assert pipeline.exporter.entered.wait(5)
+
+        begun = time.perf_counter()
+        for _ in range(1010):
+            one_call(pipeline)
+        took = time.perf_counter() - begun
+
+        assert 1000 == outcome(pipeline, "dropped")
+        assert took < 1.0
+        pipeline.exporter.gate.set()
+        assert 11 == len(pipeline.finish())
+
+    async def test_close_is_bounded_when_the_exporter_hangs(self, pipeline: Pipeline) -> None:
+        pipeline.exporter.gate.clear()
+        one_call(pipeline)
+
+        begun = time.monotonic()
+        assert not pipeline.queue.close(0.2)
+
+        assert time.monotonic() - begun < 1.0
+        assert pipeline.exporter.was_shut_down.wait(5)
+
+    @pytest.mark.parametrize("raises", [True, False])
+    async def test_an_export_that_fails_is_counted_and_the_next_one_is_tried(
+        self, make_pipeline: Callable[..., Pipeline], raises: bool
+    ) -> None:
+        pipeline = make_pipeline(limits=SpanQueueLimits(records_max=100, export_spans_max=1, delay_s=0.001))
+        if raises:
+            pipeline.exporter.broken = ValueError("the exporter's own fault")
+        else:
+            pipeline.exporter.result = SpanExportResult.FAILURE
+        one_call(pipeline)
+        deadline = time.monotonic() + 5
+        while not outcome(pipeline, "failed") and time.monotonic() < deadline:
+            time.sleep(0.001)
+        pipeline.exporter.broken, pipeline.exporter.result = None, SpanExportResult.SUCCESS
+        one_call(pipeline)
+        pipeline.finish()
+
+        assert (1, 1) == (outcome(pipeline, "failed"), outcome(pipeline, "exported"))
+
+    def test_limits_come_from_the_standard_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert SpanQueueLimits() == SpanQueueLimits.from_environment()
+        monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "7")
+        monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "3")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "250")
+        assert SpanQueueLimits(7, 3, 0.25) == SpanQueueLimits.from_environment()

@@ -1,0 +1,302 @@
+"""Spans tell the whole of a call and a pass: no gap, no overlap, links both ways."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import SpanContext, SpanKind, StatusCode
+
+from embedserve.engine.stages import Ride, Stages
+from embedserve.telemetry.spans import SPANS, segments
+from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, record_of, stages_of
+
+ATTRIBUTES = {"texts": 2, "tokens": 20, "model": "m", "dimensions": 4, "encoding": "float"}
+
+
+def by_name(spans: Sequence[ReadableSpan], name: str) -> ReadableSpan:
+    (found,) = [span for span in spans if span.name == name]
+    return found
+
+
+def children_of(spans: Sequence[ReadableSpan], parent: ReadableSpan) -> list[ReadableSpan]:
+    return [span for span in spans if span.parent is not None and span.parent.span_id == parent.context.span_id]
+
+
+def assert_contiguous(parent: ReadableSpan, children: Sequence[ReadableSpan]) -> None:
+    borders = [parent.start_time, *(child.end_time for child in children)]
+    assert borders == [*(child.start_time for child in children), parent.end_time]
+
+
+class TestSegments:
+    def test_an_answered_call_goes_through_every_stage(self) -> None:
+        begun = 5 * MS
+
+        found = segments(stages_of(begun), begun + 10 * MS, answered=True)
+
+        names = ["validate", "admit", "tokenize", "admit_exact", "queue", "assemble", "forward", "respond"]
+        assert names == [name for name, _, _ in found]
+        assert [1, 1, 2, 1, 2, 1, 1, 1] == [(end - begin) // MS for _, begin, end in found]
+
+    @pytest.mark.parametrize(
+        ("reached", "last"),
+        [
+            ("arrived_ns", "validate"),
+            ("validated_ns", "admit"),
+            ("admitted_ns", "tokenize"),
+            ("tokenized_ns", "admit_exact"),
+            ("queued_ns", "queue"),
+            ("dequeued_ns", "assemble"),
+            ("assembled_ns", "forward"),
+            ("computed_ns", "respond"),
+        ],
+    )
+    def test_a_call_that_ends_early_ends_in_the_stage_it_was_in(self, reached: str, last: str) -> None:
+        whole = stages_of(5 * MS)
+        marks = [name for name in Stages.__dataclass_fields__ if name.endswith("ed_ns") and name != "responded_ns"]
+        keep = marks[: marks.index(reached) + 1]
+        stages = Stages(**{name: getattr(whole, name) for name in keep})
+
+        found = segments(stages, 50 * MS, answered=False)
+
+        assert last == found[-1][0]
+        assert 50 * MS == found[-1][2]
+
+    @given(
+        marks=st.lists(st.integers(0, 1000), min_size=7, max_size=7),
+        ended=st.integers(1, 1200),
+        answered=st.booleans(),
+    )
+    def test_segments_never_overlap_or_leave_a_gap_whatever_the_marks(
+        self, marks: list[int], ended: int, answered: bool
+    ) -> None:
+        names = ["validated_ns", "admitted_ns", "tokenized_ns", "queued_ns", "dequeued_ns", "assembled_ns", "computed_ns"]
+
+        found = segments(Stages(1, **dict(zip(names, marks, strict=True))), ended, answered=answered)
+
+        assert 1 == found[0][1]
+        assert ended == found[-1][2]
+        assert all(before[2] == after[1] for before, after in zip(found, found[1:], strict=False))
+        assert all(begin <= end for _, begin, end in found)
+
+
+class TestCall:
+    async def test_children_share_their_borders_and_add_up_to_the_call(self, pipeline: Pipeline) -> None:
+        begun = time.monotonic_ns() - 20 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "ipv4:10.0.0.1:4242")
+        call.end(status="OK", stages=stages_of(begun), error_type=None, attributes=ATTRIBUTES)
+
+        spans = pipeline.finish()
+
+        server = by_name(spans, EMBED)
+        children = children_of(spans, server)
+        names = ["validate", "admit", "tokenize", "admit", "queue", "forward", "respond"]
+        assert names == [child.name for child in children]
+        assert_contiguous(server, children)
+        assert SpanKind.SERVER is server.kind
+        assert {SpanKind.INTERNAL} == {child.kind for child in children}
+        assert {server.context.trace_id} == {child.context.trace_id for child in children}
+
+    async def test_times_are_on_the_wall_clock(self, pipeline: Pipeline) -> None:
+        before = time.time_ns()
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
+        call.end(status="OK", stages=None, error_type=None, attributes={})
+
+        (server,) = pipeline.finish()
+
+        assert before - MS <= server.start_time <= server.end_time <= time.time_ns() + MS
+
+    async def test_attributes_follow_the_conventions(self, pipeline: Pipeline) -> None:
+        begun = time.monotonic_ns() - 20 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "ipv6:%5B::1%5D:4242")
+        call.end(status="OK", stages=stages_of(begun), error_type=None, attributes=ATTRIBUTES)
+
+        spans = pipeline.finish()
+
+        assert {
+            "rpc.system.name": "grpc",
+            "rpc.method": EMBED,
+            "rpc.response.status_code": "OK",
+            "network.peer.address": "::1",
+            "network.peer.port": 4242,
+            "gen_ai.operation.name": "embeddings",
+            "gen_ai.provider.name": "embedserve",
+            "gen_ai.request.model": "m",
+            "gen_ai.usage.input_tokens": 20,
+            "gen_ai.embeddings.dimension.count": 4,
+            "gen_ai.request.encoding_formats": ("float",),
+            "embedserve.texts": 2,
+        } == dict(by_name(spans, EMBED).attributes)
+        queue = by_name(spans, "queue").attributes
+        assert (16, 2, 20, 3) == tuple(
+            queue[key] for key in ("embedserve.bucket", "embedserve.texts", "embedserve.tokens", "embedserve.queue.items")
+        )
+
+    @pytest.mark.parametrize(
+        ("status", "ours"),
+        [
+            ("OK", False), ("CANCELLED", False), ("INVALID_ARGUMENT", False), ("NOT_FOUND", False),
+            ("RESOURCE_EXHAUSTED", False), ("FAILED_PRECONDITION", False), ("UNKNOWN", True), ("DEADLINE_EXCEEDED", True),
+            ("UNIMPLEMENTED", True), ("INTERNAL", True), ("UNAVAILABLE", True), ("DATA_LOSS", True),
+        ],
+    )  # fmt: skip
+    async def test_only_the_servers_faults_are_errors(self, pipeline: Pipeline, status: str, ours: bool) -> None:
+        error_type = None if status == "OK" else "SomeError"
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
+        call.end(status=status, stages=None, error_type=error_type, attributes={})
+
+        (server,) = pipeline.finish()
+
+        assert (StatusCode.ERROR if ours else StatusCode.UNSET) is server.status.status_code
+        assert status == server.attributes["rpc.response.status_code"]
+        assert error_type == server.attributes.get("error.type")
+
+    async def test_a_refusal_tells_its_policy_and_figures(self, pipeline: Pipeline) -> None:
+        begun = time.monotonic_ns() - 5 * MS
+        stages = Stages(begun, validated_ns=begun + MS)
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        call.end(
+            status="RESOURCE_EXHAUSTED",
+            stages=stages,
+            error_type="DRAIN_TIME_EXCEEDED",
+            attributes={"policy": "throughput", "drain_ns": 3.5e9, "limit_ns": 2e9},
+        )
+
+        spans = pipeline.finish()
+
+        attributes = by_name(spans, EMBED).attributes
+        assert ("throughput", "DRAIN_TIME_EXCEEDED", 3.5e9, 2e9) == (
+            attributes["embedserve.admission.policy"],
+            attributes["embedserve.admission.reason"],
+            attributes["embedserve.admission.figure.drain_ns"],
+            attributes["embedserve.admission.figure.limit_ns"],
+        )
+        assert ["validate", "admit"] == [span.name for span in spans[1:]]
+
+    @pytest.mark.parametrize(("status", "error"), [("DEADLINE_EXCEEDED", "DeadlineExpired"), ("CANCELLED", "CANCELLED")])
+    async def test_a_call_that_ends_in_the_queue_shows_its_wait(self, pipeline: Pipeline, status: str, error: str) -> None:
+        begun = time.monotonic_ns() - 50 * MS
+        stages = Stages(begun, begun + MS, begun + 2 * MS, begun + 3 * MS, begun + 4 * MS, bucket=32)
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        call.end(status=status, stages=stages, error_type=error, attributes={})
+
+        spans = pipeline.finish()
+
+        server, queue = by_name(spans, EMBED), by_name(spans, "queue")
+        assert_contiguous(server, children_of(spans, server))
+        assert 32 == queue.attributes["embedserve.bucket"]
+        assert queue.end_time - queue.start_time >= 46 * MS
+
+    async def test_words_that_nobody_declared_never_reach_a_span(self, pipeline: Pipeline) -> None:
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
+        call.end(status="OK", stages=None, error_type=None, attributes={"first_text": "my secret", "count": 3})
+
+        (server,) = pipeline.finish()
+
+        assert "my secret" not in str(dict(server.attributes))
+        assert 3 == server.attributes["embedserve.admission.figure.count"]
+
+    async def test_a_callers_megabyte_is_cut(self, pipeline: Pipeline) -> None:
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
+        call.end(status="NOT_FOUND", stages=None, error_type="UnknownModel", attributes={"model": "x" * 1_000_000})
+
+        (server,) = pipeline.finish()
+
+        assert 256 == len(server.attributes["gen_ai.request.model"])
+
+    @pytest.mark.parametrize("peer", ["", "unix:", "unix:/run/x.sock", "ipv4:nonsense", "\x00", "ipv4:1.2.3.4:99999999999x"])
+    async def test_a_strange_peer_is_no_trouble(self, pipeline: Pipeline, peer: str) -> None:
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), peer)
+        call.end(status="OK", stages=None, error_type=None, attributes={})
+
+        assert 1 == len(pipeline.finish())
+
+
+class TestBatch:
+    async def test_calls_and_batch_are_linked_both_ways(self, pipeline: Pipeline) -> None:
+        begun = time.monotonic_ns() - 20 * MS
+        calls = [pipeline.calls.begin(EMBED, [], begun, "") for _ in range(3)]
+        handle = pipeline.engine.batch_finished(record_of([call.context for call in calls], begun_ns=begun))
+        for call in calls:
+            stages = stages_of(begun)
+            stages.rides.append(Ride(7, 3, 16, 1, begun, begun + MS, handle))
+            call.end(status="OK", stages=stages, error_type=None, attributes={})
+
+        spans = pipeline.finish()
+
+        batch = by_name(spans, "batch")
+        servers = [span for span in spans if span.name == EMBED]
+        assert {s.context.span_id for s in servers} == {link.context.span_id for link in batch.links}
+        assert [0, 1, 2] == [link.attributes["embedserve.link.first_index"] for link in batch.links]
+        assert [(1, 10)] * 3 == [
+            (link.attributes["embedserve.link.rows"], link.attributes["embedserve.link.tokens"]) for link in batch.links
+        ]
+        for server in servers:
+            (forward,) = [child for child in children_of(spans, server) if child.name == "forward"]
+            (link,) = forward.links
+            assert (batch.context.trace_id, batch.context.span_id) == (link.context.trace_id, link.context.span_id)
+            assert server.context.trace_id != batch.context.trace_id
+
+    async def test_its_children_add_up_to_it(self, pipeline: Pipeline) -> None:
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
+        pipeline.engine.batch_finished(record_of([call.context], begun_ns=time.monotonic_ns()))
+
+        spans = pipeline.finish()
+
+        batch = by_name(spans, "batch")
+        names = ["dispatch", "assemble", "copy_in", "forward", "pool", "copy_out", "return"]
+        assert names == [child.name for child in children_of(spans, batch)]
+        assert batch.parent is None
+        assert_contiguous(batch, children_of(spans, batch))
+
+    async def test_a_batch_without_a_sampled_call_is_not_traced(self, pipeline: Pipeline) -> None:
+        assert pipeline.engine.batch_finished(record_of([None, None])) is None
+        assert [] == pipeline.finish()
+
+    async def test_more_members_than_the_sdks_128_are_all_linked(self, pipeline: Pipeline) -> None:
+        contexts = [pipeline.calls.begin(EMBED, [], 0, "").context for _ in range(300)]
+        pipeline.engine.batch_finished(record_of([*contexts, None], begun_ns=time.monotonic_ns()))
+
+        batch = by_name(pipeline.finish(), "batch")
+
+        assert [c.span_id for c in contexts if c is not None] == [link.context.span_id for link in batch.links]
+        assert 301 == batch.attributes["embedserve.batch.requests"]
+
+    async def test_over_the_limit_the_first_links_are_kept_and_the_count_is_told(
+        self, make_pipeline: Callable[..., Pipeline]
+    ) -> None:
+        pipeline = make_pipeline(links_max=2)
+        contexts = [pipeline.calls.begin(EMBED, [], 0, "").context for _ in range(3)]
+        pipeline.engine.batch_finished(record_of(contexts))
+
+        batch = by_name(pipeline.finish(), "batch")
+
+        assert [contexts[0].span_id, contexts[1].span_id] == [link.context.span_id for link in batch.links]
+        assert 3 == batch.attributes["embedserve.batch.requests.sampled"]
+
+    @pytest.mark.parametrize("outcome", ["out_of_memory", "failed", "fatal"])
+    async def test_a_pass_that_fails_is_an_error(self, pipeline: Pipeline, outcome: str) -> None:
+        context = SpanContext(1, 2, is_remote=False)
+        pipeline.engine.batch_finished(record_of([context], outcome=outcome))
+
+        (batch,) = pipeline.finish()
+
+        assert StatusCode.ERROR is batch.status.status_code
+        assert outcome == batch.attributes["error.type"]
+
+
+class TestCatalogue:
+    async def test_every_span_that_is_made_is_in_it(self, pipeline: Pipeline) -> None:
+        begun = time.monotonic_ns() - 20 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        pipeline.engine.batch_finished(record_of([call.context], begun_ns=begun))
+        call.end(status="OK", stages=stages_of(begun), error_type=None, attributes={})
+
+        made = {span.name for span in pipeline.finish()}
+
+        assert made <= {span.name for span in SPANS}
+        assert {span.name for span in SPANS if span.kind == "INTERNAL"} <= made

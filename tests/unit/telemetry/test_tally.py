@@ -1,0 +1,53 @@
+"""Cells count what they are told, and stay few."""
+
+from __future__ import annotations
+
+import pytest
+from opentelemetry.trace import SpanContext, TraceFlags
+
+from embedserve.telemetry.tally import UNDECLARED_SERIES_MAX, CounterTally, HistogramTally
+
+CONTEXT = SpanContext(0xABC, 0xDEF, False, TraceFlags(1))
+
+
+class TestHistogram:
+    @pytest.mark.parametrize(("value", "bucket"), [(0, 0), (1, 0), (1.0001, 1), (2, 1), (4, 2), (4.1, 3)])
+    def test_bounds_are_upper_and_inclusive(self, value: float, bucket: int) -> None:
+        cell = HistogramTally([], [()], {}, (1, 2, 4)).cell()
+
+        cell.observe(value)
+
+        point = cell.point(1)
+        assert [int(index == bucket) for index in range(4)] == list(point.bucket_counts)
+        assert (1, value) == (point.count, point.sum)
+
+    def test_an_exemplar_is_the_last_sampled_trace_of_its_bucket(self) -> None:
+        cell = HistogramTally([], [()], {}, (1, 2)).cell()
+        later = SpanContext(0x123, 0x456, False, TraceFlags(1))
+
+        cell.observe_traced(0.5, CONTEXT)
+        cell.observe_traced(0.75, later)
+        cell.observe_traced(5, CONTEXT)
+        cell.observe(1.5)
+
+        found = [(e.value, e.trace_id, e.span_id) for e in cell.point(1).exemplars]
+        assert [(0.75, 0x123, 0x456), (5, 0xABC, 0xDEF)] == found
+
+
+class TestSeries:
+    def test_declared_series_are_there_before_anything_is_counted(self) -> None:
+        tally = CounterTally(["a", "b"], [("x", "1"), ("y", "2")], {"c": "k"})
+
+        assert [{"c": "k", "a": "x", "b": "1"}, {"c": "k", "a": "y", "b": "2"}] == [c.attributes for c in tally.cells()]
+        assert [0, 0] == [c.value for c in tally.cells()]
+
+    def test_label_sets_that_nobody_declared_are_limited_and_nothing_is_lost(self) -> None:
+        tally = CounterTally(["reason"], [("known",)], {})
+
+        for number in range(1000):
+            tally.cell(f"r{number}").value += 1
+
+        cells = tally.cells()
+        assert 1 + UNDECLARED_SERIES_MAX + 1 == len(cells)
+        assert 1000 == sum(cell.value for cell in cells)
+        assert "_OTHER" == cells[-1].attributes["reason"]

@@ -1,0 +1,179 @@
+"""What is decided when a call arrives and recorded when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, TraceIdRatioBased
+
+from embedserve.telemetry import instruments as table
+from embedserve.telemetry.propagation import Propagation
+from embedserve.telemetry.tracing import current_span_context
+from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, stages_of
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
+
+
+def end(call: object, status: str = "OK") -> None:
+    call.end(status=status, stages=None, error_type=None, attributes={})  # type: ignore[attr-defined]
+
+
+class TestSampling:
+    async def test_a_callers_yes_is_honoured_and_its_span_is_the_parent(
+        self, make_pipeline: Callable[..., Pipeline]
+    ) -> None:
+        pipeline = make_pipeline(ParentBased(ALWAYS_OFF))
+        call = pipeline.calls.begin(EMBED, [("traceparent", SAMPLED), ("tracestate", "a=1,b=2")], 0, "")
+        end(call)
+
+        (server,) = pipeline.finish()
+
+        assert TRACE == call.trace_id
+        assert (int(TRACE, 16), int(SPAN, 16)) == (server.context.trace_id, server.parent.span_id)
+        assert {"a": "1", "b": "2"} == dict(server.context.trace_state)
+
+    async def test_a_callers_no_is_honoured(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(ParentBased(ALWAYS_ON))
+        call = pipeline.calls.begin(EMBED, [("traceparent", UNSAMPLED)], 0, "")
+        end(call)
+
+        assert (None, None) == (call.context, call.trace_id)
+        assert [] == pipeline.finish()
+
+    async def test_roots_are_sampled_by_ratio(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(ParentBased(TraceIdRatioBased(0.25)))
+
+        sampled = sum(pipeline.calls.begin(EMBED, [], 0, "").context is not None for _ in range(4000))
+
+        # 1000 expected with a deviation of 27: seven deviations either way
+        assert 810 < sampled < 1190
+
+    async def test_a_call_outside_the_sample_leaves_the_callers_ids_to_the_log(
+        self, make_pipeline: Callable[..., Pipeline]
+    ) -> None:
+        pipeline = make_pipeline(ALWAYS_OFF)
+
+        pipeline.calls.begin(EMBED, [("traceparent", SAMPLED)], 0, "")
+        assert int(TRACE, 16) == current_span_context.get().trace_id  # type: ignore[union-attr]
+        pipeline.calls.begin(EMBED, [], 0, "")
+        assert current_span_context.get() is None
+
+
+class TestHostileMetadata:
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            [("traceparent", "")],
+            [("traceparent", "00")],
+            [("traceparent", f"ff-{TRACE}-{SPAN}-01")],
+            [("traceparent", f"00-{'0' * 32}-{SPAN}-01")],
+            [("traceparent", f"00-{TRACE}-{'0' * 16}-01")],
+            [("traceparent", f"00-{TRACE.upper()}-{SPAN}-01")],
+            [("traceparent", f"00-{TRACE}-{SPAN}-01-extra")],
+            [("traceparent", "0" * 16_000)],
+            [("traceparent", b"\xff\xfe")],
+            [("traceparent", SAMPLED), ("traceparent", f"00-{'a' * 32}-{SPAN}-01")],
+            [("tracestate", "a=1")],
+            [("baggage", "a=1")],
+        ],
+        ids=lambda metadata: str(metadata)[:50],
+    )
+    def test_what_cannot_be_believed_counts_as_absent(self, metadata: list[tuple[str, str | bytes]]) -> None:
+        assert Propagation().extract(metadata) is None
+
+    @pytest.mark.parametrize("state", ["=", "a" * 600, "a=1," * 100, "\x00=1", ",,,", "a=1=2"])
+    def test_a_bad_tracestate_does_not_cost_the_parent(self, state: str) -> None:
+        found = Propagation().extract([("traceparent", SAMPLED), ("tracestate", state)])
+
+        assert found is not None
+        assert int(TRACE, 16) == found.trace_id
+
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["traceparent", "tracestate", "baggage", "other"]), st.one_of(st.text(), st.binary())
+            )
+        )
+    )
+    def test_nothing_that_can_be_sent_raises(self, metadata: list[tuple[str, str | bytes]]) -> None:
+        Propagation().extract(metadata)
+
+
+class TestMetrics:
+    async def test_every_call_is_measured_sampled_or_not(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(ALWAYS_OFF)
+        begun = time.monotonic_ns() - 20 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        call.end(status="OK", stages=stages_of(begun), error_type=None, attributes={})
+
+        point = pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0)
+        assert 1 == point.count
+        assert 0.02 <= point.sum < 1
+        stage = {
+            cell.attributes["stage"]: cell.point(0).sum for cell in pipeline.instruments.histogram(table.STAGE_DURATION).cells()
+        }
+        assert point.sum == pytest.approx(sum(stage.values()))
+        assert (0.002, 0.002, 0.002) == pytest.approx((stage["admit"], stage["tokenize"], stage["queue"]))
+
+    async def test_exemplars_lead_to_sampled_calls_only(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(ParentBased(ALWAYS_OFF))
+        for header in (UNSAMPLED, SAMPLED, UNSAMPLED):
+            end(pipeline.calls.begin(EMBED, [("traceparent", header)], time.monotonic_ns(), ""))
+
+        (exemplar,) = pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0).exemplars
+        assert int(TRACE, 16) == exemplar.trace_id
+
+    async def test_exemplars_can_be_off(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(exemplars=False)
+        end(pipeline.calls.begin(EMBED, [], time.monotonic_ns(), ""))
+
+        assert [] == pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0).exemplars
+
+    async def test_active_calls_go_up_and_down(self, pipeline: Pipeline) -> None:
+        cell = pipeline.instruments.counter(table.ACTIVE_CALLS).cell(EMBED)
+        calls = [pipeline.calls.begin(EMBED, [], 0, "") for _ in range(3)]
+        assert 3 == cell.value
+        for call in calls:
+            end(call)
+        assert 0 == cell.value
+
+    async def test_methods_and_statuses_that_nobody_knows_make_one_series(self, pipeline: Pipeline) -> None:
+        before = len(pipeline.instruments.histogram(table.RPC_DURATION).cells())
+        for number in range(500):
+            end(pipeline.calls.begin(f"x.Y/Z{number}", [], 0, ""), status=f"S{number}")
+
+        series = pipeline.instruments.histogram(table.RPC_DURATION).cells()
+        (other,) = [cell for cell in series[before:] if cell.point(0).count]
+        assert {"rpc.system.name": "grpc", "rpc.method": "_OTHER", "rpc.response.status_code": "UNKNOWN"} == other.attributes
+        assert 500 == other.point(0).count
+
+    async def test_the_lag_of_the_loop_is_measured_while_calls_are_active_and_not_after(self, pipeline: Pipeline) -> None:
+        assert not pipeline.calls.lag.armed
+        call = pipeline.calls.begin(EMBED, [], 0, "")
+        cell = pipeline.instruments.histogram(table.LOOP_LAG).cell()
+        time.sleep(0.15)  # the stall itself: the loop is kept from running its timer
+        async with asyncio.timeout(5):
+            while not cell.point(0).count:
+                await asyncio.sleep(0)
+        assert cell.point(0).sum >= 0.04
+
+        end(call)
+        async with asyncio.timeout(5):
+            while pipeline.calls.lag.armed:
+                await asyncio.sleep(0.01)
+
+
+class TestAccessLog:
+    async def test_it_is_told_of_every_end(self, pipeline: Pipeline) -> None:
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns() - MS, "ipv4:1.2.3.4:5")
+        call.end(status="INTERNAL", stages=None, error_type="ItemFailed", attributes={"texts": 1})
+
+        (told,) = pipeline.ended
+        assert (EMBED, "INTERNAL", "ItemFailed", "ipv4:1.2.3.4:5") == (told.method, told.status, told.error_type, told.peer)
+        assert told.duration_ns >= MS
