@@ -203,7 +203,10 @@ class BatchPolicy:
             if tenant is None:
                 break
             flow = tenant.flows.head(lane)
-            assert flow is not None, "a tenant has work in a lane and no flow of it does"
+            if flow is None:
+                assert aside, "a tenant has work in a lane and no flow of it does"
+                order.set_aside(lane)  # all it has left here was set aside
+                continue
             run = flow.first(lane)
             alone = len(order.heaps[lane]) == 1 and len(tenant.flows.heaps[lane]) == 1
             left = draft.room_tokens - max(stop_at, 0)
@@ -213,8 +216,6 @@ class BatchPolicy:
                     break
                 aside.append((tenant, flow))
                 tenant.flows.set_aside(lane)
-                if tenant.flows.head(lane) is None:
-                    order.set_aside(lane)
                 continue
             cost = count * edge or run.sums[run.start + count] - run.sums[run.start]
             # Charged before it is taken: a flow that leaves with its last item takes its lead along.

@@ -79,7 +79,7 @@ class Scheduler:
         )
         self._tickets: dict[int, Ticket] = {}
         self._deadlines = Agenda(self._tickets.__contains__)
-        self._expired: list[Settled] = []
+        self._expired: dict[int, Settled] = {}
         self._batch_id = 0
         self.draining = False
         self.fatal: str | None = None
@@ -147,6 +147,7 @@ class Scheduler:
         Returns how many waiting items left. None of the items is settled; unknown ids are no error, since a
         cancellation may cross the settlement on its way.
         """
+        self._expired.pop(submission_id, None)
         ticket = self._tickets.get(submission_id)
         if ticket is None or ticket.cancelled:
             return 0
@@ -160,7 +161,7 @@ class Scheduler:
         self._expire_due(now_ns)
         if not self._expired:
             return ()
-        expired = tuple(self._expired)
+        expired = tuple(self._expired.values())
         self._expired.clear()
         return expired
 
@@ -187,7 +188,7 @@ class Scheduler:
         if self.fatal is not None:
             return Settlement((), fatal=self.fatal)
         if isinstance(outcome, Fatal):
-            return Settlement(self._fail(outcome.why), fatal=outcome.why)
+            return Settlement(self.fail(outcome.why), fatal=outcome.why)
         batch, group = self._flight.end(batch_id, now_ns)
         settled: list[Settled] = []
         before = self._ladder.items
@@ -198,7 +199,7 @@ class Scheduler:
             give_up = self._failed(batch, group, outcome, settled, now_ns)
         if give_up:
             why = f"{self._settings.failures_alike_max} passes in a row failed alike"
-            settled += self._fail(why)
+            settled += self.fail(why)
             return Settlement(tuple(settled), fatal=why)
         return Settlement(tuple(settled), self._ladder.items - before)
 
@@ -371,7 +372,7 @@ class Scheduler:
             if not ticket.cancelled:
                 indexes = self._withdraw(ticket)
                 if indexes:
-                    self._expired.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
+                    self._expired[ticket.id] = Settled(ticket.id, tuple(indexes), Verdict.EXPIRED)
                     self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns, at_least=True)
                 self._release(ticket)
             submission_id = self._deadlines.pop_due(now_ns)
@@ -390,8 +391,8 @@ class Scheduler:
         self._tickets.pop(ticket.id, None)
         return True
 
-    def _fail(self, why: str) -> tuple[Settled, ...]:
-        """Settles everything as ENGINE_FAILED: no item may wait for a device that is gone."""
+    def fail(self, why: str) -> tuple[Settled, ...]:
+        """Settles everything as ENGINE_FAILED: no item may wait for a device that is gone. Nothing runs any more."""
         self.fatal = why
         lost: dict[int, list[int]] = {}
         running = [part for _, group in self._flight.clear() for part in group.parts]
