@@ -35,16 +35,16 @@ class TestEngineObserver:
 
         assert (1, pytest.approx(0.002)) == histogram(pipeline, table.TOKENIZER_WAIT)
         assert (1, pytest.approx(0.005)) == histogram(pipeline, table.TOKENIZER_DURATION)
-        assert (3, 30) == (count(pipeline, table.TOKENIZER_TEXTS), count(pipeline, table.TOKENIZER_TOKENS))
+        assert (count(pipeline, table.TOKENIZER_TEXTS), count(pipeline, table.TOKENIZER_TOKENS)) == (3, 30)
 
     def test_admission(self, pipeline: Pipeline) -> None:
         pipeline.engine.admitted(2, 20)
         rejection = Rejection("throughput", "DRAIN_TIME_EXCEEDED", 10)
         pipeline.engine.rejected(rejection, stage="estimate")
 
-        assert 1 == count(pipeline, table.DECISIONS, "admitted", "none", "none", "exact")
-        assert 1 == count(pipeline, table.DECISIONS, "rejected", "throughput", "DRAIN_TIME_EXCEEDED", "estimate")
-        assert (2, 20) == (count(pipeline, table.ITEMS_ADMITTED), count(pipeline, table.TOKENS_ADMITTED))
+        assert count(pipeline, table.DECISIONS, "admitted", "none", "none", "exact") == 1
+        assert count(pipeline, table.DECISIONS, "rejected", "throughput", "DRAIN_TIME_EXCEEDED", "estimate") == 1
+        assert (count(pipeline, table.ITEMS_ADMITTED), count(pipeline, table.TOKENS_ADMITTED)) == (2, 20)
         assert [(rejection, "estimate")] == pipeline.rejections
 
     @pytest.mark.parametrize("outcome", table.OUTCOMES)
@@ -53,14 +53,16 @@ class TestEngineObserver:
 
         computed = outcome in {"ok", "non_finite"}
         assert (1, pytest.approx(0.007)) == histogram(pipeline, table.BATCH_DURATION, outcome)
-        assert (1, 2) == histogram(pipeline, table.BATCH_ITEMS)
-        assert (1, 20) == histogram(pipeline, table.BATCH_TOKENS)
-        assert (1, 32) == histogram(pipeline, table.BATCH_PADDED_TOKENS)
+        assert histogram(pipeline, table.BATCH_ITEMS) == (1, 2)
+        assert histogram(pipeline, table.BATCH_TOKENS) == (1, 20)
+        assert histogram(pipeline, table.BATCH_PADDED_TOKENS) == (1, 32)
         assert (1, pytest.approx(20 / 32)) == histogram(pipeline, table.BATCH_EFFICIENCY)
         assert pytest.approx(0.005 if computed else 0) == count(pipeline, table.DEVICE_BUSY)
         assert (int(computed), pytest.approx(0.5 * computed)) == histogram(pipeline, table.BATCH_PREDICTION)
         for stage in table.PASS_STAGES:
-            assert (int(computed), pytest.approx(0.001 * computed)) == histogram(pipeline, table.BATCH_STAGE_DURATION, stage)
+            assert (int(computed), pytest.approx(0.001 * computed)) == histogram(
+                pipeline, table.BATCH_STAGE_DURATION, stage
+            )
 
     @pytest.mark.parametrize("verdict", [verdict.value for verdict in Verdict])
     def test_verdicts(self, pipeline: Pipeline, verdict: str) -> None:
@@ -68,13 +70,13 @@ class TestEngineObserver:
 
         pipeline.engine.settled(verdict, 3)
 
-        assert 3 == count(pipeline, table.ITEMS_SETTLED, verdict)
+        assert count(pipeline, table.ITEMS_SETTLED, verdict) == 3
         assert before == len(pipeline.instruments.counter(table.ITEMS_SETTLED).cells())
 
     def test_a_request_that_was_answered(self, pipeline: Pipeline) -> None:
         pipeline.engine.request_finished(stages_of(MS), verdict="done")
 
-        assert 1 == count(pipeline, table.REQUESTS, "done")
+        assert count(pipeline, table.REQUESTS, "done") == 1
         assert (1, pytest.approx(0.002)) == histogram(pipeline, table.QUEUE_WAIT, "16")
         assert (1, pytest.approx(0.5)) == histogram(pipeline, table.WAIT_PREDICTION)
 
@@ -83,12 +85,12 @@ class TestEngineObserver:
         pipeline.engine.request_finished(Stages(now - 9 * MS, queued_ns=now - 8 * MS, bucket=32), verdict="expired")
 
         waits, seconds = histogram(pipeline, table.QUEUE_WAIT, "32")
-        assert 1 == waits
+        assert waits == 1
         assert seconds >= 0.008
-        assert (0, 0) == histogram(pipeline, table.WAIT_PREDICTION)
+        assert histogram(pipeline, table.WAIT_PREDICTION) == (0, 0)
 
     def test_a_request_that_was_refused_has_not_waited(self, pipeline: Pipeline) -> None:
         pipeline.engine.request_finished(Stages(time.monotonic_ns()), verdict="rejected")
 
-        assert 1 == count(pipeline, table.REQUESTS, "rejected")
+        assert count(pipeline, table.REQUESTS, "rejected") == 1
         assert all(cell.point(0).count == 0 for cell in pipeline.instruments.histogram(table.QUEUE_WAIT).cells())

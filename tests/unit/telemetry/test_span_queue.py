@@ -15,7 +15,9 @@ from tests.unit.telemetry.pipeline import EMBED, Pipeline, record_of
 
 
 def one_call(pipeline: Pipeline) -> None:
-    pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "").end(status="OK", stages=None, error_type=None, attributes={})
+    pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "").end(
+        status="OK", stages=None, error_type=None, attributes={}
+    )
 
 
 def outcome(pipeline: Pipeline, word: str) -> float:
@@ -27,8 +29,8 @@ class TestSpanQueue:
         for _ in range(1000):
             one_call(pipeline)
 
-        assert 1000 == len(pipeline.finish())
-        assert (1000, 0, 0) == tuple(outcome(pipeline, word) for word in ("exported", "failed", "dropped"))
+        assert len(pipeline.finish()) == 1000
+        assert tuple(outcome(pipeline, word) for word in ("exported", "failed", "dropped")) == (1000, 0, 0)
         assert pipeline.exporter.was_shut_down.is_set()
 
     async def test_one_export_holds_a_bounded_number_of_spans(self, make_pipeline: Callable[..., Pipeline]) -> None:
@@ -38,7 +40,7 @@ class TestSpanQueue:
 
         pipeline.finish()
 
-        assert 950 == sum(pipeline.exporter.exports)
+        assert sum(pipeline.exporter.exports) == 950
         assert max(pipeline.exporter.exports) <= 100
 
     async def test_one_export_holds_a_bounded_number_of_links(self, pipeline: Pipeline) -> None:
@@ -48,7 +50,7 @@ class TestSpanQueue:
 
         pipeline.finish()
 
-        assert 20 * 1024 / LINKS_PER_EXPORT_MAX <= len(pipeline.exporter.exports)
+        assert len(pipeline.exporter.exports) >= 20 * 1024 / LINKS_PER_EXPORT_MAX
 
     async def test_a_stuck_exporter_costs_the_oldest_and_never_the_caller(
         self, make_pipeline: Callable[..., Pipeline]
@@ -63,10 +65,10 @@ class TestSpanQueue:
             one_call(pipeline)
         took = time.perf_counter() - begun
 
-        assert 1000 == outcome(pipeline, "dropped")
+        assert outcome(pipeline, "dropped") == 1000
         assert took < 1.0
         pipeline.exporter.gate.set()
-        assert 11 == len(pipeline.finish())
+        assert len(pipeline.finish()) == 11
 
     async def test_close_is_bounded_when_the_exporter_hangs(self, pipeline: Pipeline) -> None:
         pipeline.exporter.gate.clear()
@@ -95,7 +97,7 @@ class TestSpanQueue:
         one_call(pipeline)
         pipeline.finish()
 
-        assert (1, 1) == (outcome(pipeline, "failed"), outcome(pipeline, "exported"))
+        assert (outcome(pipeline, "failed"), outcome(pipeline, "exported")) == (1, 1)
 
     def test_limits_come_from_the_standard_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert SpanQueueLimits() == SpanQueueLimits.from_environment()

@@ -40,7 +40,7 @@ class TestSegments:
 
         names = ["validate", "admit", "tokenize", "admit_exact", "queue", "assemble", "forward", "respond"]
         assert names == [name for name, _, _ in found]
-        assert [1, 1, 2, 1, 2, 1, 1, 1] == [(end - begin) // MS for _, begin, end in found]
+        assert [(end - begin) // MS for _, begin, end in found] == [1, 1, 2, 1, 2, 1, 1, 1]
 
     @pytest.mark.parametrize(
         ("reached", "last"),
@@ -64,7 +64,7 @@ class TestSegments:
         found = segments(stages, 50 * MS, answered=False)
 
         assert last == found[-1][0]
-        assert 50 * MS == found[-1][2]
+        assert found[-1][2] == 50 * MS
 
     @given(
         marks=st.lists(st.integers(0, 1000), min_size=7, max_size=7),
@@ -74,11 +74,19 @@ class TestSegments:
     def test_segments_never_overlap_or_leave_a_gap_whatever_the_marks(
         self, marks: list[int], ended: int, answered: bool
     ) -> None:
-        names = ["validated_ns", "admitted_ns", "tokenized_ns", "queued_ns", "dequeued_ns", "assembled_ns", "computed_ns"]
+        names = [
+            "validated_ns",
+            "admitted_ns",
+            "tokenized_ns",
+            "queued_ns",
+            "dequeued_ns",
+            "assembled_ns",
+            "computed_ns",
+        ]
 
         found = segments(Stages(1, **dict(zip(names, marks, strict=True))), ended, answered=answered)
 
-        assert 1 == found[0][1]
+        assert found[0][1] == 1
         assert ended == found[-1][2]
         assert all(before[2] == after[1] for before, after in zip(found, found[1:], strict=False))
         assert all(begin <= end for _, begin, end in found)
@@ -117,7 +125,7 @@ class TestCall:
 
         spans = pipeline.finish()
 
-        assert {
+        assert dict(by_name(spans, EMBED).attributes) == {
             "rpc.system.name": "grpc",
             "rpc.method": EMBED,
             "rpc.response.status_code": "OK",
@@ -130,11 +138,12 @@ class TestCall:
             "gen_ai.embeddings.dimension.count": 4,
             "gen_ai.request.encoding_formats": ("float",),
             "embedserve.texts": 2,
-        } == dict(by_name(spans, EMBED).attributes)
+        }
         queue = by_name(spans, "queue").attributes
-        assert (16, 2, 20, 3) == tuple(
-            queue[key] for key in ("embedserve.bucket", "embedserve.texts", "embedserve.tokens", "embedserve.queue.items")
-        )
+        assert tuple(
+            queue[key]
+            for key in ("embedserve.bucket", "embedserve.texts", "embedserve.tokens", "embedserve.queue.items")
+        ) == (16, 2, 20, 3)
 
     @pytest.mark.parametrize(
         ("status", "ours"),
@@ -169,16 +178,20 @@ class TestCall:
         spans = pipeline.finish()
 
         attributes = by_name(spans, EMBED).attributes
-        assert ("throughput", "DRAIN_TIME_EXCEEDED", 3.5e9, 2e9) == (
+        assert (
             attributes["embedserve.admission.policy"],
             attributes["embedserve.admission.reason"],
             attributes["embedserve.admission.figure.drain_ns"],
             attributes["embedserve.admission.figure.limit_ns"],
-        )
-        assert ["validate", "admit"] == [span.name for span in spans[1:]]
+        ) == ("throughput", "DRAIN_TIME_EXCEEDED", 3.5e9, 2e9)
+        assert [span.name for span in spans[1:]] == ["validate", "admit"]
 
-    @pytest.mark.parametrize(("status", "error"), [("DEADLINE_EXCEEDED", "DeadlineExpired"), ("CANCELLED", "CANCELLED")])
-    async def test_a_call_that_ends_in_the_queue_shows_its_wait(self, pipeline: Pipeline, status: str, error: str) -> None:
+    @pytest.mark.parametrize(
+        ("status", "error"), [("DEADLINE_EXCEEDED", "DeadlineExpired"), ("CANCELLED", "CANCELLED")]
+    )
+    async def test_a_call_that_ends_in_the_queue_shows_its_wait(
+        self, pipeline: Pipeline, status: str, error: str
+    ) -> None:
         begun = time.monotonic_ns() - 50 * MS
         stages = Stages(begun, begun + MS, begun + 2 * MS, begun + 3 * MS, begun + 4 * MS, bucket=32)
         call = pipeline.calls.begin(EMBED, [], begun, "")
@@ -188,7 +201,7 @@ class TestCall:
 
         server, queue = by_name(spans, EMBED), by_name(spans, "queue")
         assert_contiguous(server, children_of(spans, server))
-        assert 32 == queue.attributes["embedserve.bucket"]
+        assert queue.attributes["embedserve.bucket"] == 32
         assert queue.end_time - queue.start_time >= 46 * MS
 
     async def test_words_that_nobody_declared_never_reach_a_span(self, pipeline: Pipeline) -> None:
@@ -198,7 +211,7 @@ class TestCall:
         (server,) = pipeline.finish()
 
         assert "my secret" not in str(dict(server.attributes))
-        assert 3 == server.attributes["embedserve.admission.figure.count"]
+        assert server.attributes["embedserve.admission.figure.count"] == 3
 
     async def test_a_callers_megabyte_is_cut(self, pipeline: Pipeline) -> None:
         call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
@@ -206,14 +219,16 @@ class TestCall:
 
         (server,) = pipeline.finish()
 
-        assert 256 == len(server.attributes["gen_ai.request.model"])
+        assert len(server.attributes["gen_ai.request.model"]) == 256
 
-    @pytest.mark.parametrize("peer", ["", "unix:", "unix:/run/x.sock", "ipv4:nonsense", "\x00", "ipv4:1.2.3.4:99999999999x"])
+    @pytest.mark.parametrize(
+        "peer", ["", "unix:", "unix:/run/x.sock", "ipv4:nonsense", "\x00", "ipv4:1.2.3.4:99999999999x"]
+    )
     async def test_a_strange_peer_is_no_trouble(self, pipeline: Pipeline, peer: str) -> None:
         call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), peer)
         call.end(status="OK", stages=None, error_type=None, attributes={})
 
-        assert 1 == len(pipeline.finish())
+        assert len(pipeline.finish()) == 1
 
 
 class TestBatch:
@@ -231,10 +246,10 @@ class TestBatch:
         batch = by_name(spans, "batch")
         servers = [span for span in spans if span.name == EMBED]
         assert {s.context.span_id for s in servers} == {link.context.span_id for link in batch.links}
-        assert [0, 1, 2] == [link.attributes["embedserve.link.first_index"] for link in batch.links]
-        assert [(1, 10)] * 3 == [
+        assert [link.attributes["embedserve.link.first_index"] for link in batch.links] == [0, 1, 2]
+        assert [
             (link.attributes["embedserve.link.rows"], link.attributes["embedserve.link.tokens"]) for link in batch.links
-        ]
+        ] == [(1, 10)] * 3
         for server in servers:
             (forward,) = [child for child in children_of(spans, server) if child.name == "forward"]
             (link,) = forward.links
@@ -255,7 +270,7 @@ class TestBatch:
 
     async def test_a_batch_without_a_sampled_call_is_not_traced(self, pipeline: Pipeline) -> None:
         assert pipeline.engine.batch_finished(record_of([None, None])) is None
-        assert [] == pipeline.finish()
+        assert pipeline.finish() == []
 
     async def test_more_members_than_the_sdks_128_are_all_linked(self, pipeline: Pipeline) -> None:
         contexts = [pipeline.calls.begin(EMBED, [], 0, "").context for _ in range(300)]
@@ -264,7 +279,7 @@ class TestBatch:
         batch = by_name(pipeline.finish(), "batch")
 
         assert [c.span_id for c in contexts if c is not None] == [link.context.span_id for link in batch.links]
-        assert 301 == batch.attributes["embedserve.batch.requests"]
+        assert batch.attributes["embedserve.batch.requests"] == 301
 
     async def test_over_the_limit_the_first_links_are_kept_and_the_count_is_told(
         self, make_pipeline: Callable[..., Pipeline]
@@ -276,7 +291,7 @@ class TestBatch:
         batch = by_name(pipeline.finish(), "batch")
 
         assert [contexts[0].span_id, contexts[1].span_id] == [link.context.span_id for link in batch.links]
-        assert 3 == batch.attributes["embedserve.batch.requests.sampled"]
+        assert batch.attributes["embedserve.batch.requests.sampled"] == 3
 
     @pytest.mark.parametrize("outcome", ["out_of_memory", "failed", "fatal"])
     async def test_a_pass_that_fails_is_an_error(self, pipeline: Pipeline, outcome: str) -> None:

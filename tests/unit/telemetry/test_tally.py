@@ -31,15 +31,15 @@ class TestHistogram:
         cell.observe(1.5)
 
         found = [(e.value, e.trace_id, e.span_id) for e in cell.point(1).exemplars]
-        assert [(0.75, 0x123, 0x456), (5, 0xABC, 0xDEF)] == found
+        assert found == [(0.75, 0x123, 0x456), (5, 0xABC, 0xDEF)]
 
 
 class TestSeries:
     def test_declared_series_are_there_before_anything_is_counted(self) -> None:
         tally = CounterTally(["a", "b"], [("x", "1"), ("y", "2")], {"c": "k"})
 
-        assert [{"c": "k", "a": "x", "b": "1"}, {"c": "k", "a": "y", "b": "2"}] == [c.attributes for c in tally.cells()]
-        assert [0, 0] == [c.value for c in tally.cells()]
+        assert [c.attributes for c in tally.cells()] == [{"c": "k", "a": "x", "b": "1"}, {"c": "k", "a": "y", "b": "2"}]
+        assert [c.value for c in tally.cells()] == [0, 0]
 
     def test_label_sets_that_nobody_declared_are_limited_and_nothing_is_lost(self) -> None:
         tally = CounterTally(["reason"], [("known",)], {})
@@ -48,6 +48,6 @@ class TestSeries:
             tally.cell(f"r{number}").value += 1
 
         cells = tally.cells()
-        assert 1 + UNDECLARED_SERIES_MAX + 1 == len(cells)
-        assert 1000 == sum(cell.value for cell in cells)
-        assert "_OTHER" == cells[-1].attributes["reason"]
+        assert len(cells) == 1 + UNDECLARED_SERIES_MAX + 1
+        assert sum(cell.value for cell in cells) == 1000
+        assert cells[-1].attributes["reason"] == "_OTHER"

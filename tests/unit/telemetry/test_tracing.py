@@ -34,17 +34,17 @@ class TestSampling:
 
         (server,) = pipeline.finish()
 
-        assert TRACE == call.trace_id
+        assert call.trace_id == TRACE
         assert (int(TRACE, 16), int(SPAN, 16)) == (server.context.trace_id, server.parent.span_id)
-        assert {"a": "1", "b": "2"} == dict(server.context.trace_state)
+        assert dict(server.context.trace_state) == {"a": "1", "b": "2"}
 
     async def test_a_callers_no_is_honoured(self, make_pipeline: Callable[..., Pipeline]) -> None:
         pipeline = make_pipeline(ParentBased(ALWAYS_ON))
         call = pipeline.calls.begin(EMBED, [("traceparent", UNSAMPLED)], 0, "")
         end(call)
 
-        assert (None, None) == (call.context, call.trace_id)
-        assert [] == pipeline.finish()
+        assert (call.context, call.trace_id) == (None, None)
+        assert pipeline.finish() == []
 
     async def test_roots_are_sampled_by_ratio(self, make_pipeline: Callable[..., Pipeline]) -> None:
         pipeline = make_pipeline(ParentBased(TraceIdRatioBased(0.25)))
@@ -113,13 +113,14 @@ class TestMetrics:
         call.end(status="OK", stages=stages_of(begun), error_type=None, attributes={})
 
         point = pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0)
-        assert 1 == point.count
+        assert point.count == 1
         assert 0.02 <= point.sum < 1
         stage = {
-            cell.attributes["stage"]: cell.point(0).sum for cell in pipeline.instruments.histogram(table.STAGE_DURATION).cells()
+            cell.attributes["stage"]: cell.point(0).sum
+            for cell in pipeline.instruments.histogram(table.STAGE_DURATION).cells()
         }
         assert point.sum == pytest.approx(sum(stage.values()))
-        assert (0.002, 0.002, 0.002) == pytest.approx((stage["admit"], stage["tokenize"], stage["queue"]))
+        assert pytest.approx((stage["admit"], stage["tokenize"], stage["queue"])) == (0.002, 0.002, 0.002)
 
     async def test_exemplars_lead_to_sampled_calls_only(self, make_pipeline: Callable[..., Pipeline]) -> None:
         pipeline = make_pipeline(ParentBased(ALWAYS_OFF))
@@ -133,15 +134,15 @@ class TestMetrics:
         pipeline = make_pipeline(exemplars=False)
         end(pipeline.calls.begin(EMBED, [], time.monotonic_ns(), ""))
 
-        assert [] == pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0).exemplars
+        assert pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0).exemplars == []
 
     async def test_active_calls_go_up_and_down(self, pipeline: Pipeline) -> None:
         cell = pipeline.instruments.counter(table.ACTIVE_CALLS).cell(EMBED)
         calls = [pipeline.calls.begin(EMBED, [], 0, "") for _ in range(3)]
-        assert 3 == cell.value
+        assert cell.value == 3
         for call in calls:
             end(call)
-        assert 0 == cell.value
+        assert cell.value == 0
 
     async def test_methods_and_statuses_that_nobody_knows_make_one_series(self, pipeline: Pipeline) -> None:
         before = len(pipeline.instruments.histogram(table.RPC_DURATION).cells())
@@ -150,10 +151,16 @@ class TestMetrics:
 
         series = pipeline.instruments.histogram(table.RPC_DURATION).cells()
         (other,) = [cell for cell in series[before:] if cell.point(0).count]
-        assert {"rpc.system.name": "grpc", "rpc.method": "_OTHER", "rpc.response.status_code": "UNKNOWN"} == other.attributes
-        assert 500 == other.point(0).count
+        assert other.attributes == {
+            "rpc.system.name": "grpc",
+            "rpc.method": "_OTHER",
+            "rpc.response.status_code": "UNKNOWN",
+        }
+        assert other.point(0).count == 500
 
-    async def test_the_lag_of_the_loop_is_measured_while_calls_are_active_and_not_after(self, pipeline: Pipeline) -> None:
+    async def test_the_lag_of_the_loop_is_measured_while_calls_are_active_and_not_after(
+        self, pipeline: Pipeline
+    ) -> None:
         assert not pipeline.calls.lag.armed
         call = pipeline.calls.begin(EMBED, [], 0, "")
         cell = pipeline.instruments.histogram(table.LOOP_LAG).cell()
@@ -175,5 +182,10 @@ class TestAccessLog:
         call.end(status="INTERNAL", stages=None, error_type="ItemFailed", attributes={"texts": 1})
 
         (told,) = pipeline.ended
-        assert (EMBED, "INTERNAL", "ItemFailed", "ipv4:1.2.3.4:5") == (told.method, told.status, told.error_type, told.peer)
+        assert (
+            told.method,
+            told.status,
+            told.error_type,
+            told.peer,
+        ) == (EMBED, "INTERNAL", "ItemFailed", "ipv4:1.2.3.4:5")
         assert told.duration_ns >= MS
