@@ -1,0 +1,100 @@
+"""A server in a process of its own: started, waited for, weighed, ended.
+
+Decides how CPU time is read: ``schedstat`` of each thread, in nanoseconds, exact for a thread that sleeps. Must never
+know what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Server", "Thread", "null_server", "product"]
+
+ROOT = Path(__file__).resolve().parent.parent
+START_S = 120
+"""A model on a busy machine is warm after 20 s."""
+PORTS = ("--server.address", "127.0.0.1:0", "--operations.address", "127.0.0.1:0", "--shutdown.settle_ms", "0")
+
+
+class Thread(NamedTuple):
+    """One thread's use of the machine so far."""
+
+    name: str
+    cpu_ns: int
+    switches: int
+    """Times that it was taken off a CPU, or gave it up: a thread that never wakes has none."""
+
+
+class Server:
+    """A running server process."""
+
+    def __init__(self, process: subprocess.Popen[str], ready: Mapping[str, Any]) -> None:
+        """Made by ``null_server`` or ``product``."""
+        self._process = process
+        self.ready = ready
+        self.target = str(ready["address"])
+        self.pid = process.pid
+
+    def threads(self) -> dict[int, Thread]:
+        """Every thread of the process, by its id. The first one, whose id is the process's, runs the event loop."""
+        found = {}
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            cpu_ns = int((task / "schedstat").read_text().split()[0])
+            status = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines() if ":" in line)
+            switches = int(status["voluntary_ctxt_switches"]) + int(status["nonvoluntary_ctxt_switches"])
+            found[int(task.name)] = Thread(status["Name"].strip(), cpu_ns, switches)
+        return found
+
+    def loop_cpu_ns(self) -> int:
+        """CPU time of the event loop's thread so far."""
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0])
+
+    def cpu_ns(self) -> int:
+        """CPU time of all threads that live now."""
+        return sum(thread.cpu_ns for thread in self.threads().values())
+
+
+def null_server(
+    checkpoint: Path, *settings: str, slices: bool = False, env: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
+    """The product on the null model, as a context manager."""
+    command = [sys.executable, "-m", "loadtest.null_server", str(checkpoint), *(["--slices"] if slices else [])]
+    return _started([*command, *PORTS, *settings], env or {})
+
+
+def product(*settings: str, env: Mapping[str, str] | None = None) -> contextlib.AbstractContextManager[Server]:
+    """``embedserve serve`` as it is, as a context manager."""
+    return _started([sys.executable, "-m", "embedserve", "serve", *PORTS, *settings], env or {})
+
+
+@contextlib.contextmanager
+def _started(command: Sequence[str], env: Mapping[str, str]) -> Iterator[Server]:
+    # A caller's own OTEL_* and EMBEDSERVE_* variables would change what is measured.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_"))}
+    process = subprocess.Popen(command, cwd=ROOT, env={**clean, **env}, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(START_S, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        watchdog.cancel()
+        if not line:
+            raise SystemExit(f"the server did not start: {' '.join(command)} ended with {process.wait()}")
+        yield Server(process, json.loads(line))
+    finally:
+        watchdog.cancel()
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
