@@ -73,13 +73,15 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802
         """The status now and after each change; SERVICE_UNKNOWN, with the stream kept open, for others."""
         last = None
-        while not self._closed:
+        while True:
             # Taken before the status is read: a change during the write below sets this very event.
             changed = self._changed
             answer = self._answer(request.service)
             if answer != last:
                 await context.write(answer)
                 last = answer
+            if self._closed:
+                break
             await changed.wait()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 

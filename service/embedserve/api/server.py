@@ -99,6 +99,9 @@ def bind(
             raise StartupError(
                 f"cannot listen on {address!r}: the address is taken, not of this machine, or not allowed"
             ) from error
+        asked = address.rpartition(":")[2]
+        if asked.isdecimal() and int(asked) not in {0, port}:  # gRPC takes a port modulo 65536
+            raise StartupError(f"cannot listen on {address!r}: {asked} is not a port")
         ports.append(port)
     return ports
 
