@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from embedserve.bulk.outcome import BulkError, Failure, Options, Vector
+from embedserve.bulk.request import request_of
 from embedserve.v1 import embedding_pb2, embedding_pb2_grpc
 
 __all__ = ["Remote", "Retry", "pause_before_retry"]
@@ -32,12 +33,6 @@ BACKOFF_MAX_MS: Final = 5000
 """Waits where the server gives no hint: 100 ms, doubling, to 5 s, as a restart with a large model takes a minute."""
 JITTER: Final = 0.2
 """Waits are stretched by up to a fifth, so that calls that were refused together do not come back together."""
-
-TRUNCATE: Final[Mapping[str, embedding_pb2.Truncate]] = {
-    "none": embedding_pb2.TRUNCATE_NONE,
-    "end": embedding_pb2.TRUNCATE_END,
-    "start": embedding_pb2.TRUNCATE_START,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +113,9 @@ class Remote:
         """One call for the texts that ``part`` names; what arrives goes to ``outcomes`` at once."""
         if not part:
             return
-        call = self._stub.EmbedStream(
-            self._request([texts[index] for index in part]), timeout=self._timeout_s, metadata=self._metadata
-        )
+        chosen = [texts[index] for index in part]
+        request = request_of(chosen, self._options, model=self._model, revision=self._revision)
+        call = self._stub.EmbedStream(request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             async for message in call:
                 for embedding in message.embeddings:
@@ -133,19 +128,6 @@ class Remote:
         missing = sum(index not in outcomes for index in part)
         if missing:
             raise BulkError(f"{self._target} ended a stream well, but without {missing} of its {len(part)} texts")
-
-    def _request(self, texts: Sequence[str]) -> embedding_pb2.EmbedStreamRequest:
-        options = self._options
-        request = embedding_pb2.EmbedStreamRequest(
-            model=self._model, texts=texts, truncate=TRUNCATE[options.truncate], expected_revision=self._revision
-        )
-        if options.dimensions is not None:
-            request.dimensions = options.dimensions
-        if options.normalize is not None:
-            request.normalize = options.normalize
-        if options.prompt_name is not None:
-            request.prompt_name = options.prompt_name
-        return request
 
     async def _pause(self, error: grpc.aio.AioRpcError, patience: _Patience) -> None:
         pause_s = pause_before_retry(error, patience.attempt)

@@ -37,7 +37,7 @@ class Refuse:
 
 @dataclass
 class Service(embedding_pb2_grpc.EmbeddingServiceServicer):
-    """Answers with ``vector_of``; a text that contains ``bad`` is an item error. ``plan`` is used up a call at a time."""
+    """Answers with ``vector_of``; a text that contains ``bad`` is an item error. ``plan`` loses an entry a call."""
 
     plan: list = field(default_factory=list)
     requests: list = field(default_factory=list)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import stat
 import sys
 
@@ -405,6 +406,22 @@ class TestCommand:
         code, _, errors = await command("embed", "--server", service.address, "-o", str(tmp_path / "pipe.npy"))
         assert code == 1
         assert "is a device or a pipe" in errors
+
+    async def test_an_interrupt_ends_a_run_that_waits_for_input(self, service):
+        """Reading a pipe that nobody writes to must not keep the process."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "embedserve", "embed", "--server", service.address),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SERVICE_ROOT)},
+        )
+        process.stdin.write(b"a\n" * 4096)  # more than one call: an answer shows that the run is under way
+        await asyncio.wait_for(process.stdout.readline(), 30)
+        process.send_signal(signal.SIGINT)
+        _, errors = await asyncio.wait_for(process.stdout.read(), 30), await process.stderr.read()
+        assert (await process.wait(), errors.strip()) == (130, b"")
 
     async def test_a_reader_that_leaves_ends_the_run_quietly(self, service, tmp_path):
         source = tmp_path / "many.txt"

@@ -171,7 +171,10 @@ class TestSentences:
         [
             (
                 {"EMBEDSERVE_LIMITS_MAX_TEXTS": "many"},
-                "limits.max_texts = many (environment EMBEDSERVE_LIMITS_MAX_TEXTS): must be an integer from 1 to 1000000",
+                (
+                    "limits.max_texts = many (environment EMBEDSERVE_LIMITS_MAX_TEXTS): "
+                    "must be an integer from 1 to 1000000"
+                ),
             ),
             (
                 {"EMBEDSERVE_LIMITS_MAX_TEXTS": "0"},
@@ -209,15 +212,15 @@ class TestSentences:
             (
                 {"EMBEDSERVE_SERVER_ADDRESS": "50051"},
                 (
-                    "server.address = 50051 (environment EMBEDSERVE_SERVER_ADDRESS): '50051' is not host:port with a port "
-                    "from 0 to 65535, nor unix:/path; must be host:port or unix:/path, several by commas"
+                    "server.address = 50051 (environment EMBEDSERVE_SERVER_ADDRESS): '50051' is not host:port with a "
+                    "port from 0 to 65535, nor unix:/path; must be host:port or unix:/path, several by commas"
                 ),
             ),
             (
                 {"EMBEDSERVE_SCHEDULING_BUCKET_EDGES": "64,32"},
                 (
-                    "scheduling.bucket_edges = 64,32 (environment EMBEDSERVE_SCHEDULING_BUCKET_EDGES): they do not ascend "
-                    "within the range; must be ascending integers from 1 to 1048576, by commas"
+                    "scheduling.bucket_edges = 64,32 (environment EMBEDSERVE_SCHEDULING_BUCKET_EDGES): they do not "
+                    "ascend within the range; must be ascending integers from 1 to 1048576, by commas"
                 ),
             ),
             (
@@ -237,15 +240,15 @@ class TestSentences:
             (
                 {"EMBEDSERVE_TELEMETRY_LOG_LEVELS": "grpc=loud"},
                 (
-                    "telemetry.log_levels = grpc=loud (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be NAME=VALUE by "
-                    "commas, each value one of debug, info, warning, error, critical"
+                    "telemetry.log_levels = grpc=loud (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be NAME=VALUE "
+                    "by commas, each value one of debug, info, warning, error, critical"
                 ),
             ),
             (
                 {"EMBEDSERVE_TELEMETRY_LOG_LEVELS": "grpc"},
                 (
-                    "telemetry.log_levels = grpc (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be NAME=VALUE by "
-                    "commas, each value one of debug, info, warning, error, critical"
+                    "telemetry.log_levels = grpc (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be NAME=VALUE "
+                    "by commas, each value one of debug, info, warning, error, critical"
                 ),
             ),
             (
