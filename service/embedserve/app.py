@@ -69,6 +69,8 @@ class App:
         self._log = structlog.get_logger("embedserve.app")
         self._engine: Engine | None = None
         self._telemetry: Telemetry | None = None
+        self.worker_ended = True
+        """Whether no thread of ours is left in native code: if one is, only the system can end this process in time."""
 
     async def live(self, ready_line: Callable[[bytes], None]) -> int:
         """Start, serve until told to stop, drain. ``ready_line`` gets one JSON line once health says SERVING."""
@@ -208,7 +210,7 @@ class App:
             await asyncio.sleep(config.settle_ms / 1000)
         health.close()
         cut_off = await self._drain(server, guard, engine)
-        await engine.stop(WORKER_STOP_S)
+        self.worker_ended = await engine.stop(WORKER_STOP_S)
         await operations.stop()
         lifecycle.to(State.STOPPED)
         self._log.info("stopped", cut_off=cut_off)
@@ -290,13 +292,14 @@ def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] 
         sys.stdout.write(line.decode() + "\n")
         sys.stdout.flush()
 
-    async def live() -> int:
-        return await App(config, make_backend=make_backend).live(ready_line)
+    async def live() -> tuple[int, bool]:
+        app = App(config, make_backend=make_backend)
+        return await app.live(ready_line), app.worker_ended
 
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
-        code = runner.run(live())
-    if code == ExitCode.BROKEN:
-        # The worker may be stuck in native code: threads that Python would wait for must not hold the exit.
+        code, worker_ended = runner.run(live())
+    if code == ExitCode.BROKEN or not worker_ended:
+        # A thread that is stuck in native code, or still imports torch, would hold the interpreter's end for seconds.
         sys.stderr.flush()
         os._exit(code)
     return code

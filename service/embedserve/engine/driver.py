@@ -121,8 +121,8 @@ class Driver:
         now = time.monotonic_ns()
         flight = self._flights.pop(result.batch_id)
         settlement = self._scheduler.complete(result.batch_id, result.outcome, now)
-        if not self._flights:
-            self._device_free_ns = 0
+        # What was predicted when the next pass was prepared is out of date: the pass before it has ended just now.
+        self._device_free_ns = now + sum(other.predicted_ns for other in self._flights.values())
         if settlement.fatal is None:
             self._pump()  # first the next pass, then the answers: the device must not wait for us
         trace = self._observer.batch_finished(self._record(flight, result, now))
