@@ -194,7 +194,7 @@ class Tokenizer(Section):
     max_pending: Annotated[int, _between(1, 1_000_000)] = 1024
     """Requests that wait for a thread; more are refused. A quarter of the calls in flight."""
     inline_chars: Annotated[int, _between(0, 65536)] = 256
-    """Requests of no more characters are tokenised on the event loop: that takes as long as to hand them to a thread."""
+    """Requests of no more characters are tokenised on the event loop: handing them to a thread takes as long."""
     chunk_texts: Annotated[int, _between(1, 1_000_000)] = 64
     """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
 
@@ -217,7 +217,7 @@ class Scheduling(Section):
     batches_in_flight: Annotated[int, _between(1, 8)] = 2
     """One that runs and one prepared behind it, so that the device never waits and little is decided early."""
     prepare_ahead_us: Annotated[int, _between(0, 1_000_000)] = 1000
-    """How long before the predicted end of a pass the next one is closed: covers the hand-over, lets late texts ride."""
+    """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride."""
     max_queue_items: Annotated[int, _between(1, 16 * MIB)] = 65536
     """Texts that wait. Four of the largest requests; bounds memory."""
     max_queue_tokens: Annotated[int, _between(16, 1024 * MIB)] | None = None
@@ -323,14 +323,9 @@ class Rule:
     why: str
     below: bool = False
 
-    @property
-    def paths(self) -> tuple[str, str]:
-        """The two settings."""
-        return self.low, self.high
-
     def holds(self, config: Config) -> bool:
         """Whether ``config`` keeps it."""
-        low, high = attrgetter(*self.paths)(config)
+        low, high = attrgetter(self.low, self.high)(config)
         return low is None or high is None or low + self.below <= high
 
     def __str__(self) -> str:
@@ -367,7 +362,8 @@ class Config(Section):
     def _holds_together(self, info: ValidationInfo) -> Self:
         """Check settings against each other, but none that is known to be wrong already (context ``wrong``)."""
         wrong = (info.context or {}).get("wrong", frozenset())
-        broken = [(rule.paths, str(rule)) for rule in RULES if wrong.isdisjoint(rule.paths) and not rule.holds(self)]
+        judged = (rule for rule in RULES if wrong.isdisjoint((rule.low, rule.high)))
+        broken = [((rule.low, rule.high), str(rule)) for rule in judged if not rule.holds(self)]
         ports = ("operations.address", "server.address")
         listening = self.server.addresses if self.operations.enabled and wrong.isdisjoint(ports) else ()
         if any(addresses_collide(self.operations.address, address) for address in listening):

@@ -30,7 +30,8 @@ def check_health(target: str, service: str, timeout_ms: int) -> str | None:
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             stub = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_ms / 1000)
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = stub.Check(request, timeout=timeout_ms / 1000)  # type: ignore[attr-defined] # the stubs lack it
         except grpc.RpcError as error:
             return f"{target}: {error.code().name}: {error.details()}"
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

@@ -122,7 +122,9 @@ class Remote:
                     values = np.array(embedding.values, dtype=np.float32)
                     outcomes[part[embedding.index]] = Vector(values, embedding.token_count, embedding.truncated)
                 for error in message.errors:
-                    outcomes[part[error.index]] = Failure(error.reason, error.message)
+                    # Its place in this call means nothing to whoever reads FILE:LINE.
+                    said = error.message.removeprefix(f"texts[{error.index}]: ")
+                    outcomes[part[error.index]] = Failure(error.reason, said)
         finally:
             call.cancel()
         missing = sum(index not in outcomes for index in part)

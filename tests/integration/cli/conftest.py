@@ -78,7 +78,9 @@ class Service(embedding_pb2_grpc.EmbeddingServiceServicer):
         for index in indexes:
             text = request.texts[index]
             if "bad" in text:
-                message.errors.add(index=index, code=3, reason="TEXT_TOO_LONG", message=f"{text} is too long")
+                message.errors.add(
+                    index=index, code=3, reason="TEXT_TOO_LONG", message=f"texts[{index}]: {text} is too long"
+                )
             else:
                 values = vector_of(text)[: request.dimensions or None]
                 message.embeddings.add(

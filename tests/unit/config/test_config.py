@@ -153,7 +153,7 @@ class TestRules:
 
     def test_every_rule_names_settings_that_exist(self):
         known = {setting.path for setting in SETTINGS}
-        assert {path for rule in RULES for path in rule.paths} <= known
+        assert {path for rule in RULES for path in (rule.low, rule.high)} <= known
 
     def test_a_port_that_is_off_collides_with_nothing(self):
         config = Config(operations=Operations(enabled=False, address="127.0.0.1:50051"))

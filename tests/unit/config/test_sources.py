@@ -240,15 +240,15 @@ class TestSentences:
             (
                 {"EMBEDSERVE_TELEMETRY_LOG_LEVELS": "grpc=loud"},
                 (
-                    "telemetry.log_levels = grpc=loud (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be NAME=VALUE "
-                    "by commas, each value one of debug, info, warning, error, critical"
+                    "telemetry.log_levels = grpc=loud (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be "
+                    "NAME=VALUE by commas, each value one of debug, info, warning, error, critical"
                 ),
             ),
             (
                 {"EMBEDSERVE_TELEMETRY_LOG_LEVELS": "grpc"},
                 (
-                    "telemetry.log_levels = grpc (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be NAME=VALUE "
-                    "by commas, each value one of debug, info, warning, error, critical"
+                    "telemetry.log_levels = grpc (environment EMBEDSERVE_TELEMETRY_LOG_LEVELS): must be "
+                    "NAME=VALUE by commas, each value one of debug, info, warning, error, critical"
                 ),
             ),
             (
