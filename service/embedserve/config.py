@@ -35,8 +35,7 @@ from embedserve.settings import Allowed, Origin, read_settings
 
 __all__ = ["Config", "Loaded", "load_config"]
 
-KIB, MIB = 1024, 1024 * 1024
-HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+KIB, MIB, HOUR_MS, DAY_MS = 1024, 1024 * 1024, 3_600_000, 86_400_000
 
 
 def _is_source(value: str, info: ValidationInfo) -> str:
