@@ -77,8 +77,7 @@ class ProducingExporter(MetricExporter):
         metrics = self._producer.produce()
         if self._delta:
             metrics = [self._since_last(metric) for metric in metrics]
-        ours = ResourceMetrics(self._resource, [ScopeMetrics(self._scope, metrics, SCHEMA_URL)], SCHEMA_URL)
-        together = MetricsData([*metrics_data.resource_metrics, ours])
+        together = self._together(metrics_data, metrics)
         return self._exporter.export(together, timeout_millis=timeout_millis, **kwargs)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
@@ -88,6 +87,18 @@ class ProducingExporter(MetricExporter):
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: object) -> None:
         """Shut the wrapped exporter down."""
         self._exporter.shutdown(timeout_millis=timeout_millis, **kwargs)
+
+    def _together(self, collected: MetricsData, metrics: list[Metric]) -> MetricsData:
+        """``metrics`` among the SDK's own of our scope: of two entries for one scope the OTLP encoder keeps the last only."""
+        scopes: list[ScopeMetrics] = []
+        for resource in collected.resource_metrics:
+            for scope in resource.scope_metrics:
+                if scope.scope == self._scope:
+                    metrics = [*scope.metrics, *metrics]
+                else:
+                    scopes.append(scope)
+        scopes.append(ScopeMetrics(self._scope, metrics, SCHEMA_URL))
+        return MetricsData([ResourceMetrics(self._resource, scopes, self._resource.schema_url)])
 
     def _since_last(self, metric: Metric) -> Metric:
         points: list[HistogramDataPoint] = []

@@ -1,0 +1,137 @@
+"""A real Prometheus scrapes what we render, and its HTTP API gives the series and the exemplars back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from embedserve.telemetry.load import LoadSnapshot
+from embedserve.telemetry.settings import TelemetrySettings
+from embedserve.telemetry.setup import Telemetry, setup_telemetry
+from embedserve.telemetry.span_queue import SpanQueue
+from tests.integration.telemetry.collector import READY_S, free_port, running, wait_for_port
+from tests.integration.telemetry.traffic import METHOD, ride_together
+
+PROMETHEUS = shutil.which("prometheus")
+pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
+
+
+@pytest.fixture
+def telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Telemetry]:
+    # Spans are made, so that there is something to link to, and go to standard error.
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    made = setup_telemetry(TelemetrySettings(bucket_edges=(16, 32)))
+    assert isinstance(made._spans, SpanQueue)
+    made.register_load(lambda: LoadSnapshot(lifecycle_state="serving", waiting_items_by_bucket={16: 3, 32: 0}))
+    yield made
+    made.shutdown(5)
+
+
+@pytest.fixture
+def scraped(telemetry: Telemetry) -> Iterator[int]:
+    """The port on which the metrics are served."""
+    render = telemetry.render_metrics
+    assert render is not None
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content_type, body = render(self.headers.get("Accept", ""))
+            self.send_response(200)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def prometheus(scraped: int, tmp_path: Path) -> Iterator[str]:
+    """The URL of a Prometheus that scrapes every 200 ms."""
+    assert PROMETHEUS is not None
+    config = tmp_path / "prometheus.yml"
+    config.write_text(
+        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
+        f"scrape_configs: [{{job_name: embedserve, static_configs: [{{targets: ['127.0.0.1:{scraped}']}}]}}]\n"
+    )
+    port = free_port()
+    command = [
+        PROMETHEUS, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage",
+    ]  # fmt: skip
+    with running(command, tmp_path / "prometheus.log") as process:
+        wait_for_port(port, process)
+        yield f"http://127.0.0.1:{port}"
+
+
+def ask(url: str, path: str, **parameters: str) -> list[dict[str, Any]]:
+    """The data of one API call, once there is some."""
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(parameters)}", timeout=5) as answer:
+            data = json.load(answer)["data"]
+        found: list[dict[str, Any]] = data["result"] if isinstance(data, dict) else data
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"Prometheus has nothing for {parameters}")
+
+
+class TestPrometheus:
+    async def test_every_series_that_we_render_can_be_queried_from_the_first_scrape(
+        self, telemetry: Telemetry, prometheus: str
+    ) -> None:
+        assert telemetry.render_metrics is not None
+        _, body = telemetry.render_metrics("")
+        rendered = {sample.name for family in text_string_to_metric_families(body.decode()) for sample in family.samples}
+
+        ask(prometheus, "/api/v1/query", query="up == 1")
+        found = ask(prometheus, "/api/v1/query", query='count by (__name__) ({job="embedserve"})')
+
+        own = {"up", "scrape_duration_seconds", "scrape_samples_scraped", "scrape_samples_post_metric_relabeling"}
+        assert rendered == {series["metric"]["__name__"] for series in found} - own - {"scrape_series_added"}
+
+    async def test_a_call_shows_in_its_series_and_its_exemplar_leads_to_its_trace(
+        self, telemetry: Telemetry, prometheus: str
+    ) -> None:
+        traffic = ride_together(telemetry, [[], []])
+
+        counted = ask(
+            prometheus,
+            "/api/v1/query",
+            query=f'rpc_server_call_duration_seconds_count{{rpc_method="{METHOD}",rpc_response_status_code="OK"}} == 2',
+        )
+        exemplars = ask(
+            prometheus,
+            "/api/v1/query_exemplars",
+            query="rpc_server_call_duration_seconds_bucket",
+            start=str(time.time() - 60),
+            end=str(time.time() + 60),
+        )
+        queued = ask(prometheus, "/api/v1/query", query="sum(embedserve_queue_items)")
+
+        assert 1 == len(counted)
+        ids = {exemplar["labels"]["trace_id"] for series in exemplars for exemplar in series["exemplars"]}
+        assert ids
+        assert ids <= set(traffic.trace_ids)
+        assert "3" == queued[0]["value"][1]
