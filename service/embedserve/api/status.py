@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from embedserve.api.refusal_details import refusal_status
 from embedserve.errors import (
     CallerError,
     ConfigError,
@@ -125,7 +126,7 @@ def _jitter() -> float:
 
 
 def reply(error: EmbedServeError, *, error_id: str | None = None, jitter: Jitter = _jitter) -> Reply:
-    """The answer to ``error``, in under 10 us for a refusal. ``error_id`` is made here when needed and not given."""
+    """The answer to ``error``, in about 16 us for a refusal. ``error_id`` is made here when needed and not given."""
     spelling = _spelling(error)
     if isinstance(error, InvalidRequest):
         return _invalid(error, spelling)
@@ -198,27 +199,26 @@ def _reply(
     error_id: str | None = None,
 ) -> Reply:
     status = status_pb2.Status(code=spelling.code.value[0], message=message, details=details).SerializeToString()
-    trailers: Trailers = ((_DETAILS, status),)
-    if pushback is not None:
-        trailers = ((_PUSHBACK, pushback), *trailers)
-    return Reply(spelling.code, message, trailers, error_type, error_id)
+    return Reply(spelling.code, message, _trailers(status, pushback), error_type, error_id)
+
+
+def _trailers(details: bytes, pushback: str | None) -> Trailers:
+    return ((_DETAILS, details),) if pushback is None else ((_PUSHBACK, pushback), (_DETAILS, details))
 
 
 def _refused(error: Refusal, spelling: _Spelling, jitter: Jitter) -> Reply:
     metadata: dict[str, str] = {}
+    pushback = wait_ms = None
     if isinstance(error, Overloaded):
         metadata = {name: f"{value:.6g}" for name, value in error.figures.items()}
         metadata["policy"] = error.policy
-    details = [_error_info(error.reason, metadata)]
-    pushback = None
+        pushback = NEVER
     if error.retry_after_ms is not None:
         wait_ms = max(1, round(error.retry_after_ms * jitter()))
         pushback = str(wait_ms)
-        delay = duration_pb2.Duration(seconds=wait_ms // 1000, nanos=wait_ms % 1000 * 1_000_000)
-        details.append(_any(error_details_pb2.RetryInfo(retry_delay=delay)))
-    elif isinstance(error, Overloaded):
-        pushback = NEVER
-    return _reply(spelling, _cut(str(error)), error.reason, details, pushback=pushback)
+    message = _cut(str(error))
+    details = refusal_status(spelling.code.value[0], message, error.reason, DOMAIN, metadata, wait_ms)
+    return Reply(spelling.code, message, _trailers(details, pushback), error.reason)
 
 
 def _fault_message(spelling: _Spelling, error_id: str) -> str:

@@ -45,6 +45,7 @@ __all__ = [
     "stream_summary",
     "token_id_rows",
     "unary_parts",
+    "varint",
 ]
 
 DEFAULT_STREAM_MESSAGE_BYTES: Final = 1 << 20
@@ -61,7 +62,7 @@ _LENGTH_DELIMITED: Final = 2
 
 
 @lru_cache(maxsize=1 << 14)
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Base 128, least significant group first."""
     encoded = bytearray()
     while value > 0x7F:
@@ -73,7 +74,7 @@ def _varint(value: int) -> bytes:
 
 def _tag(message: Any, field: str, wire_type: int) -> bytes:
     """The tag of ``field``, from the public descriptor."""
-    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type)
+    return varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | wire_type)
 
 
 _INDEX = _tag(pb.Embedding, "index", _VARINT)
@@ -115,17 +116,17 @@ def identity_message(identity: ModelIdentity) -> bytes:
 @lru_cache(maxsize=1 << 14)
 def _before_row(index: int, row_tag: bytes, row_bytes: int, after: int) -> bytes:
     """What stands before a row's bytes: tag and length of the Embedding, its index, tag and length of the row."""
-    head = (_INDEX + _varint(index) if index else b"") + row_tag + _varint(row_bytes)
-    return _EMBEDDINGS + _varint(len(head) + row_bytes + after) + head
+    head = (_INDEX + varint(index) if index else b"") + row_tag + varint(row_bytes)
+    return _EMBEDDINGS + varint(len(head) + row_bytes + after) + head
 
 
 @lru_cache(maxsize=1 << 14)
 def _after_row(token_count: int, truncated: bool, batch_size: int) -> bytes:
     """What stands after a row's bytes, but for the scale. Zeros are not written (proto3)."""
     return (
-        (_TOKEN_COUNT + _varint(token_count) if token_count else b"")
+        (_TOKEN_COUNT + varint(token_count) if token_count else b"")
         + (_TRUNCATED if truncated else b"")
-        + (_BATCH_SIZE + _varint(batch_size) if batch_size else b"")
+        + (_BATCH_SIZE + varint(batch_size) if batch_size else b"")
     )
 
 
@@ -177,13 +178,13 @@ def unary_parts(
         encoding=rows.encoding,  # type: ignore[arg-type]  # an IntEnum with the proto's numbers
         usage=pb.Usage(texts=rows.rows, tokens=tokens, batches=batches),
     )
-    parts += (_MODEL, _varint(len(identity)), identity, rest.SerializeToString())
+    parts += (_MODEL, varint(len(identity)), identity, rest.SerializeToString())
     return parts
 
 
 def finish_unary(parts: list[Part], timings: bytes) -> bytes:
     """The ``EmbedResponse``; ``timings`` from ``stage_timings``. The one copy of the vectors happens here."""
-    parts += (_TIMINGS, _varint(len(timings)), timings)
+    parts += (_TIMINGS, varint(len(timings)), timings)
     return b"".join(parts)
 
 
@@ -265,9 +266,9 @@ def stream_summary(
         usage=pb.Usage(texts=texts, tokens=tokens, batches=batches),
         failed=failed,
     ).SerializeToString()
-    model = _SUMMARY_MODEL + _varint(len(identity)) + identity
-    summary = b"".join((model, rest, _SUMMARY_TIMINGS, _varint(len(timings)), timings))
-    return _SUMMARY + _varint(len(summary)) + summary
+    model = _SUMMARY_MODEL + varint(len(identity)) + identity
+    summary = b"".join((model, rest, _SUMMARY_TIMINGS, varint(len(timings)), timings))
+    return _SUMMARY + varint(len(summary)) + summary
 
 
 # Requests

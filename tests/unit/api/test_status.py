@@ -6,9 +6,12 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedserve import errors
 from embedserve.api import status
+from embedserve.api.refusal_details import refusal_status
 from embedserve.api.validation import MAX_ECHO_CHARACTERS
 from embedserve.errors import EmbedServeError, Violation
 
@@ -153,6 +156,31 @@ class TestRefusals:
         reply = status.reply(errors.NotServing("no", reason="R", retry_after_ms=None))
 
         assert pushback(reply) is None
+
+
+class TestRefusalBytes:
+    @given(
+        st.integers(0, 16),
+        st.text(max_size=300),
+        st.text(max_size=40),
+        st.dictionaries(st.text(max_size=200), st.text(max_size=200), max_size=4),
+        st.none() | st.integers(1, 2**31),
+    )
+    def test_are_those_of_the_generated_classes(
+        self, code: int, message: str, reason: str, metadata: dict[str, str], wait_ms: int | None
+    ) -> None:
+        """Whatever is in them."""
+        decoded = status_pb2.Status.FromString(refusal_status(code, message, reason, "embedserve", metadata, wait_ms))
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+
+        assert (decoded.code, decoded.message) == (code, message)
+        assert decoded.details[0].Unpack(info)
+        assert info == error_details_pb2.ErrorInfo(reason=reason, domain="embedserve", metadata=metadata)
+        if wait_ms is None:
+            assert len(decoded.details) == 1
+        else:
+            assert decoded.details[1].Unpack(retry)
+            assert retry.retry_delay.ToMilliseconds() == wait_ms
 
 
 class TestInvalidRequests:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedserve.api import wire
 from embedserve.api.encoding import Encoding
@@ -430,3 +432,42 @@ class TestCountTokens:
         """As in Embed."""
         with pytest.raises(UnknownModel):
             validator().count_tokens(pb.CountTokensRequest(model="other", texts=["a"]))
+
+
+REQUESTS = st.builds(
+    pb.EmbedRequest,
+    model=st.sampled_from(["", "acme/model"]),
+    texts=st.lists(st.text(max_size=30), max_size=5),
+    token_ids=st.lists(st.builds(pb.TokenIds, ids=st.lists(st.integers(0, 110), max_size=12)), max_size=5),
+    truncate=st.integers(-1, 5),
+    dimensions=st.none() | st.integers(0, 24),
+    normalize=st.none() | st.booleans(),
+    prompt_name=st.none() | st.sampled_from(["", "query", "nope"]),
+    encoding=st.integers(-1, 9),
+)
+
+
+class TestAnyRequest:
+    @given(REQUESTS, st.booleans())
+    def test_is_a_whole_call_or_an_error_of_the_caller(self, request: pb.EmbedRequest, as_stream: bool) -> None:
+        """Never another exception; and a call that is let through keeps every promise that the engine relies on."""
+        judge, parse = validator(), wire.parse_embed_stream_request if as_stream else wire.parse_embed_request
+        try:
+            valid = (judge.embed_stream if as_stream else judge.embed)(parse(request.SerializeToString()))
+        except InvalidRequest as error:
+            assert 1 <= len(error.violations) <= MAX_VIOLATIONS  # noqa: PT017  # only some requests are refused
+            return
+        given = len(request.texts) or len(request.token_ids)
+
+        assert (valid.texts is None) != (valid.tokens is None)
+        assert sorted([*valid.indexes, *(bad.index for bad in valid.bad_texts)]) == list(range(given))
+        assert as_stream or not valid.bad_texts
+        assert 1 <= valid.dimensions <= 20
+        if valid.texts is not None:
+            assert valid.texts == [request.texts[index] for index in valid.indexes]
+            assert all(0 < len(text.encode()) <= 64 for text in valid.texts)
+        if valid.tokens is not None:
+            assert len(valid.tokens.lengths) == len(valid.tokens.truncated) == len(valid.indexes)
+            assert int(valid.tokens.lengths.sum()) == len(valid.tokens.ids)
+            assert all(1 <= length <= 8 for length in valid.tokens.lengths.tolist())
+            assert all(0 <= token < 100 for token in valid.tokens.ids.tolist())
