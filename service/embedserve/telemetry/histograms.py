@@ -89,7 +89,7 @@ class ProducingExporter(MetricExporter):
         self._exporter.shutdown(timeout_millis=timeout_millis, **kwargs)
 
     def _together(self, collected: MetricsData, metrics: list[Metric]) -> MetricsData:
-        """``metrics`` among the SDK's own of our scope: of two entries for one scope the OTLP encoder keeps the last only."""
+        """``metrics`` among the SDK's own of our scope: the OTLP encoder keeps one entry a scope."""
         scopes: list[ScopeMetrics] = []
         for resource in collected.resource_metrics:
             for scope in resource.scope_metrics:

@@ -169,7 +169,7 @@ DECISIONS: Final = _counter(
     series=(("admitted", "none", "none", "exact"), *(("rejected", *refusal) for refusal in REFUSALS)),
 )  # fmt: skip
 QUEUE_WAIT: Final = _histogram(
-    "embedserve.queue.wait", "s", "Time from the queue to the worker, by bucket of the longest text; expired ones count.",
+    "embedserve.queue.wait", "s", "Time from the queue to the worker, by bucket of the longest text, expired ones too.",
     Label("bucket"),
 )  # fmt: skip
 WAIT_PREDICTION: Final = _histogram(

@@ -190,7 +190,7 @@ class _Call:
 
     __slots__ = ("_tracer", "arrived_ns", "context", "method", "parent", "peer")
 
-    def __init__(  # noqa: PLR0917 - once a call, on the hot path
+    def __init__(
         self,
         tracer: RequestTracer,
         method: _Method,

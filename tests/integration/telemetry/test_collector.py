@@ -32,7 +32,9 @@ def send(monkeypatch: pytest.MonkeyPatch, collector: Collector, protocol: str) -
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint_of(collector, protocol))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_on")
-    telemetry = setup_telemetry(TelemetrySettings(service_version="1.2.3", resource_attributes={"embedserve.model": "m"}))
+    telemetry = setup_telemetry(
+        TelemetrySettings(service_version="1.2.3", resource_attributes={"embedserve.model": "m"})
+    )
 
     async def serve() -> None:
         ride_together(telemetry, METADATA)
@@ -64,7 +66,7 @@ class TestCollector:
         for forward in forwards:
             assert [(batch.trace_id, batch.span_id)] == [(link.trace_id, link.span_id) for link in forward.links]
         assert (bytes.fromhex(TRACE), bytes.fromhex(PARENT)) in {(s.trace_id, s.parent_span_id) for s in servers}
-        assert Span.SPAN_KIND_SERVER == servers[0].kind
+        assert servers[0].kind == Span.SPAN_KIND_SERVER
         for parent in (*servers, batch):
             children = [span for span in spans if span.parent_span_id == parent.span_id]
             took = parent.end_time_unix_nano - parent.start_time_unix_nano
@@ -76,12 +78,14 @@ class TestCollector:
         spans = send(monkeypatch, collector, protocol)
 
         attributes = {a.key: a.value.string_value for a in collector.sink.resources[0].attributes}
-        assert ("embedserve", "1.2.3", "m") == tuple(
-            attributes[key] for key in ("service.name", "service.version", "embedserve.model")
+        assert tuple(attributes[key] for key in ("service.name", "service.version", "embedserve.model")) == (
+            "embedserve",
+            "1.2.3",
+            "m",
         )
         points = collector.sink.metrics["rpc.server.call.duration"].histogram.data_points
         (answered,) = [point for point in points if point.count]
-        assert 3 == answered.count
+        assert answered.count == 3
         assert {e.trace_id for e in answered.exemplars} <= {span.trace_id for span in spans if span.name == METHOD}
         assert len(answered.exemplars) >= 1
         (requests,) = [
@@ -89,4 +93,4 @@ class TestCollector:
             for point in collector.sink.metrics["embedserve.requests"].sum.data_points
             if point.attributes[0].value.string_value == "done"
         ]
-        assert 3 == requests
+        assert requests == 3

@@ -79,6 +79,6 @@ class TestDeadCollector:
         assert told["shutdown_s"] < LIMIT_S + 0.5
         assert exit_s < SLACK_S
         assert not told["sent"]
-        # Two calls and a pass: 0.1 ms of work. A wait for the collector would be seconds; a turn of another thread is 5 ms.
+        # Two calls and a pass: 0.1 ms of work. A wait for the collector would be seconds, a turn of a thread 5 ms.
         assert told["worst_s"] < 0.25
-        assert 0 == process.returncode
+        assert process.returncode == 0

@@ -54,7 +54,7 @@ def scraped(telemetry: Telemetry) -> Iterator[int]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -103,7 +103,9 @@ class TestPrometheus:
     ) -> None:
         assert telemetry.render_metrics is not None
         _, body = telemetry.render_metrics("")
-        rendered = {sample.name for family in text_string_to_metric_families(body.decode()) for sample in family.samples}
+        rendered = {
+            sample.name for family in text_string_to_metric_families(body.decode()) for sample in family.samples
+        }
 
         ask(prometheus, "/api/v1/query", query="up == 1")
         found = ask(prometheus, "/api/v1/query", query='count by (__name__) ({job="embedserve"})')
@@ -130,8 +132,8 @@ class TestPrometheus:
         )
         queued = ask(prometheus, "/api/v1/query", query="sum(embedserve_queue_items)")
 
-        assert 1 == len(counted)
+        assert len(counted) == 1
         ids = {exemplar["labels"]["trace_id"] for series in exemplars for exemplar in series["exemplars"]}
         assert ids
         assert ids <= set(traffic.trace_ids)
-        assert "3" == queued[0]["value"][1]
+        assert queued[0]["value"][1] == "3"

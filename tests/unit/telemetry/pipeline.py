@@ -25,6 +25,7 @@ from embedserve.telemetry.tracing import CallEnd, RequestTracer
 
 EMBED = "embedserve.v1.EmbeddingService/Embed"
 MS = 1_000_000
+PATIENT = SpanQueueLimits(records_max=100_000, delay_s=60)
 
 
 class KeepingExporter(SpanExporter):
@@ -76,7 +77,7 @@ def make_pipeline(
     *,
     exemplars: bool = True,
     links_max: int = 1024,
-    limits: SpanQueueLimits = SpanQueueLimits(records_max=100_000, delay_s=60),
+    limits: SpanQueueLimits = PATIENT,
 ) -> Pipeline:
     """A pipeline that samples everything unless told otherwise."""
     instruments = Instruments(bucket_edges=(16, 32))

@@ -127,7 +127,8 @@ class TestLines:
 
     def test_standard_output_stays_empty(self) -> None:
         code = (
-            "from embedserve.telemetry.setup import setup_telemetry; from embedserve.telemetry.settings import TelemetrySettings;"
+            "from embedserve.telemetry.setup import setup_telemetry;"
+            "from embedserve.telemetry.settings import TelemetrySettings;"
             "import logging, structlog; t = setup_telemetry(TelemetrySettings());"
             "structlog.get_logger('a').error('ours'); logging.getLogger('b').error('theirs'); t.shutdown(1)"
         )

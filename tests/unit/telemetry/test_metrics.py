@@ -1,4 +1,4 @@
-"""What a scrape shows: everything in the table, at zero, under the names that the table gives; exemplars where asked for."""
+"""What a scrape shows: everything in the table, at zero, under the table's names; exemplars where asked for."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from embedserve.telemetry.instruments import (
     prometheus_name,
 )
 from embedserve.telemetry.load import LoadSnapshot, SharedSnapshot
+from embedserve.telemetry.prometheus import PrometheusRenderer
 from embedserve.telemetry.settings import TelemetrySettings
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from tests.unit.telemetry.pipeline import EMBED
 
-OPENMETRICS = (
-    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;q=0.5"
-)
+OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+
 EDGES = (16, 32, 64)
 IDENTITY = ModelIdentity(
-    name="m/n", revision="abc", weights_digest="sha256:00", tokenizer_digest="sha256:11", architecture="bert", dimension=384,
-    max_input_length=512, pooling="mean", normalize=True, dtype="float32", device="cpu",
+    name="m/n", revision="abc", weights_digest="sha256:00", tokenizer_digest="sha256:11", architecture="bert",
+    dimension=384, max_input_length=512, pooling="mean", normalize=True, dtype="float32", device="cpu",
 )  # fmt: skip
 
 
@@ -174,8 +174,6 @@ class TestRender:
         instruments = Instruments()
         context = SpanContext(0xABC, 0xDEF, False, TraceFlags(1))
         instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").observe_traced(0.003, context)
-        from embedserve.telemetry.prometheus import PrometheusRenderer
-
         renderer = PrometheusRenderer(HistogramProducer(instruments), Resource({}))
         _, openmetrics = renderer.render(OPENMETRICS)
         _, text = renderer.render("text/plain")
@@ -219,12 +217,27 @@ class TestGauges:
     def test_the_load_is_shown(self, telemetry: Telemetry) -> None:
         telemetry.register_load(
             lambda: LoadSnapshot(
-                lifecycle_state="serving", accepting=True, waiting_items_by_bucket={16: 2, 32: 0, 64: 5}, waiting_tokens=99,
-                oldest_age_s=1.5, running_items=8, running_tokens=80, service_rate_tokens_per_s=45_000, drain_s=0.25, p95_s=0.3,
-                shed_probability=0.125, theta=1.25, inflight_limit_tokens=4096, max_batch_tokens=8192, cost_fixed_s=0.004,
-                cost_per_token_s=0.00002, device_memory_used_bytes=10, device_memory_total_bytes=20, compiled=True,
+                lifecycle_state="serving",
+                accepting=True,
+                waiting_items_by_bucket={16: 2, 32: 0, 64: 5},
+                waiting_tokens=99,
+                oldest_age_s=1.5,
+                running_items=8,
+                running_tokens=80,
+                service_rate_tokens_per_s=45_000,
+                drain_s=0.25,
+                p95_s=0.3,
+                shed_probability=0.125,
+                theta=1.25,
+                inflight_limit_tokens=4096,
+                max_batch_tokens=8192,
+                cost_fixed_s=0.004,
+                cost_per_token_s=0.00002,
+                device_memory_used_bytes=10,
+                device_memory_total_bytes=20,
+                compiled=True,
             )
-        )  # fmt: skip
+        )
         values = {(s.name, *s.labels.values()): s.value for s in scrape(telemetry)}
 
         for key, value in {

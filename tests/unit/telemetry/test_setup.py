@@ -156,18 +156,22 @@ class TestResource:
     def test_settings_say_who_this_is(self) -> None:
         settings = TelemetrySettings(service_version="1.2", resource_attributes={"embedserve.model": "m"})
         attributes = exporters.resource(settings).attributes
-        assert tuple(
-            attributes[key] for key in ("service.name", "service.version", "embedserve.model")
-        ) == ("embedserve", "1.2", "m")
+        assert tuple(attributes[key] for key in ("service.name", "service.version", "embedserve.model")) == (
+            "embedserve",
+            "1.2",
+            "m",
+        )
         assert attributes["service.instance.id"] != exporters.resource(settings).attributes["service.instance.id"]
 
     def test_the_standard_variables_win(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OTEL_SERVICE_NAME", "other")
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=p,service.version=9")
         attributes = exporters.resource(TelemetrySettings(service_version="1.2")).attributes
-        assert tuple(
-            attributes[key] for key in ("service.name", "service.version", "k8s.pod.name")
-        ) == ("other", "9", "p")
+        assert tuple(attributes[key] for key in ("service.name", "service.version", "k8s.pod.name")) == (
+            "other",
+            "9",
+            "p",
+        )
 
 
 class TestExemplars:

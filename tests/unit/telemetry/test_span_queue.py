@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -91,8 +92,8 @@ class TestSpanQueue:
             pipeline.exporter.result = SpanExportResult.FAILURE
         one_call(pipeline)
         deadline = time.monotonic() + 5
-        while not outcome(pipeline, "failed") and time.monotonic() < deadline:
-            time.sleep(0.001)
+        while not outcome(pipeline, "failed") and time.monotonic() < deadline:  # noqa: ASYNC110 - another thread counts
+            await asyncio.sleep(0.001)
         pipeline.exporter.broken, pipeline.exporter.result = None, SpanExportResult.SUCCESS
         one_call(pipeline)
         pipeline.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -88,7 +89,7 @@ class TestSegments:
 
         assert found[0][1] == 1
         assert ended == found[-1][2]
-        assert all(before[2] == after[1] for before, after in zip(found, found[1:], strict=False))
+        assert all(before[2] == after[1] for before, after in pairwise(found))
         assert all(begin <= end for _, begin, end in found)
 
 
