@@ -17,7 +17,7 @@ def main(arguments):
             golden_path(name).write_text(golden_text(name))
         return 0
     if len(arguments) != 2 or not arguments[0].isdigit() or arguments[1] not in SCENARIOS:
-        print(f"usage: python -m tests.simulation SEED SCENARIO\nscenarios: {' '.join(SCENARIOS)}", file=sys.stderr)
+        sys.stderr.write(f"usage: python -m tests.simulation SEED SCENARIO\nscenarios: {' '.join(SCENARIOS)}\n")
         return 2
     simulator = Simulator(int(arguments[0]), arguments[1])
     broken = None
@@ -25,14 +25,12 @@ def main(arguments):
         simulator.run()
     except (Violation, AssertionError) as violation:
         broken = str(violation)
-    print("\n".join(simulator.lines))
-    print(f"\n{dict(sorted(simulator.outcomes().items()))} in {simulator.batches} batches")
+    lines = [*simulator.lines, "", f"{dict(sorted(simulator.outcomes().items()))} in {simulator.batches} batches"]
     for name, promise in INVARIANTS.items():
         checks = simulator.scheduler.checks[name]
         verdict = "BROKEN" if broken and broken.startswith(f"{name}:") else "holds" if checks else "not checked"
-        print(f"{name:4} {verdict:12} {checks:8} checks  {promise}")
-    if broken:
-        print(broken)
+        lines.append(f"{name:4} {verdict:12} {checks:8} checks  {promise}")
+    sys.stdout.write("\n".join([*lines, *([broken] if broken else [])]) + "\n")
     return 1 if broken else 0
 
 

@@ -1,12 +1,13 @@
 """A verdict on every invariant of the scheduler.
 
-``CheckedScheduler`` stands in front of a ``Scheduler``, passes every call on, and keeps the plainest possible model of what
-must be true: one record for each item, lists that are scanned. It knows nothing of flows' tags, runs, heaps or ladders.
+``CheckedScheduler`` stands in front of a ``Scheduler``, passes every call on, and keeps the plainest possible model
+of what must be true: one record for each item, lists that are scanned. It knows nothing of flows' tags, runs, heaps
+or ladders.
 """
 
 from collections import Counter
-from heapq import heappop, heappush
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from embedserve.scheduling.item import (
     Admitted,
@@ -82,7 +83,7 @@ class CheckedScheduler:
         self.deadlines: list[tuple[int, tuple[int, int]]] = []
         self.calls = 0
         self.live: dict[int, tuple[Batch, list[Item]]] = {}
-        self.checks = Counter({name: 0 for name in INVARIANTS})
+        self.checks = Counter(dict.fromkeys(INVARIANTS, 0))
         self.log: list[tuple[str, tuple, object]] = []
         self.batches = 0
         self.patience: dict[int, Patience] = {}
@@ -175,7 +176,7 @@ class CheckedScheduler:
         return batch
 
     def complete(self, batch_id, outcome: Outcome, now_ns) -> Settlement:
-        batch, items = self.live.pop(batch_id)
+        _, items = self.live.pop(batch_id)
         settlement = self._call("complete", batch_id, outcome, now_ns)
         fatal = settlement.fatal is not None
         row_of = {(x.submission.id, x.index): row for row, x in enumerate(items)}

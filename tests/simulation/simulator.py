@@ -1,8 +1,9 @@
 """A deterministic world around one scheduler: callers, a clock, a device with faults, and the driver between them.
 
-Goal: whole stories (overload, a stall, a poison text) in milliseconds, replayable from a seed. Method: a heap of events on a
-clock of its own; nothing here reads a real clock or an unseeded generator. The driver does what an engine does: expire,
-dispatch into a free slot, sleep until ``wake_at``, cancel whose deadline passed while running, report every sojourn.
+Goal: whole stories (overload, a stall, a poison text) in milliseconds, replayable from a seed. Method: a heap of
+events on a clock of its own; nothing here reads a real clock or an unseeded generator. The driver does what an engine
+does: expire, dispatch into a free slot, sleep until ``wake_at``, cancel whose deadline passed while running, report
+every sojourn.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """Whole stories, checked for every invariant and for what callers were promised.
 
-Method: fixed seeds over all scenarios, fresh seeds whose number is printed when they fail, golden timelines byte for byte,
-and a handful of stories with a figure. ``make simulate SEED=17 SCENARIO=burst`` shows any of them.
+Method: fixed seeds over all scenarios, fresh seeds whose number is printed when they fail, golden timelines byte for
+byte, and a handful of stories with a figure. ``make simulate SEED=17 SCENARIO=burst`` shows any of them.
 """
 
 import os
@@ -76,7 +76,7 @@ class TestTraces:
 
 
 class TestOverload:
-    """Twice the capacity (coral's goodput there: 13 % with its throughput policy, 41 % with its latency policy: D10)."""
+    """Twice the capacity (coral's goodput there: 13 % by its throughput policy, 41 % by its latency policy: D10)."""
 
     @pytest.mark.parametrize("name", ["overload_2x", "overload_2x_latency"])
     def test_goodput_stays_at_the_capacity(self, name):
@@ -97,8 +97,8 @@ class TestOverload:
         assert outcomes["done"] > 5_000
 
     def test_the_deadline_rule_alone_keeps_goodput(self):
-        """With no policy selected, what cannot meet its deadline is refused. Every caller has the same deadline here, so
-        that all who are admitted are admitted at its edge: theta is a 0.95 quantile, and 1 in 20 may miss."""
+        """With no policy selected, what cannot meet its deadline is refused. Every caller has the same deadline here,
+        so that all who are admitted are admitted at its edge: theta is a 0.95 quantile, and 1 in 20 may miss."""
         simulator = Simulator(23, replace(SCENARIOS["overload_2x"], policies=list), checked=False).run()
         outcomes = simulator.outcomes()
         capacity = simulator.scenario.device.tokens_per_second(simulator.scenario.settings, 29.0)
@@ -190,7 +190,7 @@ class TestStarvation:
 
 class TestTimeouts:
     def test_latency_p95_sees_timeouts(self):
-        """A device that hardly answers: the policy's P95 shows it although few requests end well (coral's was blind: D9)."""
+        """A device that hardly answers: the P95 shows it though few requests end well (coral was blind: D9)."""
         scenario = replace(
             SCENARIOS["overload_2x_latency"],
             device=Device(stall_at_ns=400 * MS, stall_ns=3 * S),

@@ -71,7 +71,6 @@ class CostModel:
         "_guess_a",
         "_guess_b",
         "_memory",
-        "_padded",
         "_useful",
         "_w",
         "_x",
@@ -106,7 +105,7 @@ class CostModel:
         self.last_ns: int | None = None
         """When the last pass was learned."""
         self._w = self._x = self._xx = self._xy = 0.0
-        self._busy_ns = self._useful = self._padded = 0.0
+        self._busy_ns = self._useful = 0.0
 
     def predict_ns(self, padded_tokens: int) -> int:
         """Device time of one pass over so many computed tokens."""
@@ -126,21 +125,22 @@ class CostModel:
         if self.samples:
             elapsed = min(elapsed, self.OUTLIER * (self.batch_ns + self.token_ns * padded_tokens))
         keep, x = self._memory, float(padded_tokens)
-        self._w = self._w * keep + 1.0
-        self._x = self._x * keep + x
+        self._w = w = self._w * keep + 1.0
+        self._x = sum_x = self._x * keep + x
         self._xx = self._xx * keep + x * x
         self._xy = self._xy * keep + x * elapsed
-        self._busy_ns = self._busy_ns * keep + elapsed
-        self._useful = self._useful * keep + tokens
-        self._padded = self._padded * keep + x
+        self._busy_ns = busy = self._busy_ns * keep + elapsed
+        self._useful = useful = self._useful * keep + tokens
         self.samples += 1
         self.last_ns = now_ns
-        self._fit()
+        self.padding = sum_x / useful
+        self.tokens_per_second = useful * 1e9 / busy
+        self._fit(sum_x / w, busy / w)
 
-    def _fit(self) -> None:
-        mean_x, mean_y = self._x / self._w, self._busy_ns / self._w
-        variance = max(self._xx / self._w - mean_x * mean_x, 0.0)
-        covariance = self._xy / self._w - mean_x * mean_y
+    def _fit(self, mean_x: float, mean_y: float) -> None:
+        w = self._w
+        variance = max(self._xx / w - mean_x * mean_x, 0.0)
+        covariance = self._xy / w - mean_x * mean_y
         # The guess knows the ratio of a to b better than one size of batch does; its scale comes from the data.
         slope = self._guess_b * mean_y / (self._guess_a + self._guess_b * mean_x)
         ridge = (self.RIDGE * mean_x) ** 2
@@ -149,5 +149,3 @@ class CostModel:
         ceiling = mean_y / mean_x
         self.token_ns = min(max(fitted, 0.05 * ceiling), ceiling)
         self.batch_ns = max(mean_y - self.token_ns * mean_x, 0.0)
-        self.padding = self._padded / self._useful
-        self.tokens_per_second = self._useful * 1e9 / self._busy_ns

@@ -4,7 +4,8 @@ Decides: whether a hold is over, which class and bucket lead, how many rows, who
 admission or outcomes. Hold time is 0 by default: a free worker takes what waits (batch size then follows load by
 itself).
 
-Order of buckets inside a class. An *entitled* head is one that has not had more than its share (tag <= virtual time):
+Order of buckets inside a class. An *entitled* head is a flow that has not had more than its share (tag <= virtual
+time), of a tenant that has not either, or whose turn it is:
 
 1. entitled heads that waited longer than ``max_wait_ns``, the oldest first;
 2. entitled heads whose bucket is full, in fair order;
@@ -101,12 +102,15 @@ class BatchPolicy:
         self._batches += 1
         lead.turn_by_lane[lane] = self._batches
         draft = self._draft(lane, max_tokens)
-        before = [klass.tokens for klass in waiting]
-        if owed is not None:
-            self._fill(owed, lane, draft, quantum, quantum)
-        for klass in waiting:
-            self._fill(klass, lane, draft, quantum, max_tokens)
-        if len(waiting) > 1:
+        if len(waiting) == 1:
+            lead.credit = 0.0
+            self._fill(lead, lane, draft, quantum, max_tokens)
+        else:
+            before = [klass.tokens for klass in waiting]
+            if owed is not None:
+                self._fill(owed, lane, draft, quantum, quantum)
+            for klass in waiting:
+                self._fill(klass, lane, draft, quantum, max_tokens)
             self._settle_credit(waiting, before, draft.tokens, quantum)
         assert draft.rows, "work waits and none fits a batch"
         return draft
@@ -115,7 +119,8 @@ class BatchPolicy:
         """Rows of a full bucketed batch."""
         rows = min(self._settings.max_batch_items, max_tokens // self._buckets.edges[lane])
         sizes = self._settings.batch_sizes
-        return rows if not sizes else sizes[max(bisect_right(sizes, rows) - 1, 0)]
+        k = bisect_right(sizes, rows)
+        return sizes[k - 1] if k else rows
 
     def _draft(self, lane: int, max_tokens: int) -> Draft:
         if self._packed:
@@ -167,23 +172,24 @@ class BatchPolicy:
         return lead, self._lane(lead, now_ns, max_tokens, full)
 
     def _lane(self, klass: PriorityClass, now_ns: int, max_tokens: int, lanes: Sequence[int]) -> int:
-        best: tuple[tuple[int, ...], int] | None = None
+        heads = [(lane, *self._head(klass, lane)) for lane in lanes if klass.items_by_lane[lane]]
         late = now_ns - self._settings.max_wait_ns
-        for lane in lanes:
-            if not klass.items_by_lane[lane]:
-                continue
-            tenant, flow = self._head(klass, lane)
-            rank: tuple[int, ...] = (2, tenant.tag, tenant.seq, flow.tag, flow.seq, klass.turn_by_lane[lane])
-            if tenant.tag <= klass.tenants.vtime and flow.tag <= tenant.flows.vtime:
+        vtime = klass.tenants.vtime
+        least = min((tenant.tag, tenant.seq) for _, tenant, _ in heads)
+        best: tuple[int, ...] = ()
+        for lane, tenant, flow in heads:
+            rank: tuple[int, ...] = (2, tenant.tag, tenant.seq, flow.tag, flow.seq, klass.turn_by_lane[lane], lane)
+            # The tenant whose turn it is may be ahead of virtual time, above all when it is the only one.
+            turn = tenant.tag <= vtime or (tenant.tag, tenant.seq) == least
+            if turn and flow.tag <= tenant.flows.vtime:
                 first = flow.first(lane).ticket
                 if first.arrived_ns < late:
-                    rank = (0, first.arrived_ns, first.id, klass.turn_by_lane[lane])
+                    rank = (0, first.arrived_ns, first.id, klass.turn_by_lane[lane], lane)
                 elif klass.items_by_lane[lane] >= self._capacity(lane, max_tokens):
                     rank = (1, *rank[1:])
-            if best is None or rank < best[0]:
-                best = (rank, lane)
-        assert best is not None, "a class with items has no lane with items"
-        return best[1]
+            if not best or rank < best:
+                best = rank
+        return best[-1]
 
     @staticmethod
     def _head(klass: PriorityClass, lane: int) -> tuple[Tenant, Flow]:
@@ -197,8 +203,8 @@ class BatchPolicy:
         """Takes turns of up to ``quantum`` computed tokens in fair order, ``limit`` in all, until the batch is full."""
         order, edge = klass.tenants, draft.edge
         aside: list[tuple[Tenant, Flow]] = []
-        stop_at = draft.room_tokens - limit
-        while draft.room_items > 0 and draft.room_tokens > max(stop_at, 0) and klass.items_by_lane[lane]:
+        stop_at = max(draft.room_tokens - limit, 0)
+        while draft.room_items > 0 and draft.room_tokens > stop_at and klass.items_by_lane[lane]:
             tenant = order.head(lane)
             if tenant is None:
                 break
@@ -209,7 +215,7 @@ class BatchPolicy:
                 continue
             run = flow.first(lane)
             alone = len(order.heaps[lane]) == 1 and len(tenant.flows.heaps[lane]) == 1
-            left = draft.room_tokens - max(stop_at, 0)
+            left = draft.room_tokens - stop_at
             count = run.fit(draft.room_items, left if alone else min(left, quantum), edge)
             if not count:
                 if edge or len(aside) >= self.SKIPS:

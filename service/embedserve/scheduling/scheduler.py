@@ -172,7 +172,7 @@ class Scheduler:
         if self.fatal is not None:
             return None
         self._expire_due(now_ns)
-        group = self._ladder.pop()
+        group = self._ladder.pop() if self._ladder else None
         if group is None:
             draft = self._batching.close(now_ns, self._ladder.max_batch_tokens, at_once=self.draining)
             if draft is None:

@@ -1,4 +1,4 @@
-"""Golden timelines: small worlds whose every line is known. Rewritten by ``python -m tests.simulation --rewrite`` only."""
+"""Golden timelines: small worlds whose every line is known; only ``--rewrite`` of the simulation writes them."""
 
 from dataclasses import replace
 from itertools import takewhile

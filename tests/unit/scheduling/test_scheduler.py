@@ -15,41 +15,19 @@ from embedserve.scheduling.item import (
     Settled,
     Shape,
     Slice,
-    Submission,
     Succeeded,
     Verdict,
 )
-from embedserve.scheduling.scheduler import Scheduler
-from embedserve.scheduling.settings import SchedulerSettings
+from tests.unit.scheduling.making import MS, items, small_scheduler, submission
 
-MS = 1_000_000
 SHAPES = pytest.mark.parametrize("shape", list(Shape))
-
-
-def scheduler(**changes):
-    defaults = {
-        "bucket_edges": (8, 16, 32),
-        "max_batch_tokens": 64,
-        "max_batch_items": 8,
-        "max_queue_items": 1000,
-        "max_queue_tokens": 10_000,
-    }
-    return Scheduler(SchedulerSettings(**(defaults | changes)))
-
-
-def submission(id, *tokens, **changes):
-    return Submission(**({"id": id, "flow": id, "tokens": tokens, "arrived_ns": 0} | changes))
-
-
-def indexes(batch):
-    return [(s.submission_id, i) for s in batch.slices for i in s.indexes]
 
 
 class TestLife:
     @SHAPES
     def test_one_item(self, shape):
         """An item is admitted, dispatched, settled once, and forgotten."""
-        s = scheduler(shape=shape)
+        s = small_scheduler(shape=shape)
 
         assert isinstance(s.submit(submission(1, 5), 0), Admitted)
 
@@ -69,7 +47,7 @@ class TestLife:
     @SHAPES
     def test_rows_are_numbered_through_the_slices(self, shape):
         """Row r of a batch is the r-th index of its slices."""
-        s = scheduler(shape=shape)
+        s = small_scheduler(shape=shape)
         s.submit(submission(1, 5, 6), 0)
         s.submit(submission(2, 7), 0)
         batch = s.next_batch(0)
@@ -81,19 +59,19 @@ class TestLife:
     @SHAPES
     def test_a_submission_larger_than_a_batch_is_split(self, shape):
         """No batch passes its limits, whatever one request holds (coral ran 2,000 rows where 512 were allowed: D7)."""
-        s = scheduler(shape=shape)
+        s = small_scheduler(shape=shape)
         s.submit(submission(1, *[8] * 50), 0)
         seen = []
         while (batch := s.next_batch(0)) is not None:
             assert batch.rows <= 8
             assert batch.padded_tokens <= 64
-            seen += indexes(batch)
+            seen += items(batch)
             s.complete(batch.id, Succeeded(1000), 0)
 
         assert seen == [(1, i) for i in range(50)]
 
     def test_buckets_are_not_mixed_when_bucketed(self):
-        s = scheduler(shape=Shape.BUCKETED)
+        s = small_scheduler(shape=Shape.BUCKETED)
         s.submit(submission(1, 5, 30, 6, 12), 0)
         batches = [s.next_batch(0) for _ in range(3)]
 
@@ -101,7 +79,7 @@ class TestLife:
         assert s.next_batch(0) is None
 
     def test_lengths_share_a_batch_when_packed(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5, 30, 6, 12), 0)
         batch = s.next_batch(0)
 
@@ -109,11 +87,11 @@ class TestLife:
 
     def test_two_batches_may_be_live(self):
         """No item is in two of them (I4), and they may end in any order."""
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, *[8] * 16), 0)
         one, two = s.next_batch(0), s.next_batch(0)
 
-        assert not set(indexes(one)) & set(indexes(two))
+        assert not set(items(one)) & set(items(two))
         assert s.depth.running_items == 16
 
         s.complete(two.id, Succeeded(1000), 5)
@@ -123,15 +101,15 @@ class TestLife:
 
     def test_an_unknown_batch_is_a_broken_invariant(self):
         with pytest.raises(KeyError):
-            scheduler().complete(7, Succeeded(1), 0)
+            small_scheduler().complete(7, Succeeded(1), 0)
 
     @pytest.mark.parametrize("tokens", [(), (0,), (3, 0)])
     def test_a_broken_submission_is_an_error(self, tokens):
         with pytest.raises(ValueError, match="at least one"):
-            scheduler().submit(submission(1, *tokens), 0)
+            small_scheduler().submit(submission(1, *tokens), 0)
 
     def test_an_id_in_use_is_an_error(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5), 0)
 
         with pytest.raises(ValueError, match="already known"):
@@ -142,7 +120,7 @@ class TestAdmission:
     @SHAPES
     def test_an_item_that_never_fits_is_refused_at_submit(self, shape):
         """It is refused for good instead of looping in the queue (text-embeddings-inference 723)."""
-        s = scheduler(shape=shape)
+        s = small_scheduler(shape=shape)
         refused = s.submit(submission(1, 5, 33), 0)
 
         assert isinstance(refused, Rejection)
@@ -150,7 +128,7 @@ class TestAdmission:
         assert s.depth.waiting_items == 0
 
     def test_all_or_none(self):
-        s = scheduler(max_queue_items=10)
+        s = small_scheduler(max_queue_items=10)
         s.submit(submission(1, *[5] * 8), 0)
         refused = s.submit(submission(2, 5, 5, 5), 0)
 
@@ -159,7 +137,7 @@ class TestAdmission:
         assert s.depth.waiting_items == 8
 
     def test_judge_takes_nothing(self):
-        s = scheduler(max_queue_items=10)
+        s = small_scheduler(max_queue_items=10)
 
         assert s.judge(50, 10, now_ns=0) is None
         assert s.judge(50, 11, now_ns=0).policy == "too_large"
@@ -167,7 +145,7 @@ class TestAdmission:
 
     def test_a_continuation_is_judged_by_hard_limits_only(self):
         """A later window of an admitted stream is not refused for its deadline or while draining, but for memory."""
-        s = scheduler(max_queue_items=10)
+        s = small_scheduler(max_queue_items=10)
         s.drain()
 
         assert s.submit(submission(1, 5), 0).policy == "draining"
@@ -176,7 +154,7 @@ class TestAdmission:
 
     def test_running_items_count_for_the_limit(self):
         """A failed batch comes back to the queue, and the limit must hold then too (I3)."""
-        s = scheduler(max_queue_items=8)
+        s = small_scheduler(max_queue_items=8)
         s.submit(submission(1, *[5] * 8), 0)
         batch = s.next_batch(0)
 
@@ -187,7 +165,7 @@ class TestAdmission:
         assert isinstance(s.submit(submission(2, 5), 1), Admitted)
 
     def test_a_deadline_in_the_past_is_refused(self):
-        refused = scheduler().submit(submission(1, 5, deadline_ns=10), 10)
+        refused = small_scheduler().submit(submission(1, 5, deadline_ns=10), 10)
 
         assert (refused.policy, refused.reason, refused.retry_after_ms) == ("deadline", "DEADLINE_PASSED", None)
 
@@ -196,22 +174,22 @@ class TestCancel:
     @SHAPES
     def test_waiting_items_leave_at_once(self, shape):
         """Abandoned work takes no place in the queue (coral kept 139,264 tokens of it: D8)."""
-        s = scheduler(shape=shape, max_queue_items=30)
+        s = small_scheduler(shape=shape, max_queue_items=30)
         s.submit(submission(1, *[5, 20] * 15), 0)
 
         assert s.submit(submission(2, 5), 0).policy == "queue"
         assert s.cancel(1, 1) == 30
         assert isinstance(s.submit(submission(2, 5), 1), Admitted)
-        assert indexes(s.next_batch(1)) == [(2, 0)]
+        assert items(s.next_batch(1)) == [(2, 0)]
 
     def test_running_items_are_dropped_without_a_settlement(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, *[8] * 12), 0)
         s.submit(submission(2, 8), 0)
         batch = s.next_batch(0)
         waiting = s.depth.waiting_items
 
-        assert s.cancel(1, 1) == sum(1 for i in range(12) if (1, i) not in indexes(batch))
+        assert s.cancel(1, 1) == sum(1 for i in range(12) if (1, i) not in items(batch))
         assert waiting >= 4
 
         settled = s.complete(batch.id, Succeeded(1000), 2).settled
@@ -219,7 +197,7 @@ class TestCancel:
         assert all(x.submission_id == 2 for x in settled)
 
     def test_retries_skip_the_cancelled(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 8, 8), 0)
         s.submit(submission(2, 8, 8), 0)
         batch = s.next_batch(0)
@@ -227,12 +205,12 @@ class TestCancel:
 
         assert s.complete(batch.id, Failed(), 2).requeued == 2
 
-        again = [*indexes(s.next_batch(2)), *indexes(s.next_batch(2))]
+        again = [*items(s.next_batch(2)), *items(s.next_batch(2))]
 
         assert sorted(again) == [(2, 0), (2, 1)]
 
     def test_cancelling_between_failure_and_retry_frees_the_place(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 8, 8), 0)
         s.complete(s.next_batch(0).id, Failed(), 1)
 
@@ -243,7 +221,7 @@ class TestCancel:
 
     def test_twice_or_unknown_is_no_error(self):
         """A cancellation may cross the settlement on its way."""
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 8), 0)
 
         assert [s.cancel(1, 0), s.cancel(1, 0), s.cancel(9, 0)] == [1, 0, 0]
@@ -252,7 +230,7 @@ class TestCancel:
 class TestDeadlines:
     @SHAPES
     def test_an_expired_item_is_never_dispatched(self, shape):
-        s = scheduler(shape=shape)
+        s = small_scheduler(shape=shape)
         s.submit(submission(1, 5, 20, deadline_ns=100 * MS), 0)
 
         assert s.next_batch(100 * MS) is None
@@ -261,7 +239,7 @@ class TestDeadlines:
         assert s.depth.waiting_items == 0
 
     def test_a_running_item_does_not_expire(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5, deadline_ns=100 * MS), 0)
         batch = s.next_batch(0)
 
@@ -270,7 +248,7 @@ class TestDeadlines:
 
     @pytest.mark.parametrize("outcome", [Failed(), OutOfMemory(), Succeeded(1, frozenset({0}))])
     def test_a_failed_item_past_its_deadline_expires(self, outcome):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5, deadline_ns=100 * MS), 0)
         batch = s.next_batch(0)
         s.expire(150 * MS)
@@ -279,7 +257,7 @@ class TestDeadlines:
         assert s.next_batch(201 * MS) is None
 
     def test_an_item_that_waits_for_its_retry_expires(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5, 5, deadline_ns=100 * MS), 0)
         s.complete(s.next_batch(0).id, Failed(), 50 * MS)
 
@@ -288,10 +266,10 @@ class TestDeadlines:
 
 class TestWakeAt:
     def test_an_idle_scheduler_sleeps(self):
-        assert scheduler().wake_at(0) is None
+        assert small_scheduler().wake_at(0) is None
 
     def test_a_deadline_wakes(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5, deadline_ns=100 * MS), 0)
 
         assert s.wake_at(0) == 100 * MS
@@ -302,7 +280,7 @@ class TestWakeAt:
         assert s.wake_at(150 * MS) is None
 
     def test_a_hold_wakes_when_it_ends(self):
-        s = scheduler(max_queue_delay_ns=3 * MS)
+        s = small_scheduler(max_queue_delay_ns=3 * MS)
         s.submit(submission(1, 5), 0)
 
         assert s.next_batch(0) is None
@@ -310,7 +288,7 @@ class TestWakeAt:
         assert s.next_batch(3 * MS) is not None
 
     def test_the_deadline_of_a_running_item_does_not_wake_again_and_again(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, 5, deadline_ns=100 * MS), 0)
         s.next_batch(0)
 
@@ -320,7 +298,7 @@ class TestWakeAt:
 class TestHold:
     @SHAPES
     def test_a_full_batch_is_not_held(self, shape):
-        s = scheduler(shape=shape, max_queue_delay_ns=3 * MS)
+        s = small_scheduler(shape=shape, max_queue_delay_ns=3 * MS)
         s.submit(submission(1, *[8] * 7), 0)
 
         assert s.next_batch(0) is None
@@ -330,7 +308,7 @@ class TestHold:
         assert s.next_batch(0).rows == 8
 
     def test_a_drain_ends_holds(self):
-        s = scheduler(max_queue_delay_ns=3 * MS)
+        s = small_scheduler(max_queue_delay_ns=3 * MS)
         s.submit(submission(1, 5), 0)
         s.drain()
 
@@ -339,7 +317,7 @@ class TestHold:
 
 class TestDrain:
     def test_nothing_is_admitted_and_the_queue_empties(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, *[8] * 20), 0)
         s.drain()
 
@@ -355,7 +333,7 @@ class TestDrain:
 class TestFatal:
     def test_everything_is_settled_at_once(self):
         """Waiting, running and retried items all end as ENGINE_FAILED; nobody waits for a dead device."""
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, *[8] * 20), 0)
         s.complete(s.next_batch(0).id, Failed(), 1)
         running = s.next_batch(1)
@@ -372,8 +350,8 @@ class TestFatal:
 
 class TestPriority:
     def test_a_higher_class_goes_first(self):
-        s = scheduler()
+        s = small_scheduler()
         s.submit(submission(1, *[8] * 8, priority=Priority.BULK), 0)
         s.submit(submission(2, *[8] * 8, priority=Priority.INTERACTIVE), 0)
 
-        assert {i for i, _ in indexes(s.next_batch(0))} == {2}
+        assert {i for i, _ in items(s.next_batch(0))} == {2}

@@ -1,0 +1,121 @@
+"""When a batch closes, which bucket leads, how many rows."""
+
+import pytest
+
+from embedserve.scheduling.cost import Buckets, CostModel
+from embedserve.scheduling.item import Priority, Shape, Submission
+from embedserve.scheduling.policy import BatchPolicy
+from embedserve.scheduling.waiting import WaitingQueue
+from tests.unit.scheduling.making import MS, items, run_all, small_scheduler, small_settings, submission
+
+
+class TestPacked:
+    def test_a_long_head_is_passed_over_and_leads_the_next_batch(self):
+        """What does not fit the rest of a batch waits for the next one only; shorter ones fill the room."""
+        s = small_scheduler()
+        for number, tokens in enumerate((30, 30, 20, 4), start=1):
+            s.submit(submission(number, tokens), 0)
+
+        assert items(s.next_batch(0)) == [(1, 0), (2, 0), (4, 0)]
+        assert items(s.next_batch(0)) == [(3, 0)]
+
+    def test_flows_share_a_full_batch(self):
+        s = small_scheduler(bucket_edges=(8, 16), max_batch_items=64)
+        for number in (1, 2):
+            s.submit(submission(number, *[8] * 20), 0)
+
+        assert [x for x, _ in items(s.next_batch(0))].count(1) == 4
+
+
+class TestBuckets:
+    def bucketed(self, **changes):
+        return small_scheduler(shape=Shape.BUCKETED, max_wait_ns=100 * MS, **changes)
+
+    def test_the_oldest_goes_first_not_the_shortest(self):
+        s = self.bucketed()
+        s.submit(submission(1, 30), 0)
+        s.submit(submission(2, 5), 1)
+
+        assert [b.edge for b in run_all(s, 2)] == [32, 8]
+
+    def test_a_full_bucket_goes_before_an_older_one(self):
+        s = self.bucketed()
+        s.submit(submission(1, 5), 0)
+        s.submit(submission(2, 30), 1)
+        s.submit(submission(3, 30), 1)
+
+        assert [b.edge for b in run_all(s, 2)] == [32, 8]
+
+    def test_an_overdue_wait_goes_before_a_full_bucket(self):
+        s = self.bucketed()
+        s.submit(submission(1, 5), 0)
+        s.submit(submission(2, 30, arrived_ns=50 * MS), 50 * MS)
+        s.submit(submission(3, 30, arrived_ns=50 * MS), 50 * MS)
+
+        assert [b.edge for b in run_all(s, 101 * MS)] == [8, 32]
+
+    def test_a_bulk_job_has_no_claim_by_age_or_fullness(self):
+        """Its buckets are full and its items old, and still a single newcomer is next once it was served."""
+        s = self.bucketed()
+        s.submit(submission(1, *[5, 12, 30] * 100), 0)
+        s.next_batch(0)
+        s.submit(Submission(2, 2, (9,), 200 * MS), 200 * MS)
+
+        assert (2, 0) in items(s.next_batch(200 * MS))
+
+    def test_buckets_of_one_flow_take_turns(self):
+        s = self.bucketed()
+        s.submit(submission(1, *[5, 12, 30] * 40), 0)
+
+        assert len({s.next_batch(0).edge for _ in range(3)}) == 3
+
+    def test_lower_classes_fill_the_rest_of_the_bucket(self):
+        s = self.bucketed()
+        s.submit(submission(1, 5, 6, 30, priority=Priority.BULK), 0)
+        s.submit(submission(2, 7, priority=Priority.INTERACTIVE), 0)
+
+        assert sorted(items(s.next_batch(0))) == [(1, 0), (1, 1), (2, 0)]
+
+
+class TestClasses:
+    def test_the_lowest_class_keeps_its_share(self):
+        """Beside a class that could use everything, it gets 5 % of the tokens, and so does the middle one."""
+        s = small_scheduler(max_queue_items=100_000, max_queue_tokens=1_000_000, max_batch_items=64)
+        for number, priority in enumerate(Priority, start=1):
+            s.submit(submission(number, *[8] * 4_000, priority=priority), 0)
+        rows = [x for _ in range(400) for x, _ in items(s.next_batch(0))]
+        shares = [rows.count(number) / len(rows) for number in (1, 2, 3)]
+
+        assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
+
+
+class TestRows:
+    """Rows on a device with captured shapes. Down where padding costs more than one more launch, else up."""
+
+    def policy(self, batch_ns, sizes=(1, 2, 4, 8), max_batch_tokens=64):
+        settings = small_settings(shape=Shape.BUCKETED, batch_sizes=sizes, max_batch_tokens=max_batch_tokens)
+        buckets = Buckets(settings.bucket_edges)
+        cost = CostModel(batch_ns, 10_000, 0.95, 64)
+        return BatchPolicy(settings, buckets, WaitingQueue(buckets, 3, 10), cost)
+
+    def test_without_sizes_any_count_runs(self):
+        assert self.policy(0, ()).captured_rows(5, 8, 64) == 5
+
+    def test_cheap_launches_round_down(self):
+        assert self.policy(batch_ns=1_000).captured_rows(5, 8, 64) == 4
+
+    def test_dear_launches_round_up(self):
+        """All five run, padded to eight rows."""
+        p = self.policy(batch_ns=10 * MS)
+
+        assert (p.captured_rows(5, 8, 64), p.padded_rows(5, 8, 64)) == (5, 8)
+
+    def test_what_a_size_would_push_over_the_limit_rounds_down(self):
+        assert self.policy(10 * MS).captured_rows(3, 16, 48) == 2
+
+    def test_padded_rows_are_counted(self):
+        s = small_scheduler(shape=Shape.BUCKETED, batch_sizes=(4, 8), initial_batch_ns=50 * MS)
+        s.submit(submission(1, 5, 5, 5), 0)
+        batch = s.next_batch(0)
+
+        assert (batch.rows, batch.padded_tokens) == (3, 32)

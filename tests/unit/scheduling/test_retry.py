@@ -1,0 +1,170 @@
+"""The ladder after a batch that did not end well."""
+
+import pytest
+
+from embedserve.scheduling.item import Failed, OutOfMemory, Settled, Shape, Succeeded, Verdict
+from tests.unit.scheduling.making import items, small_scheduler, submission
+
+SHAPES = pytest.mark.parametrize("shape", list(Shape))
+
+
+def serve(scheduler, device):
+    """Runs until nothing waits; ``device(batch)`` is the outcome. Verdicts by (submission, index), and the batches."""
+    verdicts, batches = {}, []
+    while (batch := scheduler.next_batch(0)) is not None:
+        batches.append(batch)
+        settlement = scheduler.complete(batch.id, device(batch), 0)
+        for s in settlement.settled:
+            for i in s.indexes:
+                assert (s.submission_id, i) not in verdicts
+                verdicts[s.submission_id, i] = s.verdict
+        if settlement.fatal:
+            break
+    return verdicts, batches
+
+
+def poison(*bad):
+    return lambda batch: Failed() if set(items(batch)) & set(bad) else Succeeded(1_000)
+
+
+class TestPoison:
+    @SHAPES
+    @pytest.mark.parametrize("bad", range(8))
+    def test_only_the_poison_item_fails(self, shape, bad):
+        """Bisection: the innocent succeed, in at most 2 log2(n) more passes (coral: INTERNAL for all, D4)."""
+        s = small_scheduler(shape=shape)
+        s.submit(submission(1, *[8] * 8), 0)
+        verdicts, batches = serve(s, poison((1, bad)))
+
+        assert verdicts == {(1, i): Verdict.ITEM_ERROR if i == bad else Verdict.DONE for i in range(8)}
+        assert len(batches) <= 1 + 2 * 3
+
+    def test_retries_are_bounded_and_go_first(self):
+        """I11, and what failed does not queue again behind others."""
+        s = small_scheduler()
+        s.submit(submission(1, *[8] * 8), 0)
+        first = s.next_batch(0)
+        s.submit(submission(2, *[8] * 8), 0)
+        s.complete(first.id, Failed(), 0)
+        again = s.next_batch(0)
+
+        assert {x for x, _ in items(again)} == {1}
+        assert again.attempt == 1
+
+    def test_bad_items_far_apart(self):
+        s = small_scheduler()
+        s.submit(submission(1, *[8] * 8), 0)
+        verdicts, batches = serve(s, poison((1, 0), (1, 7)))
+
+        assert [k for k, v in verdicts.items() if v is Verdict.ITEM_ERROR] == [(1, 0), (1, 7)]
+        assert max(b.attempt for b in batches) <= 3
+
+
+class TestOutOfMemory:
+    @SHAPES
+    def test_halves_are_retried_and_the_limit_falls_then_rises(self, shape):
+        s = small_scheduler(shape=shape, oom_rise_tokens=1)
+        s.submit(submission(1, *[8] * 8), 0)
+        verdicts, batches = serve(s, lambda b: OutOfMemory() if b.padded_tokens > 33 else Succeeded(1_000))
+
+        assert set(verdicts.values()) == {Verdict.DONE}
+        assert [b.rows for b in batches] == [8, 4, 4]
+        assert s.max_batch_tokens == 32 + 2
+
+        for number in range(2, 60):
+            s.submit(submission(number, 8), 0)
+            serve(s, lambda _: Succeeded(1_000))
+
+        assert s.max_batch_tokens == 64
+
+    def test_halves_by_cost(self):
+        s = small_scheduler()
+        s.submit(submission(1, 32, 8, 8, 8, 8), 0)
+        _, batches = serve(s, lambda b: OutOfMemory() if b.padded_tokens > 40 else Succeeded(1_000))
+
+        assert [b.tokens for b in batches] == [64, 32, 32]
+
+    def test_uneven_costs_do_not_break_the_bound(self):
+        """Halving by cost alone would part 32, 16, 8, 4, 2, 1, 1 one by one: I11 asks for log2."""
+        s = small_scheduler(bucket_edges=(32,), max_batch_items=8)
+        s.submit(submission(1, 32, 16, 8, 4, 2, 1, 1), 0)
+        verdicts, batches = serve(s, lambda b: OutOfMemory() if b.rows > 1 else Succeeded(1_000))
+
+        assert set(verdicts.values()) == {Verdict.DONE}
+        assert max(b.attempt for b in batches) <= 3
+
+    def test_a_single_item_is_given_up(self):
+        s = small_scheduler()
+        s.submit(submission(1, 32, 8), 0)
+        verdicts, _ = serve(s, lambda b: OutOfMemory() if (1, 0) in items(b) else Succeeded(1_000))
+
+        assert verdicts == {(1, 0): Verdict.OUT_OF_MEMORY, (1, 1): Verdict.DONE}
+
+    def test_the_limit_never_falls_below_the_longest_item(self):
+        s = small_scheduler(failures_alike_max=1_000)
+        for number in range(10):
+            s.submit(submission(number, 32), 0)
+        serve(s, lambda _: OutOfMemory())
+
+        assert s.max_batch_tokens == 32
+
+
+class TestNonFinite:
+    def test_company_that_spoils_a_row_is_healed_alone(self):
+        s = small_scheduler()
+        s.submit(submission(1, 8, 8, 8), 0)
+        verdicts, batches = serve(s, lambda b: Succeeded(1_000, frozenset({1} if b.rows > 1 else ())))
+
+        assert set(verdicts.values()) == {Verdict.DONE}
+        assert [b.rows for b in batches] == [3, 1]
+
+    def test_a_row_that_stays_bad_is_given_up_after_one_more_run(self):
+        s = small_scheduler()
+        s.submit(submission(1, 8, 8), 0)
+        bad = lambda b: Succeeded(1_000, frozenset(r for r, item in enumerate(items(b)) if item == (1, 0)))
+        verdicts, batches = serve(s, bad)
+
+        assert verdicts == {(1, 0): Verdict.NON_FINITE, (1, 1): Verdict.DONE}
+        assert len(batches) == 2
+
+    def test_good_rows_of_the_batch_keep_their_numbers(self):
+        s = small_scheduler()
+        s.submit(submission(1, 8, 8, 8), 0)
+        done = s.complete(s.next_batch(0).id, Succeeded(1_000, frozenset({1})), 0)
+
+        assert done.settled == (Settled(1, (0, 2), Verdict.DONE, (0, 2)),)
+        assert done.requeued == 1
+
+
+class TestFatal:
+    @pytest.mark.parametrize("outcome", [Failed(), Succeeded(1, frozenset({0})), OutOfMemory()])
+    def test_failing_alike_again_and_again_is_the_device(self, outcome):
+        s = small_scheduler(failures_alike_max=5, bucket_edges=(32,))
+        for number in range(20):
+            s.submit(submission(number, 32, tenant=str(number)), 0)
+        batches = 0
+        while s.fatal is None:
+            batch = s.next_batch(0)
+            batches += 1
+            bad = Succeeded(1, frozenset(range(batch.rows))) if isinstance(outcome, Succeeded) else outcome
+            s.complete(batch.id, bad, 0)
+
+        assert batches == 5
+        assert s.depth.waiting_items == 0
+
+    def test_a_good_pass_ends_the_streak(self):
+        s = small_scheduler(failures_alike_max=3)
+        for k in range(20):
+            s.submit(submission(k, 8), 0)
+            s.complete(s.next_batch(0).id, Succeeded(1_000) if k % 3 == 2 else Failed(), 0)
+
+        assert s.fatal is None
+
+    @pytest.mark.parametrize("bad", range(8))
+    def test_one_poison_item_is_not_the_device(self, bad):
+        """Breadth first: its passes never fail more than three times in a row."""
+        s = small_scheduler(failures_alike_max=4)
+        s.submit(submission(1, *[8] * 8), 0)
+        serve(s, poison((1, bad)))
+
+        assert s.fatal is None
