@@ -278,7 +278,7 @@ class Instruments:
             labels = [label.name for label in instrument.labels]
             declared = instrument.declared()
             if instrument is QUEUE_WAIT:
-                declared = tuple((str(edge),) for edge in bucket_edges)
+                declared = tuple((str(edge),) for edge in (*bucket_edges, semconv.OTHER))
             if instrument.kind is Kind.COUNTER or instrument is ACTIVE_CALLS:
                 self.counters[instrument.name] = CounterTally(labels, declared, dict(instrument.constant))
             elif instrument.kind is Kind.HISTOGRAM:

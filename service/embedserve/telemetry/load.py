@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -59,7 +60,7 @@ class SharedSnapshot:
         self._snapshot = LoadSnapshot()
 
     def register(self, source: LoadSource) -> None:
-        """Ask ``source`` from now on."""
+        """Ask ``source`` from now on; it may raise ``TimeoutError`` where it cannot tell in time."""
         with self._lock:
             self._source = source
             self._taken_s = float("-inf")
@@ -67,8 +68,10 @@ class SharedSnapshot:
     def read(self) -> LoadSnapshot:
         """The load, at most 50 ms old."""
         with self._lock:
-            now = time.monotonic()
-            if now - self._taken_s > _SHARED_S:
-                self._snapshot = self._source()
-                self._taken_s = now
+            if time.monotonic() - self._taken_s > _SHARED_S:
+                # A source that waits for a stalled event loop gives up with TimeoutError. The last snapshot stands in:
+                # a source asked again for each of twenty gauges would hold the scrape twenty times as long.
+                with suppress(TimeoutError):
+                    self._snapshot = self._source()
+                self._taken_s = time.monotonic()
             return self._snapshot

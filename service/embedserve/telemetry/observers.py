@@ -8,7 +8,8 @@ bisections.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
@@ -20,6 +21,7 @@ from embedserve.model.backend import PassTimes
 from embedserve.scheduling.item import Rejection
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.instruments import Instruments
+from embedserve.telemetry.semconv import OTHER
 from embedserve.telemetry.span_queue import SpanQueue
 from embedserve.telemetry.spans import BatchTrace
 
@@ -33,7 +35,13 @@ LogRejection = Callable[[Rejection, str], None]
 class TelemetryEngineObserver:
     """Implements ``EngineObserver``. Event loop only."""
 
-    def __init__(self, instruments: Instruments, spans: SpanQueue | None, log_rejection: LogRejection) -> None:
+    def __init__(
+        self,
+        instruments: Instruments,
+        spans: SpanQueue | None,
+        log_rejection: LogRejection,
+        bucket_edges: Sequence[int] = (),
+    ) -> None:
         """Without ``spans`` no batch is traced. ``log_rejection(rejection, stage)`` must not block."""
         self._spans = spans
         self._log_rejection = log_rejection
@@ -49,7 +57,9 @@ class TelemetryEngineObserver:
         self._tokens_admitted = counter(table.TOKENS_ADMITTED).cell()
         self._settled = counter(table.ITEMS_SETTLED)
         self._requests = counter(table.REQUESTS)
-        self._queue_wait = histogram(table.QUEUE_WAIT)
+        self._edges = sorted(bucket_edges)
+        # What lies beyond the last edge, and everything where the edges are not known.
+        self._queue_waits = [histogram(table.QUEUE_WAIT).cell(word) for word in (*map(str, self._edges), OTHER)]
         self._wait_prediction = histogram(table.WAIT_PREDICTION).cell()
         self._batch_duration = histogram(table.BATCH_DURATION)
         stages = histogram(table.BATCH_STAGE_DURATION)
@@ -112,7 +122,9 @@ class TelemetryEngineObserver:
             return
         # A request that expires in the queue has waited too; leaving it out would make an overload look short.
         taken_ns = stages.dequeued_ns or time.monotonic_ns()
-        self._queue_wait.cell(str(stages.bucket)).observe(max(0, taken_ns - stages.queued_ns) * _S_PER_NS)
+        # A packed pass has no edges and gives the longest row instead: any number, and so no label.
+        cell = self._queue_waits[bisect_left(self._edges, stages.bucket)]
+        cell.observe(max(0, taken_ns - stages.queued_ns) * _S_PER_NS)
         if verdict == "done" and stages.predicted_ns > 0:
             self._wait_prediction.observe(max(0, stages.computed_ns - stages.queued_ns) / stages.predicted_ns)
 

@@ -130,7 +130,7 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
         spans = SpanQueue(span_exporter, factory, instruments.counter(table.SPANS), SpanQueueLimits.from_environment())
     shed_log = ShedLog(structlog.get_logger("embedserve.admission").bind())
     return Telemetry(
-        engine_observer=TelemetryEngineObserver(instruments, spans, shed_log),
+        engine_observer=TelemetryEngineObserver(instruments, spans, shed_log, settings.bucket_edges),
         call_observer=RequestTracer(
             instruments,
             sampler=exporters.sampler(settings) if spans is not None else None,

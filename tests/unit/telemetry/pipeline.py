@@ -93,7 +93,9 @@ def make_pipeline(
         exemplars=exemplars,
         log_call=ended.append,
     )
-    engine = TelemetryEngineObserver(instruments, queue, lambda rejection, stage: rejections.append((rejection, stage)))
+    engine = TelemetryEngineObserver(
+        instruments, queue, lambda rejection, stage: rejections.append((rejection, stage)), (16, 32)
+    )
     return Pipeline(instruments, exporter, queue, calls, engine, ended, rejections)
 
 

@@ -278,6 +278,25 @@ class TestGauges:
 
         assert len(asked) == 1
 
+    def test_a_source_that_cannot_tell_in_time_is_asked_once_and_the_last_load_stands(self) -> None:
+        answers: list[LoadSnapshot | None] = [LoadSnapshot(theta=2.0), None]
+        asked = 0
+
+        def source() -> LoadSnapshot:
+            nonlocal asked
+            asked += 1
+            answer = answers[min(asked, len(answers)) - 1]
+            if answer is None:
+                raise TimeoutError
+            return answer
+
+        snapshot = SharedSnapshot()
+        snapshot.register(source)
+        assert snapshot.read().theta == 2.0
+        snapshot._taken_s = float("-inf")  # as if time had passed
+        assert [snapshot.read().theta for _ in range(20)] == [2.0] * 20
+        assert asked == 2
+
     def test_the_model_is_shown_once_it_is_known(self, telemetry: Telemetry) -> None:
         assert not [s for s in scrape(telemetry) if s.name == "embedserve_model_info"]
         telemetry.register_model(IDENTITY)

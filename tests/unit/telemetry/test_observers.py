@@ -89,6 +89,19 @@ class TestEngineObserver:
         assert seconds >= 0.008
         assert histogram(pipeline, table.WAIT_PREDICTION) == (0, 0)
 
+    @pytest.mark.parametrize(("longest", "label"), [(0, "16"), (3, "16"), (16, "16"), (17, "32"), (33, "_OTHER")])
+    def test_a_packed_passs_longest_row_counts_in_its_bucket(
+        self, pipeline: Pipeline, longest: int, label: str
+    ) -> None:
+        before = len(pipeline.instruments.histogram(table.QUEUE_WAIT).cells())
+        stages = stages_of(MS)
+        stages.bucket = longest
+
+        pipeline.engine.request_finished(stages, verdict="done")
+
+        assert histogram(pipeline, table.QUEUE_WAIT, label)[0] == 1
+        assert before == len(pipeline.instruments.histogram(table.QUEUE_WAIT).cells())
+
     def test_a_request_that_was_refused_has_not_waited(self, pipeline: Pipeline) -> None:
         pipeline.engine.request_finished(Stages(time.monotonic_ns()), verdict="rejected")
 

@@ -150,8 +150,9 @@ class TestCall:
         ("status", "ours"),
         [
             ("OK", False), ("CANCELLED", False), ("INVALID_ARGUMENT", False), ("NOT_FOUND", False),
-            ("RESOURCE_EXHAUSTED", False), ("FAILED_PRECONDITION", False), ("UNKNOWN", True), ("DEADLINE_EXCEEDED", True),
-            ("UNIMPLEMENTED", True), ("INTERNAL", True), ("UNAVAILABLE", True), ("DATA_LOSS", True),
+            ("RESOURCE_EXHAUSTED", False), ("FAILED_PRECONDITION", False), ("UNKNOWN", True),
+            ("DEADLINE_EXCEEDED", True), ("UNIMPLEMENTED", True), ("INTERNAL", True),
+            ("UNAVAILABLE", True), ("DATA_LOSS", True),
         ],
     )  # fmt: skip
     async def test_only_the_servers_faults_are_errors(self, pipeline: Pipeline, status: str, ours: bool) -> None:
