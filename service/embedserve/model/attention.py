@@ -44,7 +44,7 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    """One layer's states, each ``[heads, tokens, width]``, and how it attends."""
+    """One layer's states, each ``[tokens, heads, width]``, and how it attends."""
 
     query: Tensor
     key: Tensor
@@ -117,11 +117,17 @@ def packed_attention(
     ``sliding_window`` counts the token itself, as transformers hands it down: 65 is 64 to either side.
     """
     assert attention_mask is None, "a packed pass has no mask"
-    states = _States(query[0], key[0], value[0], scaling, None if sliding_window is None else sliding_window - 1)
+    # Tokens first: that is how the projections left them, so that a group of rows is a view and not a copy.
+    states = _States(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+        None if sliding_window is None else sliding_window - 1,
+    )
     if packing.cumulative is not None:
         return _varlen(states, packing.cumulative, packing.length_max)[None], None
-    heads, tokens, width = states.query.shape
-    result = query.new_empty((tokens, heads, width))
+    result = torch.empty_like(states.query, memory_format=torch.contiguous_format)
     for group in packing.groups:
         _attend_group(group, states, result)
     return result[None], None
@@ -131,11 +137,11 @@ def _attend_group(group: _Group, states: _States, result: Tensor) -> None:
     """Write the group's rows of ``result`` (``[tokens, heads, width]``)."""
     shape = group.shape
     end = shape.start + shape.tokens
-    heads, _, width = states.query.shape
+    _, heads, width = result.shape
 
     def rows(packed: Tensor) -> Tensor:
-        chosen = packed[:, shape.start : end] if group.gather is None else packed.index_select(1, group.gather)
-        return chosen.reshape(heads, shape.rows, shape.length, width).transpose(0, 1)
+        chosen = packed[shape.start : end] if group.gather is None else packed.index_select(0, group.gather)
+        return chosen.reshape(shape.rows, shape.length, heads, width).transpose(1, 2)
 
     attended = functional.scaled_dot_product_attention(
         rows(states.query),
@@ -164,9 +170,9 @@ def _varlen(states: _States, cumulative: Tensor, length_max: int) -> Tensor:
 
     window = (-1, -1) if states.window is None else (states.window, states.window)
     attended = varlen_attn(
-        states.query.transpose(0, 1),
-        states.key.transpose(0, 1),
-        states.value.transpose(0, 1),
+        states.query,
+        states.key,
+        states.value,
         cumulative,
         cumulative,
         length_max,
