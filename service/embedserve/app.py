@@ -34,6 +34,7 @@ from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.telemetry.load import LoadSnapshot
+from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.wiring import (
     bucket_edges,
@@ -50,6 +51,8 @@ FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
 WORKER_STOP_S = 5.0
 """Time for the pass that runs to end when the process stops. A pass takes milliseconds."""
+STRAGGLERS_S = 1.0
+"""After the last call has ended: time for one that gRPC has taken and no handler has begun. It needs milliseconds."""
 LOAD_READ_S = 2.0
 """A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says
 so."""
@@ -58,17 +61,34 @@ so."""
 class App:
     """One process's life. ``live`` returns the exit code."""
 
-    def __init__(self, config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] | None = None) -> None:
-        """``make_backend`` replaces the torch backend, for tests and other devices."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
+        checkpoint: Checkpoint | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        """What is given replaces what ``config`` says: the torch backend, the checkpoint, telemetry.
+
+        For tests, other devices, and programs that have telemetry of their own.
+        """
         self._config = config
         self._make_backend = make_backend
-        self._lifecycle = Lifecycle()
+        self._checkpoint = checkpoint
+        self._telemetry = telemetry
         self._stop = asyncio.Event()
         self._signals = 0
         self._fatal: str | None = None
         self._log = structlog.get_logger("embedserve.app")
-        self._engine: Engine | None = None
-        self._telemetry: Telemetry | None = None
+        self.lifecycle = Lifecycle()
+        """To read and to listen to; only this class changes it."""
+        self.addresses: tuple[str, ...] = ()
+        """Where gRPC listens, from WARMING on; port 0 is replaced by what the system chose."""
+        self.operations_address: str | None = None
+        """Where the operations port listens, from WARMING on."""
+        self.engine: Engine | None = None
+        self.guard: Guard | None = None
         self.worker_ended = True
         """Whether no thread of ours is left in native code: if one is, only the system can end this process in time."""
 
@@ -77,14 +97,13 @@ class App:
         started = time.monotonic_ns()
         config = self._config
         loop = asyncio.get_running_loop()
-        self._handle_signals(loop)
         try:
             # In a thread, so that a SIGTERM during the digests of a large checkpoint is heard.
             checkpoint = await loop.run_in_executor(None, self._read_checkpoint)
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
-        self._telemetry = telemetry = setup_telemetry(telemetry_settings(config, checkpoint))
+        telemetry = self._telemetry or setup_telemetry(telemetry_settings(config, checkpoint))
         code = ExitCode.BROKEN
         try:
             code = await self._serve(telemetry, checkpoint, started, ready_line)
@@ -92,7 +111,19 @@ class App:
             await loop.run_in_executor(None, telemetry.shutdown, config.shutdown.telemetry_flush_ms / 1000)
         return code
 
+    def stop(self) -> None:
+        """Drain and end, as on SIGTERM. May be called at any time."""
+        self._stop.set()
+
+    def handle_signals(self) -> None:
+        """SIGTERM and SIGINT stop this process, a second one at once. Only in the main thread's event loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._take_signal, number)
+
     def _read_checkpoint(self) -> Checkpoint:
+        if self._checkpoint is not None:
+            return self._checkpoint
         model = self._config.model
         return load_checkpoint(
             model.source,
@@ -105,12 +136,12 @@ class App:
     async def _serve(
         self, telemetry: Telemetry, checkpoint: Checkpoint, started: int, ready_line: Callable[[bytes], None]
     ) -> int:
-        config, lifecycle = self._config, self._lifecycle
+        config, lifecycle = self._config, self.lifecycle
         for note in checkpoint.notes:
             self._log.info("checkpoint_note", note=note)
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
         health = HealthService((SERVICE,))
-        guard = Guard(
+        guard = self.guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
             # Through the settle time too: until the port closes nobody is turned away.
@@ -122,7 +153,7 @@ class App:
         health.add_to(server)
         if config.server.reflection:
             add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
-        engine = self._engine = build_engine(
+        engine = self.engine = build_engine(
             config, checkpoint, telemetry.engine_observer, self._die, make_backend=self._make_backend
         )
         loop = asyncio.get_running_loop()
@@ -137,7 +168,9 @@ class App:
         try:
             ports = bind(server, config.server.addresses)
             await server.start()
-            http_address = await operations.start(config.operations.address) if config.operations.enabled else None
+            self.addresses = _addresses(config.server.addresses, ports)
+            if config.operations.enabled:
+                self.operations_address = await operations.start(config.operations.address)
             lifecycle.to(State.WARMING)
             await self._start_engine(engine)
         except StartupError as error:
@@ -151,7 +184,7 @@ class App:
             telemetry.register_model(engine.identity)
             lifecycle.to(State.SERVING)
             health.set_serving(True)
-            self._announce(ready_line, _addresses(config.server.addresses, ports), http_address, engine, started)
+            self._announce(ready_line, engine, started)
         await self._stop.wait()
         return await self._shut_down(server, health, guard, operations, engine)
 
@@ -164,20 +197,13 @@ class App:
         if start.done():
             start.result()
 
-    def _announce(
-        self,
-        ready_line: Callable[[bytes], None],
-        addresses: list[str],
-        http_address: str | None,
-        engine: Engine,
-        started: int,
-    ) -> None:
+    def _announce(self, ready_line: Callable[[bytes], None], engine: Engine, started: int) -> None:
         identity = engine.identity
         facts = {
             "type": "ready",
-            "address": addresses[0],
-            "addresses": addresses,
-            "operations": http_address,
+            "address": self.addresses[0],
+            "addresses": self.addresses,
+            "operations": self.operations_address,
             "model": identity.name,
             "revision": identity.revision,
             "dimension": identity.dimension,
@@ -195,7 +221,7 @@ class App:
     async def _shut_down(
         self, server: object, health: HealthService, guard: Guard, operations: OperationsPort, engine: Engine
     ) -> int:
-        config, lifecycle = self._config.shutdown, self._lifecycle
+        config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
         if self._fatal is not None:
             lifecycle.to(State.FAILED)
@@ -227,8 +253,11 @@ class App:
         except TimeoutError:
             cut_off = guard.in_flight
             self._log.error("grace_exceeded", cut_off=cut_off, grace_ms=self._config.shutdown.grace_ms)
-        engine.drain()
+        # The engine takes calls until the server has none: gRPC may hold one that no handler has seen yet. Streams of
+        # reflection have nothing to lose, and must not hold the exit for the whole grace.
+        await server.stop(min(grace_s, STRAGGLERS_S))  # type: ignore[attr-defined]
         await stopping
+        engine.drain()
         return cut_off
 
     def _internal_error(self, error_id: str, error: BaseException) -> None:
@@ -248,10 +277,6 @@ class App:
             self._fatal = why
             self._stop.set()
 
-    def _handle_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._take_signal, number)
-
     def _take_signal(self, number: signal.Signals) -> None:
         self._signals += 1
         if self._signals > 1:
@@ -261,12 +286,12 @@ class App:
         self._stop.set()
 
 
-def _addresses(asked: tuple[str, ...], ports: list[int]) -> list[str]:
+def _addresses(asked: tuple[str, ...], ports: list[int]) -> tuple[str, ...]:
     """The addresses as they are: port 0 replaced by what the system chose."""
-    return [
+    return tuple(
         address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
         for address, port in zip(asked, ports, strict=True)
-    ]
+    )
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, read: Callable[[], LoadSnapshot]) -> LoadSnapshot:
@@ -292,8 +317,13 @@ def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] 
         sys.stdout.write(line.decode() + "\n")
         sys.stdout.flush()
 
+    telemetry = config.telemetry
+    # Before anything can fail: until then structlog writes to standard output, which belongs to the ready line.
+    configure_logs(level=telemetry.log_level, levels=telemetry.log_levels, form=telemetry.log_format)
+
     async def live() -> tuple[int, bool]:
         app = App(config, make_backend=make_backend)
+        app.handle_signals()
         return await app.live(ready_line), app.worker_ended
 
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:

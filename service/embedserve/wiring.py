@@ -94,12 +94,12 @@ def device_name(config: Config) -> str:
 
 def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
     """The core with its policies."""
-    from embedserve.model.attention import PACKED_ARCHITECTURES  # noqa: PLC0415 - imports torch, which takes a second
-
     settings = config.scheduling
     batch_tokens = settings.batch_tokens(device_name(config), checkpoint.max_input_length)
     shape = settings.shape
     if shape == "auto":
+        from embedserve.model.attention import PACKED_ARCHITECTURES  # noqa: PLC0415 - torch takes a second to import
+
         shape = "packed" if checkpoint.architecture in PACKED_ARCHITECTURES else "bucketed"
     return Scheduler(
         SchedulerSettings(
