@@ -6,9 +6,11 @@ import json
 import shutil
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,11 @@ def scraped(telemetry: Telemetry) -> Iterator[int]:
 
 @pytest.fixture
 def prometheus(scraped: int, tmp_path: Path) -> Iterator[str]:
-    """The URL of a Prometheus that scrapes every 200 ms."""
+    """The URL of a Prometheus that scrapes every second."""
     assert PROMETHEUS is not None
     config = tmp_path / "prometheus.yml"
     config.write_text(
-        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
+        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
         f"scrape_configs: [{{job_name: embedserve, static_configs: [{{targets: ['127.0.0.1:{scraped}']}}]}}]\n"
     )
     port = free_port()
@@ -81,7 +83,19 @@ def prometheus(scraped: int, tmp_path: Path) -> Iterator[str]:
     ]  # fmt: skip
     with running(command, tmp_path / "prometheus.log") as process:
         wait_for_port(port, process)
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url)
+        yield url
+
+
+def wait_until_ready(url: str) -> None:
+    """Until Prometheus has opened its storage; before, it answers 503 to everything."""
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/-/ready", timeout=5):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{url} is not ready after {READY_S} s")
 
 
 def ask(url: str, path: str, **parameters: str) -> list[dict[str, Any]]:
