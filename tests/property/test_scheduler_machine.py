@@ -23,7 +23,12 @@ def policies(which):
         "throughput": lambda: ThroughputPolicy(ThroughputSettings(max_drain_ns=40 * MS)),
         "latency_p95": lambda: LatencyP95Policy(
             LatencyP95Settings(
-                slo_ns=50 * MS, soft_ns=20 * MS, hard_ns=30 * MS, release_ns=10 * MS, window_ns=500 * MS, min_samples=2
+                slo_ns=50 * MS,
+                soft_ns=20 * MS,
+                hard_ns=30 * MS,
+                release_fraction=0.5,
+                window_ns=500 * MS,
+                min_samples=2,
             )
         ),
     }

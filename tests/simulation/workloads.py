@@ -170,11 +170,7 @@ def throughput():
 
 
 def latency():
-    return [
-        LatencyP95Policy(
-            LatencyP95Settings(slo_ns=250 * MS, soft_ns=200 * MS, hard_ns=250 * MS, release_ns=160 * MS, window_ns=S)
-        )
-    ]
+    return [LatencyP95Policy(LatencyP95Settings(slo_ns=250 * MS, soft_ns=200 * MS, hard_ns=250 * MS, window_ns=S))]
 
 
 def both():

@@ -12,7 +12,6 @@ nothing cancelled dispatched; I8 work-conserving; I9 a drain ends; I10 determini
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from embedserve.scheduling.admission import Candidate, Policy
 from embedserve.scheduling.admission.gate import Gate
@@ -36,27 +35,13 @@ from embedserve.scheduling.item import (
     Succeeded,
     Verdict,
 )
+from embedserve.scheduling.load import Load
 from embedserve.scheduling.policy import BatchPolicy
 from embedserve.scheduling.retry import Group, Part, RetryLadder
 from embedserve.scheduling.settings import SchedulerSettings
 from embedserve.scheduling.waiting import Ticket, WaitingQueue
 
 __all__ = ["Load", "Scheduler"]
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a caller may want to know before sending more."""
-
-    queued_tokens: int
-    running_tokens: int
-    tokens_per_second: float
-    """Useful tokens per second of device time, lately."""
-    drain_ns: int
-    """Predicted time to work off all that is admitted."""
-    p95_sojourn_ns: int | None
-    accepting: bool
-    """Neither draining nor failed, and below the hard limits."""
 
 
 class Scheduler:

@@ -118,7 +118,7 @@ class ThroughputSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyP95Settings:
-    """Limits of the ``latency_p95`` policy. Needs ``release < soft < hard``."""
+    """Limits of the ``latency_p95`` policy. Needs ``soft < hard``."""
 
     slo_ns: int = 1 * S
     """The P95 that is promised; theta x predicted wait must stay under it."""
@@ -126,8 +126,8 @@ class LatencyP95Settings:
     """Shedding starts when the measured P95 passes this: 0.8 of the SLO."""
     hard_ns: int = 1 * S
     """Shedding reaches ``max_shed`` here: the SLO itself."""
-    release_ns: int = 640 * MS
-    """Shedding ends below this: 0.8 of soft, so that it does not flip at one value."""
+    release_fraction: float = 0.8
+    """Shedding ends below this part of soft, so that it does not flip at one value."""
     max_shed: float = 0.9
     """Some are let in even above hard: without samples nobody would see the recovery."""
     window_ns: int = 5 * S
@@ -138,7 +138,13 @@ class LatencyP95Settings:
     """Of the coin that sheds: the same events give the same decisions."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.release_ns < self.soft_ns < self.hard_ns, "needs 0 < release_ns < soft_ns < hard_ns")
+        _require(0 < self.soft_ns < self.hard_ns, "needs 0 < soft_ns < hard_ns")
+        _require(0 < self.release_fraction < 1, "release_fraction must lie between 0 and 1")
         _require(self.slo_ns > 0 and self.window_ns > 0, "slo_ns and window_ns must be positive")
         _require(0 < self.max_shed < 1, "max_shed must lie between 0 and 1: at 1 nobody would see the recovery")
         _require(self.min_samples >= 1, "min_samples must be at least 1")
+
+    @property
+    def release_ns(self) -> int:
+        """Where shedding ends."""
+        return int(self.soft_ns * self.release_fraction)

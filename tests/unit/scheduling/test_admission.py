@@ -121,7 +121,6 @@ def settings(**changes):
         "slo_ns": S,
         "soft_ns": 500 * MS,
         "hard_ns": S,
-        "release_ns": 400 * MS,
         "min_samples": 10,
         "window_ns": 5 * S,
     }

@@ -52,7 +52,7 @@ class TestCoralDefects:
 
     def test_d9_the_latency_policy_sees_timeouts(self):
         """There, 4,318 of 4,500 timed out, 162 were refused, and health said healthy."""
-        slo = LatencyP95Settings(slo_ns=400 * MS, soft_ns=300 * MS, hard_ns=400 * MS, release_ns=200 * MS)
+        slo = LatencyP95Settings(slo_ns=400 * MS, soft_ns=300 * MS, hard_ns=400 * MS)
         s = small_scheduler([LatencyP95Policy(slo)], initial_batch_ns=20 * MS, max_batch_items=1)
         for _ in range(100):
             s.observe_sojourn(500 * MS, 1 * S, timed_out=True)

@@ -35,7 +35,7 @@ class TestSchedulerSettings:
 
 
 class TestPolicySettings:
-    @pytest.mark.parametrize("changes", [{"soft_ns": 2_000_000_000}, {"release_ns": 0}, {"max_shed": 1.0}])
+    @pytest.mark.parametrize("changes", [{"soft_ns": 2_000_000_000}, {"release_fraction": 1.0}, {"max_shed": 1.0}])
     def test_latency_refuses(self, changes):
         with pytest.raises(ValueError, match=r"\S"):
             LatencyP95Settings(**changes)
