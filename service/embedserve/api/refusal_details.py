@@ -1,8 +1,8 @@
 """The ``google.rpc.Status`` of a refusal, as bytes.
 
-Decides nothing but the byte layout. Must never know when or why calls are refused. A server that sheds load answers most
-of its calls with this, and a refusal may cost 50 us in all: with the generated classes it took 26 us, and 47 us of the
-loop's time with the caches that they push out; by hand 16 us and 25 us. Tags come from the descriptors of
+Decides nothing but the byte layout. Must never know when or why calls are refused. A server that sheds load answers
+most of its calls with this, and a refusal may cost 50 us in all: with the generated classes it took 26 us, and 47 us of
+the loop's time with the caches that they push out; by hand 16 us and 25 us. Tags come from the descriptors of
 ``google.rpc``; the tests decode with its classes.
 """
 

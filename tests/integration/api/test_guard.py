@@ -458,6 +458,26 @@ class TestCancellation:
 
         assert closed == [True]
 
+    async def test_a_generator_is_closed_when_a_write_is_cut_off(self, serve: Any) -> None:
+        """Also where it waits at a ``yield`` and not at an ``await`` of its own."""
+        closed = []
+
+        async def handler(request: Any, context: Any) -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"x" * 1_000_000
+            finally:
+                closed.append(current_call().method)
+
+        served = await serve(stream=handler)
+        rpc = served.stream()
+        await rpc.read()
+        rpc.cancel()
+        async with asyncio.timeout(5):
+            await served.guard.wait_idle()
+
+        assert closed == [f"{guard_module.SERVICE}/EmbedStream"]
+
     async def test_a_reader_that_has_stopped_does_not_hold_its_call(
         self, serve: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
