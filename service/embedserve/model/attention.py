@@ -1,6 +1,6 @@
 """Attention over packed rows: each row sees itself, and no padding is computed.
 
-Decides how one packed pass attends on a CPU (one scaled-dot-product call for each group of rows of like length) and on
+Decides how one packed pass attends on a CPU (one scaled-dot-product call for each group of rows of equal length) and on
 CUDA (one variable-length kernel). Must never know a model: transformers calls it through its attention interface, by
 name. Source: transformers' ``AttentionInterface``; the name is not in ``AttentionMaskInterface``, so that no mask is
 built.
@@ -35,8 +35,10 @@ their attention adds a bias made from the positions of a padded batch."""
 class Packing:
     """What ``packed_attention`` must know of a pass; made once, used by every layer."""
 
-    groups: tuple[_Group, ...] = ()
+    groups: tuple[AttentionGroup, ...] = ()
     """On a CPU."""
+    windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """On a CPU, masks of sliding layers by row length and window, made when the first such layer asks."""
     cumulative: Tensor | None = None
     """On CUDA: int32 ``[rows + 1]``, where each row begins."""
     length_max: int = 0
@@ -54,21 +56,6 @@ class _States:
     """Tokens to either side that a token sees; ``None`` where it sees its whole row."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """An ``AttentionGroup`` with what a group of unequal rows needs: where its padded columns come from and go to."""
-
-    shape: AttentionGroup
-    gather: Tensor | None = None
-    """Shape ``[rows * length]``: the token of each padded place; pads repeat a real token of their row."""
-    real: Tensor | None = None
-    """Shape ``[tokens]``: the padded place of each token."""
-    mask: Tensor | None = None
-    """Shape ``[rows, 1, 1, length]``: true where a key is real."""
-    windows: dict[int, Tensor] = field(default_factory=dict)
-    """Masks of sliding layers by their window, made when the first such layer asks."""
-
-
 def packing_for(layout: Packed, device: torch.device) -> Packing:
     """The packing of ``layout`` on ``device``."""
     if device.type == "cuda":
@@ -76,28 +63,7 @@ def packing_for(layout: Packed, device: torch.device) -> Packing:
         return Packing(
             cumulative=torch.from_numpy(ends).to(device, non_blocking=True), length_max=int(layout.lengths[0])
         )
-    groups = []
-    row = 0
-    for shape in attention_groups(layout.lengths):
-        lengths = layout.lengths[row : row + shape.rows]
-        groups.append(_group(shape, lengths))
-        row += shape.rows
-    return Packing(groups=tuple(groups), length_max=int(layout.lengths[0]))
-
-
-def _group(shape: AttentionGroup, lengths: np.ndarray[Any, np.dtype[np.int64]]) -> _Group:
-    if shape.tokens == shape.rows * shape.length:
-        return _Group(shape)
-    columns = np.arange(shape.length)[None, :]
-    mask = columns < lengths[:, None]
-    starts = shape.start + np.cumsum(lengths) - lengths
-    gather = starts[:, None] + np.minimum(columns, lengths[:, None] - 1)
-    return _Group(
-        shape,
-        torch.from_numpy(gather.reshape(-1)),
-        torch.from_numpy(np.flatnonzero(mask)),
-        torch.from_numpy(mask[:, None, None, :]),
-    )
+    return Packing(groups=attention_groups(layout.lengths), length_max=int(layout.lengths[0]))
 
 
 def packed_attention(
@@ -129,39 +95,33 @@ def packed_attention(
         return _varlen(states, packing.cumulative, packing.length_max)[None], None
     result = torch.empty_like(states.query, memory_format=torch.contiguous_format)
     for group in packing.groups:
-        _attend_group(group, states, result)
+        mask = _window_mask(packing, group.length, states.window)
+        chosen = slice(group.start, group.start + group.rows * group.length)
+        result[chosen] = _attend(group, chosen, states, mask)
     return result[None], None
 
 
-def _attend_group(group: _Group, states: _States, result: Tensor) -> None:
-    """Write the group's rows of ``result`` (``[tokens, heads, width]``)."""
-    shape = group.shape
-    end = shape.start + shape.tokens
-    _, heads, width = result.shape
+def _attend(group: AttentionGroup, chosen: slice, states: _States, mask: Tensor | None) -> Tensor:
+    """The attention of the group's rows, ``[rows * length, heads, width]``."""
+    _, heads, width = states.query.shape
 
     def rows(packed: Tensor) -> Tensor:
-        chosen = packed[shape.start : end] if group.gather is None else packed.index_select(0, group.gather)
-        return chosen.reshape(shape.rows, shape.length, heads, width).transpose(1, 2)
+        return packed[chosen].reshape(group.rows, group.length, heads, width).transpose(1, 2)
 
     attended = functional.scaled_dot_product_attention(
-        rows(states.query),
-        rows(states.key),
-        rows(states.value),
-        attn_mask=_mask(group, states.window),
-        scale=states.scaling,
+        rows(states.query), rows(states.key), rows(states.value), attn_mask=mask, scale=states.scaling
     )
-    attended = attended.transpose(1, 2).reshape(shape.rows * shape.length, heads, width)
-    result[shape.start : end] = attended if group.real is None else attended.index_select(0, group.real)
+    return attended.transpose(1, 2).reshape(group.rows * group.length, heads, width)
 
 
-def _mask(group: _Group, window: int | None) -> Tensor | None:
-    if window is None or window >= group.shape.length - 1:
-        return group.mask
-    if window not in group.windows:
-        places = torch.arange(group.shape.length)
-        near = (places[:, None] - places[None, :]).abs() <= window
-        group.windows[window] = near[None, None] if group.mask is None else near[None, None] & group.mask
-    return group.windows[window]
+def _window_mask(packing: Packing, length: int, window: int | None) -> Tensor | None:
+    """Which keys each token of a row sees, ``[length, length]``, or ``None`` where it sees all of its row."""
+    if window is None or window >= length - 1:
+        return None
+    if (length, window) not in packing.windows:
+        places = torch.arange(length)
+        packing.windows[length, window] = (places[:, None] - places[None, :]).abs() <= window
+    return packing.windows[length, window]
 
 
 def _varlen(states: _States, cumulative: Tensor, length_max: int) -> Tensor:

@@ -45,7 +45,7 @@ class ModelIdentity:
     max_input_length: int
     """Tokens in one text, special tokens included."""
     pooling: str
-    """``mean``, ``cls``, ``last_token``, ``max``, ``mean_sqrt_len``, ``weighted_mean``; joined by ``+`` when concatenated."""
+    """``mean``, ``cls``, ``last_token``, ``max``, ``mean_sqrt_len``, ``weighted_mean``; several are joined by ``+``."""
     normalize: bool
     """Whether the checkpoint's own ``modules.json`` ends in a Normalize module."""
     dtype: str
@@ -72,7 +72,7 @@ class TokenBatch:
     pad_to: int | None
     """Bucket edge that rows are padded to; ``None`` asks for the packed form."""
     skip: npt.NDArray[np.int32] | None = None
-    """Shape ``[rows]``: leading tokens that pooling leaves out (a prompt, where the checkpoint says ``include_prompt`` false)."""
+    """Shape ``[rows]``: leading tokens that pooling leaves out (a prompt, where ``include_prompt`` is false)."""
 
 
 @dataclass(frozen=True, slots=True)
