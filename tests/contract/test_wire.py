@@ -103,6 +103,17 @@ class TestUnary:
         assert pb.EmbedResponse.FromString(raw) == expected
         assert len(raw) <= wire.max_response_bytes(len(vectors), rows.row_bytes)
 
+    def test_the_bound_holds_for_the_largest_numbers(self) -> None:
+        """Many rows, each with all that can stand around it."""
+        n, most = 3000, 2**32 - 1
+        rows = encode(np.full((n, 300), 0.5, dtype=np.float32), Encoding.INT8)
+        identity = wire.identity_message(IDENTITY)
+        parts = wire.unary_parts(
+            rows, [most] * n, [True] * n, [most] * n, identity=identity, dimensions=300, tokens=2**60, batches=most
+        )
+
+        assert len(wire.finish_unary(parts, wire.stage_timings(TIMED))) <= wire.max_response_bytes(n, rows.row_bytes)
+
     @pytest.mark.parametrize("dimensions", [8, 384, 1024, 4096])
     @pytest.mark.parametrize("limit", [4 << 20, 1 << 20])
     def test_max_texts_unary_fits(self, dimensions: int, limit: int) -> None:
