@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,7 @@ class Call:
         return 0 if self.tokens is None else len(self.tokens.lengths)
 
 
-@dataclass(frozen=True, slots=True)
-class Embedded:
+class Embedded(NamedTuple):
     """The answer to a whole request; row ``i`` is text ``i``."""
 
     vectors: npt.NDArray[np.float32]

@@ -205,9 +205,10 @@ class Engine:
             self._admit(call)
             tokenized = await self._intake.tokenize(call)
             stages.tokenized_ns = time.monotonic_ns()
-            self._intake.refuse_over_length(call, tokenized)
+            lengths = tokenized.lengths.tolist()
+            self._intake.refuse_over_length(call, lengths)
             future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
-            submission = self._intake.submission(call, tokenized.lengths.tolist(), self._intake.new_flow())
+            submission = self._intake.submission(call, lengths, self._intake.new_flow())
             pending = WholeRequest(
                 submission, call, tokenized.ids, tokenized.truncated, self._intake.skip(tokenized), future
             )

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from embedserve.engine.call import Call
 from embedserve.engine.observer import EngineObserver
@@ -113,7 +112,7 @@ class Intake:
         chars = sum(map(len, texts))
         tokenized = await self._pool.encode(texts, chars, truncation=call.truncation, prompt=call.prompt)
         chars += len(call.prompt) * len(texts)
-        if chars and not tokenized.truncated.any():
+        if chars and not np.count_nonzero(tokenized.truncated):
             low, high = TOKENS_PER_CHAR_BOUNDS
             ratio = min(max((len(tokenized.ids) - SPECIAL_TOKENS * len(texts)) / chars, low), high)
             self._tokens_per_char += ESTIMATE_SMOOTHING * (ratio - self._tokens_per_char)
@@ -140,17 +139,18 @@ class Intake:
             continuation=continuation,
         )
 
-    def over_length(self, call: Call, lengths: npt.NDArray[np.int32]) -> list[int]:
+    def over_length(self, call: Call, lengths: Sequence[int]) -> list[int]:
         """Positions of texts that are too long and may not be cut."""
-        if call.truncation is not Truncation.NONE or int(lengths.max()) <= self._max_input_length:
+        limit = self._max_input_length
+        if call.truncation is not Truncation.NONE or max(lengths) <= limit:
             return []
-        return [int(i) for i in np.flatnonzero(lengths > self._max_input_length)]
+        return [i for i, length in enumerate(lengths) if length > limit]
 
-    def refuse_over_length(self, call: Call, tokenized: TokenizedTexts) -> None:
+    def refuse_over_length(self, call: Call, lengths: Sequence[int]) -> None:
         """Raise ``InvalidRequest`` with every over-long text, if there is one."""
-        over = self.over_length(call, tokenized.lengths)
+        over = self.over_length(call, lengths)
         if over:
-            raise InvalidRequest([self.too_long(i, int(tokenized.lengths[i])) for i in over])
+            raise InvalidRequest([self.too_long(i, lengths[i]) for i in over])
 
     def too_long(self, index: int, length: int) -> Violation:
         """The sentence for a text that is too long."""

@@ -8,8 +8,7 @@ raise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from embedserve.engine.stages import Stages
 from embedserve.model.backend import PassTimes
@@ -18,8 +17,7 @@ from embedserve.scheduling.item import Batch, Rejection
 __all__ = ["BatchRecord", "EngineObserver", "Member", "SilentObserver"]
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A request's share of a batch."""
 
     trace: object | None
@@ -32,8 +30,7 @@ class Member:
     """When its items began to wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
+class BatchRecord(NamedTuple):
     """One forward pass, whatever became of it."""
 
     batch: Batch

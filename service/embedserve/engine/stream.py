@@ -66,7 +66,7 @@ class _Stream:
         call, stages = self.call, self.call.stages
         tokenized = await self.intake.tokenize(call, indexes.start, indexes.stop)
         stages.tokenized_ns = time.monotonic_ns()
-        over = self.intake.over_length(call, tokenized.lengths)
+        over = self.intake.over_length(call, tokenized.lengths.tolist())
         ids, lengths, truncated = tokenized.ids, tokenized.lengths, tokenized.truncated
         kept: Sequence[int] = indexes
         if over:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,7 @@ from embedserve.scheduling.item import Failed, Fatal, Outcome, OutOfMemory, Succ
 __all__ = ["Part", "Pass", "PassResult", "Worker", "WorkerReady"]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Some rows of a batch, all of one submission."""
 
     ids: npt.NDArray[np.int32]
@@ -48,8 +48,7 @@ class Part:
     """Leading tokens that pooling leaves out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """One batch on its way to the device."""
 
     batch_id: int
@@ -58,8 +57,7 @@ class Pass:
     pad_to: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class PassResult:
+class PassResult(NamedTuple):
     """What became of a pass."""
 
     batch_id: int
