@@ -55,7 +55,7 @@ class Stages:
     bucket: int = 0
     """Bucket edge of the longest item."""
     waiting_items: int = 0
-    """Items waiting when this request was admitted."""
+    """Items waiting when a sampled request was admitted; not counted for the others."""
     waiting_tokens: int = 0
     predicted_ns: int = 0
     """What admission predicted for queue and pass together."""
