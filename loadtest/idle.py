@@ -33,7 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="CPU of an idle server.")
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--calls", type=int, default=200, help="served before")
-    parser.add_argument("--null", action="store_true", help="on the null model: what is left is not the model's library")
+    parser.add_argument(
+        "--null", action="store_true", help="on the null model: what is left is not the model's library"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     run = Run("idle")
@@ -47,7 +49,9 @@ def main() -> int:
             found = watch(server, options.seconds)
     show(found)
     if not options.no_write:
-        run.write({"model": "null" if options.null else server.ready["model"], **found}, "idle_null" if options.null else None)
+        run.write(
+            {"model": "null" if options.null else server.ready["model"], **found}, "idle_null" if options.null else None
+        )
     return 0 if found["percent_of_a_core"] < LIMIT_PERCENT else 1
 
 

@@ -14,10 +14,18 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, processors
 
-from embedserve.model.backend import Backend, BackendFactory, BatchResult, DeviceReport, ModelIdentity, PassTimes, TokenBatch
+from embedserve.model.backend import (
+    Backend,
+    BackendFactory,
+    BatchResult,
+    DeviceReport,
+    ModelIdentity,
+    PassTimes,
+    TokenBatch,
+)
 from embedserve.model.checkpoint import Checkpoint
 
-__all__ = ["NullBackend", "TEXT", "null_backend", "write_checkpoint"]
+__all__ = ["TEXT", "NullBackend", "null_backend", "write_checkpoint"]
 
 TEXT = "asdf" * 126
 """504 characters: the text of the rival's table. bge-m3 makes 255 tokens of it, the tokenizer here 254."""
@@ -27,7 +35,7 @@ ROWS_MAX = 512
 
 
 def write_checkpoint(directory: Path, dimension: int = 1024) -> Path:
-    """A checkpoint of width ``dimension`` that the loader takes: metadata, a tokenizer, and weights that nobody reads."""
+    """A checkpoint that the loader takes: metadata, a tokenizer, and weights that nobody reads."""
     characters = [chr(code) for code in range(32, 127)]
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, "as", "df"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "s"), ("d", "f")], unk_token="[UNK]"))

@@ -1,8 +1,8 @@
 """Our vectors against sentence-transformers on real texts: ``python -m loadtest.parity``.
 
-The reference is ``SentenceTransformer`` on the same checkpoint, fp32, on the CPU, over real English texts (docstrings of
-the standard library, licence paragraphs) of every length up to 512 tokens; the input limit is set to 512 on both sides,
-and longer texts are cut by both (``TRUNCATE_END``). A running server is asked for each of them in four ways:
+The reference is ``SentenceTransformer`` on the same checkpoint, fp32, on the CPU, over real English texts (docstrings
+of the standard library, licence paragraphs) of every length up to 512 tokens; the input limit is set to 512 on both
+sides, and longer texts are cut by both (``TRUNCATE_END``). A running server is asked for each of them in four ways:
 
     alone       one text a call, one call at a time
     mixed       Embed, 1 to 48 texts a call, shuffled
@@ -46,7 +46,7 @@ Groups = Sequence[Sequence[int]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Vectors against sentence-transformers.")
-    parser.add_argument("--texts", type=int, default=1200)
+    parser.add_argument("--texts", type=int, default=1024)
     parser.add_argument("--dtypes", nargs="+", default=list(MARKS), choices=list(MARKS))
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
@@ -59,8 +59,7 @@ def main() -> int:
         settings = ("--model.max_input_length", str(INPUT_LENGTH), "--model.dtype", dtype)
         with product(*settings, "--admission.policies", "none") as server:
             found[dtype] = {
-                way: judge(got, expected, MARKS[dtype])
-                for way, got in asyncio.run(ask(server.target, texts)).items()
+                way: judge(got, expected, MARKS[dtype]) for way, got in asyncio.run(ask(server.target, texts)).items()
             }
         for way, figures in found[dtype].items():
             print(f"  {dtype:<9} {way:<11} cosine min {figures['min']:.7f}, median {figures['median']:.7f}, "

@@ -6,7 +6,7 @@ range beside it. Must never know what was measured.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import os
 import platform
@@ -23,7 +23,17 @@ import orjson
 __all__ = ["Run", "percentiles", "spread"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("embedserve", "grpcio", "protobuf", "numpy", "tokenizers", "torch", "transformers", "uvloop", "opentelemetry-sdk")
+PACKAGES = (
+    "embedserve",
+    "grpcio",
+    "protobuf",
+    "numpy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "uvloop",
+    "opentelemetry-sdk",
+)
 BUSY_LOAD = 0.5
 """Load average at the start, a core, above which figures are called preliminary."""
 
@@ -35,7 +45,7 @@ class Run:
         """Note the machine as it is before the measurement loads it."""
         self._name = name
         self._load_before = os.getloadavg()
-        self._begun = datetime.datetime.now(datetime.UTC)
+        self._begun = dt.datetime.now(dt.UTC)
 
     @property
     def quiet(self) -> bool:
@@ -44,7 +54,7 @@ class Run:
 
     def write(self, measured: Mapping[str, Any], name: str | None = None) -> Path:
         """Write ``results/NAME.json`` and say where it is."""
-        took = datetime.datetime.now(datetime.UTC) - self._begun
+        took = dt.datetime.now(dt.UTC) - self._begun
         facts = {
             "measurement": self._name,
             "command": "python -m " + " ".join([f"loadtest.{self._name}", *sys.argv[1:]]),

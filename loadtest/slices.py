@@ -11,6 +11,10 @@ work, for the network) is not counted. One caller at a time, so that every slice
     pump      the scheduler closes the batch, the hand-over to the worker
     settle    the result is taken: scheduler, telemetry, the rows given to whoever waits
     respond   encoding, building and serialising the response, telemetry's end, guard: to the response's bytes
+
+Two parts of them are taken apart. ``payload`` is what turns bytes into texts and vectors into bytes: parsing,
+validation, encoding, building and serialising. ``handover`` is what giving the texts to a tokenizer thread costs the
+loop.
 """
 
 from __future__ import annotations
@@ -22,17 +26,19 @@ from typing import Any, TypeVar
 import grpc
 import orjson
 
-from embedserve.api import guard
+from embedserve.api import embedding, guard, wire
 from embedserve.api.embedding import EmbeddingServicer
 from embedserve.api.guard import Guard
+from embedserve.api.validation import RequestValidator
 from embedserve.engine.driver import Driver
 from embedserve.engine.tokenization import TokenizerPool
 
 __all__ = ["COLUMNS", "ECHO", "TAKE", "install"]
 
-COLUMNS = ("enter", "submit", "pump", "settle", "respond", "handover", "marks")
-"""Of one call, in nanoseconds. ``handover`` is a part of ``enter``; ``marks`` is the same time by the product's own
-``Stages``: received to admitted, tokenized to queued, computed to responded."""
+COLUMNS = ("enter", "submit", "pump", "settle", "respond", "handover", "payload", "marks")
+"""Of one call, in nanoseconds. ``handover`` is a part of ``enter``, ``payload`` of ``enter`` and ``respond``.
+``marks`` is the same time by the product's own ``Stages``: received to admitted, tokenized to queued, computed to
+responded."""
 
 PROBE = "embedserve.loadtest.Probe"
 ECHO = f"/{PROBE}/Echo"
@@ -57,7 +63,7 @@ class _Slices:
         self.clear()
 
     def clear(self) -> None:
-        self.open = dict.fromkeys(("intercept", "pump", "settle", "handover"), 0)
+        self.open = dict.fromkeys(("intercept", "pump", "settle", "handover", "payload"), 0)
 
     def end(self, steps: list[int], answer: bytes) -> None:
         """A call has ended, its task having run in ``steps``: enter, submit, respond."""
@@ -77,6 +83,7 @@ class _Slices:
                 parts["settle"],
                 last,
                 parts["handover"],
+                parts["payload"],
                 marks,
             )
         )
@@ -114,6 +121,7 @@ def install() -> None:
     """Wrap the product's classes. Call it before any of them is used, in a process that does nothing but measure."""
     slices = _Slices()
     _wrap_guard(slices)
+    _wrap_payload(slices)
     _wrap_driver(slices)
     _wrap_pool(slices)
     _add_probe(slices)
@@ -129,9 +137,10 @@ def _wrap_guard(slices: _Slices) -> None:
         return handler
 
     def timed_wrap(self: Guard, handler: Any, method: str) -> Any:
-        guarded: Any = wrap(self, handler, method)
         if not method.endswith("/Embed"):
-            return guarded
+            return wrap(self, handler, method)
+        inner = handler._replace(request_deserializer=_timed(slices, "payload", handler.request_deserializer))
+        guarded: Any = wrap(self, inner, method)
         parse, behaviour = guarded.request_deserializer, guarded.unary_unary
 
         def timed_parse(raw: bytes) -> Any:
@@ -149,6 +158,28 @@ def _wrap_guard(slices: _Slices) -> None:
         return guarded._replace(request_deserializer=timed_parse, unary_unary=timed_behaviour)
 
     Guard._wrap, Guard.intercept_service = timed_wrap, timed_intercept  # type: ignore[method-assign]  # noqa: SLF001
+
+
+def _timed(slices: _Slices, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        begun = _now()
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            slices.open[name] += _now() - begun
+
+    return timed
+
+
+def _wrap_payload(slices: _Slices) -> None:
+    for holder, name in (
+        (RequestValidator, "embed"),
+        (embedding, "encode"),
+        (wire, "unary_parts"),
+        (wire, "stage_timings"),
+        (wire, "finish_unary"),
+    ):
+        setattr(holder, name, _timed(slices, "payload", getattr(holder, name)))
 
 
 def _wrap_driver(slices: _Slices) -> None:
@@ -171,23 +202,7 @@ def _wrap_driver(slices: _Slices) -> None:
 
 
 def _wrap_pool(slices: _Slices) -> None:
-    init = TokenizerPool.__init__
-
-    def timed_init(self: TokenizerPool, *arguments: Any, **keywords: Any) -> None:
-        init(self, *arguments, **keywords)
-        executor: Any = self._executor
-        submit = executor.submit
-
-        def timed_submit(*work: Any) -> Any:
-            begun = _now()
-            try:
-                return submit(*work)
-            finally:
-                slices.open["handover"] += _now() - begun
-
-        executor.submit = timed_submit
-
-    TokenizerPool.__init__ = timed_init  # type: ignore[method-assign]
+    TokenizerPool._hand_over = _timed(slices, "handover", TokenizerPool._hand_over)  # type: ignore[method-assign]  # noqa: SLF001
 
 
 def _add_probe(slices: _Slices) -> None:
