@@ -24,14 +24,12 @@ from embedserve.engine.engine import Engine
 from embedserve.engine.intake import not_serving
 from embedserve.engine.load import LoadReport
 from embedserve.engine.stages import Stages
-from embedserve.errors import DeadlineExpired, EmbedServeError, Overloaded, ServerFault
+from embedserve.errors import DeadlineExpired, EmbedServeError, ServerFault
 from embedserve.v1 import embedding_pb2 as pb
 
 __all__ = ["SERVICE", "EmbeddingServicer", "ServicerSettings"]
 
 SERVICE: Final = "embedserve.v1.EmbeddingService"
-IN_FLIGHT_RETRY_MS: Final = 100
-"""When ``limits.max_requests_in_flight`` refuses: a few batches later there is room."""
 
 _LOAD_STATES: Final = {
     "healthy": pb.LOAD_STATE_HEALTHY,
@@ -47,7 +45,6 @@ class ServicerSettings:
     """Limits of the API; each field is a setting of the same name."""
 
     limits: RequestLimits
-    max_requests_in_flight: int
     max_request_ms: int
     """The server's own maximum: the deadline of a call whose caller set none, or a later one."""
     stream_message_bytes: int
@@ -62,6 +59,9 @@ class _Served:
     engine: Engine
     validator: RequestValidator
     identity: bytes
+    """What ``wire.identity_message`` made of it, once."""
+    name: str
+    dimension: int
     model: pb.Model
 
 
@@ -102,7 +102,12 @@ class EmbeddingServicer:
             bucket_edges=bucket_edges,
         )
         self._now_serving = _Served(
-            engine, RequestValidator(identity, self._settings.limits), wire.identity_message(identity), model
+            engine=engine,
+            validator=RequestValidator(identity, self._settings.limits),
+            identity=wire.identity_message(identity),
+            name=identity.name,
+            dimension=identity.dimension,
+            model=model,
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -124,24 +129,11 @@ class EmbeddingServicer:
             raise not_serving()
         return self._now_serving
 
-    def _with_room(self) -> _Served:
-        """What serves, if one more request may enter: checked before a single text is looked at."""
-        served, limit = self._served, self._settings.max_requests_in_flight
-        if served.engine.requests >= limit:
-            raise Overloaded(
-                f"{limit} requests are in flight (limits.max_requests_in_flight)",
-                reason="TOO_MANY_REQUESTS_IN_FLIGHT",
-                policy="in_flight",
-                retry_after_ms=IN_FLIGHT_RETRY_MS,
-                figures={"in_flight": float(limit)},
-            )
-        return served
-
     # --------------------------------------------------------------------------------------------------------- embed
 
     async def embed(self, request: Any, context: Any) -> bytes:  # noqa: ARG002
         """Embed, whole or not at all."""
-        served = self._with_room()
+        served = self._served
         rpc = guard.current_call()
         valid = served.validator.embed(request, rpc.metadata)
         call = self._call(served, rpc, valid)
@@ -161,13 +153,13 @@ class EmbeddingServicer:
 
     async def embed_stream(self, request: Any, context: Any) -> None:
         """EmbedStream: each batch's rows at once, bad texts as item errors, the summary last."""
-        served = self._with_room()
+        served = self._served
         rpc = guard.current_call()
         valid = served.validator.embed_stream(request, rpc.metadata)
         call = self._call(served, rpc, valid)
         failed = len(valid.bad_texts)
         await self._send_errors(
-            context, [(bad.index, 3, bad.violation.reason, _sentence(bad.violation)) for bad in valid.bad_texts]
+            context, [(bad.index, status.BAD_TEXT, bad.reason, bad.message) for bad in valid.bad_texts]
         )
         if valid.indexes:
             portions = served.engine.embed_stream(call)
@@ -197,21 +189,20 @@ class EmbeddingServicer:
         stages.validated_ns = time.monotonic_ns()
         rpc.stages = stages
         latest = rpc.received_ns + self._settings.max_request_ms * 1_000_000
-        if rpc.trace.context is not None:
-            rpc.attributes.update(
-                texts=len(valid.indexes),
-                model=served.model.name,
-                encoding=valid.encoding.name,
-                dimensions=valid.dimensions,
-                priority=valid.priority.name.lower(),
-            )
+        rpc.attributes.update(
+            texts=len(valid.indexes),
+            model=served.name,
+            encoding=valid.encoding.name,
+            dimensions=valid.dimensions,
+            priority=valid.priority.name.lower(),
+        )
         return Call(
             stages=stages,
             texts=valid.texts,
             tokens=valid.tokens,
             truncation=valid.truncation,
             normalize=valid.normalize,
-            dimensions=None if valid.dimensions == served.model.dimension else valid.dimensions,
+            dimensions=None if valid.dimensions == served.dimension else valid.dimensions,
             prompt=valid.prompt,
             deadline_ns=latest if rpc.deadline_ns is None else min(rpc.deadline_ns, latest),
             priority=valid.priority,
@@ -309,6 +300,3 @@ def _serialize(message: Any) -> bytes:
     raw: bytes = message.SerializeToString()
     return raw
 
-
-def _sentence(violation: Any) -> str:
-    return f"{violation.field}: {violation.description}"

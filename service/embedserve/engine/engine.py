@@ -34,11 +34,15 @@ from embedserve.errors import (
 )
 from embedserve.model.backend import BackendFactory, DeviceReport, ModelIdentity
 from embedserve.model.tokenizer import TextTokenizer
+from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineSettings"]
 
 _T = TypeVar("_T")
+
+IN_FLIGHT_RETRY_MS = 100
+"""When ``max_requests_in_flight`` refuses: a few batches later there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class EngineSettings:
     """Limits of the engine; defaults are ``config.py``'s."""
 
     tokenizer: TokenizerSettings
+    max_requests_in_flight: int
+    """Requests in the engine; one more is refused. The last wall, for memory."""
     batches_in_flight: int
     """Passes that the worker may have: one running, the others prepared."""
     prepare_ahead_ns: int
@@ -206,7 +212,7 @@ class Engine:
             tokenized = await self._intake.tokenize(call)
             stages.tokenized_ns = time.monotonic_ns()
             lengths = tokenized.lengths.tolist()
-            self._intake.refuse_over_length(call, lengths)
+            self._intake.refuse_unusable(call, lengths)
             future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
             submission = self._intake.submission(call, lengths, self._intake.new_flow())
             pending = WholeRequest(
@@ -221,7 +227,6 @@ class Engine:
             except asyncio.CancelledError:
                 self._running.cancel(pending)
                 raise
-            stages.bucket = max(ride.batch_edge for ride in stages.rides)
             verdict = "done"
             return embedded
         except BaseException as error:
@@ -253,6 +258,11 @@ class Engine:
     def _admit(self, call: Call) -> None:
         if self._draining or self._ready is None:
             raise not_serving()
+        limit = self._settings.max_requests_in_flight
+        if self._requests > limit:
+            figures = {"in_flight": float(limit)}
+            full = Rejection("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", IN_FLIGHT_RETRY_MS, figures)
+            self._intake.refuse(full, "estimate")
         self._intake.admit(call)
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:

@@ -110,7 +110,12 @@ class Intake:
             return call.tokens if stop is None else _cut(call.tokens, first, stop)
         texts: Sequence[str] = call.texts if stop is None else call.texts[first:stop]
         chars = sum(map(len, texts))
-        tokenized = await self._pool.encode(texts, chars, truncation=call.truncation, prompt=call.prompt)
+        try:
+            tokenized = await self._pool.encode(texts, chars, truncation=call.truncation, prompt=call.prompt)
+        except Overloaded as full:
+            rejection = Rejection(full.policy, full.reason, full.retry_after_ms, full.figures)
+            self._observer.rejected(rejection, stage="estimate")
+            raise
         chars += len(call.prompt) * len(texts)
         if chars and not np.count_nonzero(tokenized.truncated):
             low, high = TOKENS_PER_CHAR_BOUNDS
@@ -128,32 +133,37 @@ class Intake:
 
     def submission(self, call: Call, lengths: list[int], flow: int, *, continuation: bool = False) -> Submission:
         """What the scheduler sees of some items of a call."""
+        stages = call.stages
+        stages.bucket = max(stages.bucket, self._scheduler.bucket_of(max(lengths)))
         return Submission(
             id=next(self._ids),
             flow=flow,
             tokens=lengths,
-            arrived_ns=call.stages.arrived_ns,
+            arrived_ns=stages.arrived_ns,
             deadline_ns=call.deadline_ns,
             priority=call.priority,
             tenant=call.tenant,
             continuation=continuation,
         )
 
-    def over_length(self, call: Call, lengths: Sequence[int]) -> list[int]:
-        """Positions of texts that are too long and may not be cut."""
+    def unusable(self, call: Call, lengths: Sequence[int]) -> list[int]:
+        """Positions of texts that are too long and may not be cut, or that the tokenizer leaves nothing of."""
         limit = self._max_input_length
-        if call.truncation is not Truncation.NONE or max(lengths) <= limit:
+        if max(lengths) <= limit and min(lengths) > 0:
             return []
-        return [i for i, length in enumerate(lengths) if length > limit]
+        assert call.truncation is Truncation.NONE or max(lengths) <= limit, "a text was cut, yet it is too long"
+        return [i for i, length in enumerate(lengths) if not 0 < length <= limit]
 
-    def refuse_over_length(self, call: Call, lengths: Sequence[int]) -> None:
-        """Raise ``InvalidRequest`` with every over-long text, if there is one."""
-        over = self.over_length(call, lengths)
-        if over:
-            raise InvalidRequest([self.too_long(i, lengths[i]) for i in over])
+    def refuse_unusable(self, call: Call, lengths: Sequence[int]) -> None:
+        """Raise ``InvalidRequest`` with every unusable text, if there is one."""
+        unusable = self.unusable(call, lengths)
+        if unusable:
+            raise InvalidRequest([self.violation(i, lengths[i]) for i in unusable])
 
-    def too_long(self, index: int, length: int) -> Violation:
-        """The sentence for a text that is too long."""
+    def violation(self, index: int, length: int) -> Violation:
+        """The sentence for a text of a length that the model cannot take."""
+        if not length:
+            return Violation(f"texts[{index}]", "has no token that the model knows", "TEXT_HAS_NO_TOKENS")
         return Violation(
             field=f"texts[{index}]",
             description=(

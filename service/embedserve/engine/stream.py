@@ -66,7 +66,7 @@ class _Stream:
         call, stages = self.call, self.call.stages
         tokenized = await self.intake.tokenize(call, indexes.start, indexes.stop)
         stages.tokenized_ns = time.monotonic_ns()
-        over = self.intake.over_length(call, tokenized.lengths.tolist())
+        over = self.intake.unusable(call, tokenized.lengths.tolist())
         ids, lengths, truncated = tokenized.ids, tokenized.lengths, tokenized.truncated
         kept: Sequence[int] = indexes
         if over:
@@ -93,7 +93,7 @@ class _Stream:
         await self.driver.change()
 
     def _refusal(self, index: int, length: int) -> Refused:
-        return Refused(index, InvalidRequest([self.intake.too_long(index, length)]))
+        return Refused(index, InvalidRequest([self.intake.violation(index, length)]))
 
     def cancel(self) -> None:
         for pending in self.unsettled:

@@ -1,8 +1,8 @@
 """The nouns of the scheduler: what goes in, what runs, what comes out.
 
-Decides nothing. Must never know tokens' values, texts, tensors, clocks or callers: an item is a number of tokens with an
-arrival, a deadline and a flow. All times are integer nanoseconds of one monotonic clock that the caller reads; no code in
-``scheduling`` reads a clock itself.
+Decides nothing. Must never know tokens' values, texts, tensors, clocks or callers: an item is a number of tokens with
+an arrival, a deadline and a flow. All times are integer nanoseconds of one monotonic clock that the caller reads; no
+code in ``scheduling`` reads a clock itself.
 """
 
 from __future__ import annotations

@@ -200,6 +200,10 @@ class Scheduler:
                 return ends
         return first
 
+    def bucket_of(self, tokens: int) -> int:
+        """Edge of the bucket that an item of so many tokens joins; the last edge for one that is too long for all."""
+        return self._buckets.edge_of(min(tokens, self._buckets.limit))
+
     # -- figures -------------------------------------------------------------------------------------------------------
 
     @property

@@ -102,6 +102,8 @@ REFUSALS: Final = (
     *product(("deadline",), ("DEADLINE_PASSED", "DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ("estimate", "exact")),
     *product(("throughput",), ("DRAIN_TIME_EXCEEDED",), ("estimate", "exact")),
     *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ("estimate", "exact")),
+    ("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", "estimate"),
+    ("tokenizer", "TOKENIZER_QUEUE_FULL", "estimate"),
     *product(("draining",), ("DRAINING", "ENGINE_FAILED"), ("estimate", "exact")),
 )
 """Policy, reason and stage of every refusal that the scheduler knows; the tally takes a few that are not here."""

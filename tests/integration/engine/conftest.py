@@ -58,6 +58,7 @@ def call(*texts: str, **options: object) -> Call:
 def engine_settings(**changes: object) -> EngineSettings:
     values: dict[str, object] = {
         "tokenizer": TokenizerSettings(threads=2, max_pending=64, inline_chars=256, chunk_texts=64),
+        "max_requests_in_flight": 4096,
         "batches_in_flight": 2,
         "prepare_ahead_ns": 1_000_000,
         "warm_up_tokens": 128,

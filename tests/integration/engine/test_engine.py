@@ -12,6 +12,7 @@ import pytest
 
 from embedserve.engine.call import Call, Embedded
 from embedserve.engine.stages import Stages
+from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.errors import (
     DeadlineExpired,
     EngineFailed,
@@ -368,3 +369,29 @@ class TestIdle:
 
         assert "embedserve-worker" in threads
         assert used < 0.01
+
+
+class TestRoom:
+    """Requests in the engine are bounded, and every refusal is told to whoever watches."""
+
+    async def test_one_request_more_than_the_limit_is_refused_and_counted(self) -> None:
+        plan = FaultPlan()
+        async with running(FaultyBackend(plan), max_requests_in_flight=2) as bench:
+            plan.gate.clear()
+            inside = [asyncio.ensure_future(bench.engine.embed(call("hello"))) for _ in range(2)]
+            await until(lambda: bench.engine.requests == 2)
+            with pytest.raises(Overloaded) as caught:
+                await bench.engine.embed(call("world"))
+            plan.gate.set()
+            await asyncio.gather(*inside)
+
+        assert caught.value.reason == "TOO_MANY_REQUESTS_IN_FLIGHT"
+        assert [(stage, r.policy) for stage, r in bench.observer.rejections] == [("estimate", "in_flight")]
+
+    async def test_a_full_tokenizer_queue_is_counted(self) -> None:
+        settings = TokenizerSettings(threads=1, max_pending=0, inline_chars=0, chunk_texts=8)
+        async with running(tokenizer=settings) as bench:
+            with pytest.raises(Overloaded):
+                await bench.engine.embed(call("hello"))
+
+        assert [(stage, r.reason) for stage, r in bench.observer.rejections] == [("estimate", "TOKENIZER_QUEUE_FULL")]
