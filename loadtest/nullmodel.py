@@ -22,6 +22,7 @@ from embedserve.model.backend import (
     ModelIdentity,
     PassTimes,
     TokenBatch,
+    WarmPass,
 )
 from embedserve.model.checkpoint import Checkpoint
 
@@ -71,8 +72,9 @@ class NullBackend:
         """Who this is."""
         return self._identity
 
-    def warm_up(self, max_batch_tokens: int) -> None:
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
         """Nothing to do."""
+        return ()
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One row a text, in a fresh buffer written by this thread, as a device's copy back would leave it."""

@@ -97,9 +97,7 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
     batch_tokens = settings.batch_tokens(device_name(config), checkpoint.max_input_length)
     shape = settings.shape
     if shape == "auto":
-        from embedserve.model.attention import PACKED_ARCHITECTURES  # noqa: PLC0415 - torch takes a second to import
-
-        shape = "packed" if checkpoint.architecture in PACKED_ARCHITECTURES else "bucketed"
+        shape = "packed" if checkpoint.packs else "bucketed"
     return Scheduler(
         SchedulerSettings(
             shape=Shape(shape),

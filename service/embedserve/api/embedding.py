@@ -299,4 +299,3 @@ class EmbeddingServicer:
 def _serialize(message: Any) -> bytes:
     raw: bytes = message.SerializeToString()
     return raw
-

@@ -124,6 +124,9 @@ class Engine:
             raise StartupError(f"the model could not be loaded: {type(outcome).__name__}: {outcome}") from outcome
         self._ready = outcome
         self._started_ns = time.monotonic_ns()
+        # The first burst must not be admitted on a guess.
+        for sample in outcome.passes:
+            self._scheduler.cost.learn(sample.tokens, sample.padded_tokens, sample.elapsed_ns, self._started_ns)
         return outcome.identity
 
     def drain(self) -> None:

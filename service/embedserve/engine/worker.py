@@ -28,6 +28,7 @@ from embedserve.model.backend import (
     ModelIdentity,
     PassTimes,
     TokenBatch,
+    WarmPass,
 )
 from embedserve.scheduling.item import Failed, Fatal, Outcome, OutOfMemory, Succeeded
 
@@ -76,6 +77,8 @@ class WorkerReady:
     identity: ModelIdentity
     report: DeviceReport
     warm_up_ns: int
+    passes: tuple[WarmPass, ...]
+    """What passes cost, from the smallest to the largest."""
 
 
 def assemble(work: Pass) -> TokenBatch:
@@ -148,9 +151,9 @@ class Worker:
         try:
             begun = time.monotonic_ns()
             backend = self._factory()
-            backend.warm_up(self._warm_up_tokens)
+            passes = tuple(backend.warm_up(self._warm_up_tokens))
             ready = True
-            self._on_ready(WorkerReady(backend.identity, backend.report(), time.monotonic_ns() - begun))
+            self._on_ready(WorkerReady(backend.identity, backend.report(), time.monotonic_ns() - begun, passes))
             while (work := self._passes.get()) is not None:
                 result = self._run(backend, work)
                 self._on_result(result)

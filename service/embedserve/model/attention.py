@@ -19,16 +19,10 @@ from transformers import AttentionInterface
 
 from embedserve.model.layout import AttentionGroup, Packed, attention_groups
 
-__all__ = ["PACKED_ARCHITECTURES", "PACKED_ATTENTION", "Packing", "packing_for"]
+__all__ = ["PACKED_ATTENTION", "Packing", "packing_for"]
 
 PACKED_ATTENTION = "embedserve_packed"
 """The name under which transformers finds ``packed_attention``."""
-
-PACKED_ARCHITECTURES = frozenset(
-    {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "nomic_bert", "roberta", "xlm-roberta"}
-)
-"""Architectures that hand ``packing`` down to the attention and take explicit positions. MPNet and DeBERTa do not:
-their attention adds a bias made from the positions of a padded batch."""
 
 
 @dataclass(frozen=True, slots=True)

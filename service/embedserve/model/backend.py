@@ -6,7 +6,7 @@ a backend sees a batch of token ids and the row count, nothing about who asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ __all__ = [
     "ModelIdentity",
     "PassTimes",
     "TokenBatch",
+    "WarmPass",
 ]
 
 
@@ -88,6 +89,16 @@ class PassTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmPass:
+    """What one pass cost when nothing was being made ready any more: where the cost model begins."""
+
+    tokens: int
+    padded_tokens: int
+    """Tokens that were computed; ``tokens`` where nothing is padded."""
+    elapsed_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchResult:
     """The vectors of one pass."""
 
@@ -124,7 +135,7 @@ class Backend(Protocol):
     def identity(self) -> ModelIdentity:
         """Who this is; complete once the constructor has returned."""
 
-    def warm_up(self, max_batch_tokens: int) -> None:
+    def warm_up(self, max_batch_tokens: int) -> Sequence[WarmPass]:
         """Run passes of the sizes that serving will use and check their shape and finiteness.
 
         Raises ``StartupError`` with a sentence when a pass fails or gives a wrong shape or a value that is not finite.

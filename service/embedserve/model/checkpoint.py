@@ -33,6 +33,12 @@ OFFSET_POSITIONS = frozenset(
 )
 """Architectures whose positions start at ``pad_token_id + 1``, so that a table of 514 rows takes 512 tokens."""
 
+PACKED_ARCHITECTURES = frozenset(
+    {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "nomic_bert", "roberta", "xlm-roberta"}
+)
+"""Architectures that hand ``packing`` down to the attention and take explicit positions. MPNet and DeBERTa do not:
+their attention adds a bias made from the positions of a padded batch."""
+
 SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -73,6 +79,11 @@ class Checkpoint:
     def include_prompt(self) -> bool:
         """Whether a prompt's tokens are pooled; where not, ``TokenBatch.skip`` leaves them out."""
         return self.pipeline.pooling.include_prompt
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of different lengths can share a pass without padding."""
+        return self.architecture in PACKED_ARCHITECTURES
 
     @property
     def dimension(self) -> int:

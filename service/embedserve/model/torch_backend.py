@@ -6,6 +6,7 @@ batch came from. Every method is called from the thread that built it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from embedserve.errors import StartupError
-from embedserve.model.attention import PACKED_ARCHITECTURES, PACKED_ATTENTION, packing_for
+from embedserve.model.attention import PACKED_ATTENTION, packing_for
 from embedserve.model.backend import (
     BatchResult,
     DeviceLost,
@@ -24,6 +25,7 @@ from embedserve.model.backend import (
     DeviceReport,
     ModelIdentity,
     TokenBatch,
+    WarmPass,
 )
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.dense import load_dense, scale_to_unit_length
@@ -126,13 +128,16 @@ class TorchBackend:
         """The device's state."""
         return report_on(self._device, compiled=False, packed=self._packed)
 
-    def warm_up(self, max_batch_tokens: int) -> None:
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
         """Passes over the ladder of lengths in each shape: finite, and alike in both shapes. Raises ``StartupError``.
+
+        Returns what the smallest and the largest of them cost when run once more.
 
         Seconds on a CPU, where passes end at ``WARM_UP_TOKENS_CPU``; on CUDA they reach ``max_batch_tokens``, so that a
         setting that does not fit the device is found here.
         """
-        for lengths in self._warm_up_rows(max_batch_tokens):
+        rows = list(self._warm_up_rows(max_batch_tokens))
+        for lengths in rows:
             packed_vectors = self._warm_up_pass(lengths, None)
             padded_vectors = self._warm_up_pass(lengths, max(lengths))
             norms = np.linalg.norm(packed_vectors, axis=1) * np.linalg.norm(padded_vectors, axis=1)
@@ -142,6 +147,14 @@ class TorchBackend:
                     f"{self._identity.name}: packed and padded passes of rows of {lengths} tokens differ "
                     f"(cosine {cosine:.6f}); set attention to padded"
                 )
+        return tuple(self._timed_pass(lengths) for lengths in (rows[0], rows[-1]))
+
+    def _timed_pass(self, lengths: list[int]) -> WarmPass:
+        pad_to = None if self._packed else max(lengths)
+        padded = sum(lengths) if self._packed else len(lengths) * max(lengths)
+        begun = time.monotonic_ns()
+        self._warm_up_pass(lengths, pad_to)
+        return WarmPass(sum(lengths), padded, time.monotonic_ns() - begun)
 
     def _warm_up_rows(self, max_batch_tokens: int) -> Iterator[list[int]]:
         """Row lengths of each warm-up pass: each length alone, then as many mixed rows as fit."""
@@ -247,7 +260,7 @@ def _can_pack(checkpoint: Checkpoint, attention: Attention, device: torch.device
     reason = None
     if attention == "padded":
         return False
-    if checkpoint.architecture not in PACKED_ARCHITECTURES:
+    if not checkpoint.packs:
         reason = f"{checkpoint.architecture} has no packed form"
     elif device.type == "cuda":
         heads = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("n_heads") or 1

@@ -22,6 +22,7 @@ from embedserve.model.backend import (
     ModelIdentity,
     PassTimes,
     TokenBatch,
+    WarmPass,
 )
 
 __all__ = ["FakeBackend", "FaultPlan", "FaultyBackend", "fake_identity", "fake_vector"]
@@ -83,8 +84,9 @@ class FakeBackend:
         """Who this is."""
         return self._identity
 
-    def warm_up(self, max_batch_tokens: int) -> None:
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
         """Nothing to do."""
+        return ()
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One row a text."""
@@ -144,10 +146,11 @@ class FaultyBackend(FakeBackend):
         self.released = 0
         """How often memory was given back."""
 
-    def warm_up(self, max_batch_tokens: int) -> None:  # noqa: ARG002
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
         """Fail, if the plan says so."""
         if self.plan.fail_warm_up is not None:
             raise RuntimeError(self.plan.fail_warm_up)
+        return ()
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """Fail as planned, or answer."""
