@@ -60,7 +60,7 @@ def watch(server: Server, seconds: float) -> dict[str, Any]:
     before, begun = server.threads(), time.monotonic()
     time.sleep(seconds)
     after, took = server.threads(), time.monotonic() - begun
-    threads = []
+    threads: list[dict[str, Any]] = []
     for tid, now in after.items():
         cpu_ns = now.cpu_ns - (before[tid].cpu_ns if tid in before else 0)
         switches = now.switches - (before[tid].switches if tid in before else 0)

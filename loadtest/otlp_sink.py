@@ -29,7 +29,7 @@ def main() -> int:
 
     server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.max_receive_message_length", 64 << 20)])
     for service, method in EXPORT.items():
-        handler = grpc.unary_unary_rpc_method_handler(export)
+        handler: Any = grpc.unary_unary_rpc_method_handler(export)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -89,7 +89,8 @@ def main() -> int:
 def measure(server: Server, repetitions: int, calls: int) -> dict[str, Any]:
     """Everything about each batch size."""
     with grpc.insecure_channel(server.target, options=[("grpc.max_receive_message_length", 64 << 20)]) as channel:
-        embed, echo, take = (channel.unary_unary(method) for method in (EMBED, ECHO, TAKE))
+        methods: list[Any] = [channel.unary_unary(method) for method in (EMBED, ECHO, TAKE)]
+        embed, echo, take = methods
         requests = {size: pb.EmbedRequest(texts=[TEXT] * size).SerializeToString() for size in MARKS_US}
         for size, request in requests.items():
             check(embed(request), size)

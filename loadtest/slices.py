@@ -108,7 +108,8 @@ class _Steps(Awaitable[_T]):
                 waited_for = resume(value)
             except StopIteration as stop:
                 steps.append(_now() - begun)
-                return stop.value
+                result: _T = stop.value
+                return result
             steps.append(_now() - begun)
             try:
                 value, resume = (yield waited_for), work.send
@@ -157,7 +158,7 @@ def _wrap_guard(slices: _Slices) -> None:
 
         return guarded._replace(request_deserializer=timed_parse, unary_unary=timed_behaviour)
 
-    Guard._wrap, Guard.intercept_service = timed_wrap, timed_intercept  # type: ignore[method-assign]  # noqa: SLF001
+    Guard._wrap, Guard.intercept_service = timed_wrap, timed_intercept  # type: ignore[method-assign, assignment]  # noqa: SLF001
 
 
 def _timed(slices: _Slices, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,7 +218,8 @@ def _add_probe(slices: _Slices) -> None:
 
     def add_both(self: EmbeddingServicer, server: grpc.aio.Server) -> None:
         add_to(self, server)
-        methods = {name: grpc.unary_unary_rpc_method_handler(do) for name, do in (("Echo", echo), ("Take", take))}
+        served = (("Echo", echo), ("Take", take))
+        methods: dict[str, Any] = {name: grpc.unary_unary_rpc_method_handler(do) for name, do in served}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(PROBE, methods),))
 
     EmbeddingServicer.add_to = add_both  # type: ignore[method-assign]

@@ -126,7 +126,7 @@ async def drive(server: Server, request: bytes, callers: int, seconds: float) ->
             done += 1
 
     async with grpc.aio.insecure_channel(server.target) as channel:
-        embed = channel.unary_unary(EMBED)
+        embed: Any = channel.unary_unary(EMBED)
         await embed(request)
         cpu, begun = server.cpu_ns(), time.monotonic()
         ends = begun + seconds
