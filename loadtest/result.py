@@ -45,6 +45,8 @@ class Run:
         """Note the machine as it is before the measurement loads it."""
         self._name = name
         self._load_before = os.getloadavg()
+        self._commit = _git("rev-parse", "--short", "HEAD")
+        self._changes = bool(_git("status", "--porcelain", "--untracked-files=no", "--", "service"))
         self._begun = dt.datetime.now(dt.UTC)
 
     @property
@@ -60,8 +62,8 @@ class Run:
             "command": "python -m " + " ".join([f"loadtest.{self._name}", *sys.argv[1:]]),
             "begun": self._begun.isoformat(timespec="seconds"),
             "took_s": round(took.total_seconds(), 1),
-            "commit": _git("rev-parse", "--short", "HEAD"),
-            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "service")),
+            "commit": self._commit,
+            "uncommitted_changes": self._changes,
             "machine": _machine(),
             "load_average_before": [round(x, 2) for x in self._load_before],
             "preliminary": not self.quiet,
