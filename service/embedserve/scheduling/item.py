@@ -2,14 +2,17 @@
 
 Decides nothing. Must never know tokens' values, texts, tensors, clocks or callers: an item is a number of tokens with
 an arrival, a deadline and a flow. All times are integer nanoseconds of one monotonic clock that the caller reads; no
-code in ``scheduling`` reads a clock itself.
+code in ``scheduling`` reads a clock itself. What is made for each request or batch is a named tuple: half the price of
+a frozen dataclass, and immutable too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, IntEnum
+from types import MappingProxyType
+from typing import NamedTuple
 
 __all__ = [
     "Admitted",
@@ -48,8 +51,7 @@ class Shape(Enum):
     """Tokens of all rows laid end to end, no padding."""
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(NamedTuple):
     """Items that are submitted together: one unary request, or one window of a stream."""
 
     id: int
@@ -67,16 +69,14 @@ class Submission:
     """A later window of an admitted stream: only hard limits judge it, no policy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """All items of the submission are waiting."""
 
     predicted_wait_ns: int
     """Expected time until the last item is done, at admission."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
+class Rejection(NamedTuple):
     """None of the items was taken."""
 
     policy: str
@@ -85,20 +85,18 @@ class Rejection:
     """Stable SCREAMING_SNAKE word, such as ``DRAIN_TIME_EXCEEDED``."""
     retry_after_ms: int | None
     """When it is worth trying again, before jitter; ``None`` means never."""
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = MappingProxyType({})
     """The numbers that decided, for traces and logs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Some items of one submission, by their indexes, ascending."""
 
     submission_id: int
     indexes: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """One forward pass. Row ``r`` of its result is the ``r``-th index of ``slices``, read in order."""
 
     id: int
@@ -117,8 +115,7 @@ class Batch:
     """0 for first runs; how many passes its items have been through otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class Succeeded:
+class Succeeded(NamedTuple):
     """The pass ended; rows in ``non_finite`` hold NaN or infinity."""
 
     elapsed_ns: int
@@ -158,8 +155,7 @@ class Verdict(Enum):
     ENGINE_FAILED = "engine_failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """Items of one submission that ended alike."""
 
     submission_id: int
@@ -169,8 +165,7 @@ class Settled:
     """With DONE: the row of the batch's result for each index; empty otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What ``complete`` decided: who is settled, how many items wait again, whether the process must end."""
 
     settled: tuple[Settled, ...]
@@ -178,8 +173,7 @@ class Settlement:
     fatal: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Depth:
+class Depth(NamedTuple):
     """What is waiting and running now."""
 
     waiting_items: int
