@@ -124,13 +124,21 @@ class Driver:
         settlement = self._scheduler.complete(result.batch_id, result.outcome, now)
         # What was predicted when the next pass was prepared is out of date: the pass before it has ended just now.
         self._device_free_ns = now + sum(other.predicted_ns for other in self._flights.values())
-        if settlement.fatal is None:
+        if settlement.fatal is None and self._scheduler.waiting_items:
             self._pump()  # first the next pass, then the answers: the device must not wait for us
-        trace = self._observer.batch_finished(self._record(flight, result, now))
+        if any(rider.call.trace is not None for rider in flight.riders):
+            trace = self._observer.batch_finished(self._record(flight, result, now))
+        else:
+            # No answer needs the batch's trace, so the answers go first: this runs after the tasks that wait for them.
+            trace = None
+            self._loop.call_soon(self._tell, flight, result, now)
         self._settle(settlement.settled, flight, result, trace, now)
         if settlement.fatal is not None:
             self.fail(settlement.fatal)
         self.notify()
+
+    def _tell(self, flight: _Flight, result: PassResult, now: int) -> None:
+        self._observer.batch_finished(self._record(flight, result, now))
 
     def fail(self, why: str) -> None:
         """Nothing more will run: everybody who waits is told, once."""
@@ -195,7 +203,7 @@ class Driver:
         A timer that is set earlier is kept: it re-arms when it fires, which is cheaper than moving it each time.
         """
         wake = self._scheduler.wake_at(now)
-        if early and self._scheduler.depth.waiting_items:
+        if early and self._scheduler.waiting_items:
             ready = self._device_free_ns - self._prepare_ahead_ns
             wake = ready if wake is None else min(wake, ready)
         if wake is None:

@@ -236,7 +236,9 @@ class Engine:
             verdict = _verdict_of(error)
             raise
         finally:
-            self._finish(call, verdict)
+            self._requests -= 1
+            # What is told of the end is of no use to the caller: after its answer.
+            asyncio.get_running_loop().call_soon(self._finish, call, verdict, time.monotonic_ns())
 
     async def embed_stream(self, call: Call) -> AsyncGenerator[Portion, None]:
         """Portions of one request as their batches finish, failed texts among them; every index exactly once.
@@ -256,7 +258,8 @@ class Engine:
             verdict = _verdict_of(error)
             raise
         finally:
-            self._finish(call, verdict)
+            self._requests -= 1
+            self._finish(call, verdict, time.monotonic_ns())
 
     def _admit(self, call: Call) -> None:
         if self._draining or self._ready is None:
@@ -279,9 +282,7 @@ class Engine:
         serving = self._ready is not None and not self._draining
         return report_load(self._scheduler, serving=serving, started_ns=self._started_ns)
 
-    def _finish(self, call: Call, verdict: str) -> None:
-        self._requests -= 1
-        now = time.monotonic_ns()
+    def _finish(self, call: Call, verdict: str, now: int) -> None:
         timed_out = verdict == "expired" or (
             verdict == "cancelled" and call.deadline_ns is not None and now >= call.deadline_ns
         )

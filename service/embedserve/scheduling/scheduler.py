@@ -207,6 +207,11 @@ class Scheduler:
     # -- figures -------------------------------------------------------------------------------------------------------
 
     @property
+    def waiting_items(self) -> int:
+        """``depth.waiting_items``, without counting the rest."""
+        return self._queue.items + self._ladder.items
+
+    @property
     def depth(self) -> Depth:
         """What waits and what runs."""
         by_bucket = list(self._queue.by_bucket)
