@@ -137,7 +137,11 @@ class EmbeddingServicer:
         rpc = guard.current_call()
         valid = served.validator.embed(request, rpc.metadata)
         call = self._call(served, rpc, valid)
-        answer = await served.engine.embed(call)
+        try:
+            async with asyncio.timeout(self._limit_s(rpc, call)):
+                answer = await served.engine.embed(call)
+        except TimeoutError as late:
+            raise self._over_limit() from late
         parts = wire.unary_parts(
             encode(answer.vectors, valid.encoding),
             answer.token_counts,
@@ -164,9 +168,12 @@ class EmbeddingServicer:
         if valid.indexes:
             portions = served.engine.embed_stream(call)
             try:
-                async for portion in portions:
-                    failed += len(portion.refused)
-                    await self._send_portion(context, portion, valid)
+                async with asyncio.timeout(self._limit_s(rpc, call)):
+                    async for portion in portions:
+                        failed += len(portion.refused)
+                        await self._send_portion(context, portion, valid)
+            except TimeoutError as late:
+                raise self._over_limit() from late
             finally:
                 await portions.aclose()
         stages = call.stages
@@ -209,6 +216,13 @@ class EmbeddingServicer:
             tenant=valid.tenant,
             trace=rpc.trace.context,
         )
+
+    def _limit_s(self, rpc: guard.Call, call: Call) -> float | None:
+        """How long the call may take where gRPC does not end it: also a device that hangs ends a caller's wait."""
+        return None if call.deadline_ns == rpc.deadline_ns else self._settings.max_request_ms / 1000
+
+    def _over_limit(self) -> DeadlineExpired:
+        return DeadlineExpired(f"not done within server.max_request_ms = {self._settings.max_request_ms}")
 
     async def _send_portion(self, context: Any, portion: Portion, valid: ValidCall) -> None:
         place = valid.indexes
