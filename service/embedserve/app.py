@@ -307,9 +307,6 @@ def _on_loop(loop: asyncio.AbstractEventLoop, read: Callable[[], LoadSnapshot]) 
 
 def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] | None = None) -> int:
     """Live one life in a new event loop and return the exit code."""
-    # Idle OpenMP threads spin by default and take the second core from the event loop; read when torch is loaded,
-    # later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Our pool decides about threads; the tokenizer's own would fight with it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
