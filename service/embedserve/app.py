@@ -51,6 +51,10 @@ FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
 WORKER_STOP_S = 5.0
 """Time for the pass that runs to end when the process stops. A pass takes milliseconds."""
+CATCH_UP_S = 0.002
+"""No call for so long means that gRPC holds none: handing one over takes 0.1 ms."""
+CATCH_UP_MAX_S = 0.25
+"""Under a load without pauses, this much longer is served and then it must end."""
 STRAGGLERS_S = 1.0
 """After the last call has ended: time for one that gRPC has taken and no handler has begun. It needs milliseconds."""
 LOAD_READ_S = 2.0
@@ -79,6 +83,7 @@ class App:
         self._telemetry = telemetry
         self._stop = asyncio.Event()
         self._signals = 0
+        self._calls = 0
         self._fatal: str | None = None
         self._log = structlog.get_logger("embedserve.app")
         self.lifecycle = Lifecycle()
@@ -144,8 +149,7 @@ class App:
         guard = self.guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
-            # Through the settle time too: until the port closes nobody is turned away.
-            accepting=lambda: lifecycle.state in (State.SERVING, State.DRAINING),
+            accepting=self._take_call,
             observer=telemetry.call_observer,
         )
         server = build_server(server_options(config), [guard])
@@ -242,9 +246,26 @@ class App:
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
+    def _take_call(self) -> bool:
+        """Whether a call may enter: until the port closes, through the settle time too, nobody is turned away."""
+        self._calls += 1
+        return self.lifecycle.state in (State.SERVING, State.DRAINING)
+
+    async def _caught_up(self) -> None:
+        """Wait for a moment in which gRPC holds no call that no handler has seen: a stop ends those with CANCELLED.
+
+        grpc#41785. There is no such moment under a load that never pauses; then the wait is bounded.
+        """
+        ends = time.monotonic() + CATCH_UP_MAX_S
+        seen = -1
+        while seen != self._calls and time.monotonic() < ends:
+            seen = self._calls
+            await asyncio.sleep(CATCH_UP_S)
+
     async def _drain(self, server: object, guard: Guard, engine: Engine) -> int:
         """Let calls in flight end within the grace; returns how many were cut off."""
         grace_s = self._config.shutdown.grace_ms / 1000
+        await self._caught_up()
         stopping = asyncio.ensure_future(server.stop(grace_s))  # type: ignore[attr-defined]
         cut_off = 0
         try:

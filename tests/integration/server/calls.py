@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from embedserve.model.backend import WarmPass
 from embedserve.model.tokenizer import Truncation
-from embedserve.testing import tiny_tokenizer
+from embedserve.testing import FakeBackend, tiny_tokenizer
 from embedserve.testing.backends import fake_vector
 from embedserve.v1 import embedding_pb2 as pb
 
@@ -101,6 +103,18 @@ class _Sync:
         self.code, self.details, self.trailing_metadata = error.code, error.details, error.trailing_metadata
 
 
+class LoadingBackend(FakeBackend):
+    """Warms up until it is told to be warm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warm = threading.Event()
+
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
+        assert self.warm.wait(LIMIT_S)
+        return super().warm_up(max_batch_tokens)
+
+
 async def until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     """Let the loop run until ``condition`` holds."""
     end = time.monotonic() + limit_s
@@ -137,10 +151,10 @@ class Streamed:
 
 
 async def read(stream: Any) -> Streamed:
-    """Read ``stream`` to its end, which must be a summary."""
+    """Read ``stream`` (on) to its end, which must be a summary."""
     streamed = Streamed()
     async with asyncio.timeout(LIMIT_S):
-        async for message in stream:
+        while (message := await stream.read()) is not grpc.aio.EOF:
             streamed.take(message)
     assert streamed.summary is not None, "the stream ended without a summary"
     return streamed

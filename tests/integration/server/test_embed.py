@@ -14,6 +14,7 @@ from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend
 from embedserve.testing.backends import fake_identity, fake_vector
 from embedserve.testing.server import InProcessServer, serving
 from embedserve.v1 import embedding_pb2 as pb
+from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.integration.server.calls import DIMENSION, MAX_INPUT, WORDS, expected, token_ids, until, values
 
 
@@ -268,11 +269,7 @@ class TestManyCallers:
         backend = FakeBackend(pass_ns=lambda batch: 200_000 + 300 * len(batch.ids))
         async with serving(backend, settings={"scheduling.shape": shape}) as server:
             channels = [server.connect() for _ in range(4)]
-            embed = [channel.unary_unary("/embedserve.v1.EmbeddingService/Embed",
-                     pb.EmbedRequest.SerializeToString, pb.EmbedResponse.FromString) for channel in channels]  # fmt: skip
-            stream = [channel.unary_stream("/embedserve.v1.EmbeddingService/EmbedStream",
-                      pb.EmbedStreamRequest.SerializeToString, pb.EmbedStreamResponse.FromString)
-                      for channel in channels]  # fmt: skip
+            stubs = [EmbeddingServiceStub(channel) for channel in channels]
             checked = 0
 
             async def caller(number: int, seed: int) -> None:
@@ -284,11 +281,11 @@ class TestManyCallers:
                     prompt = mine.choice(["", "query"])
                     options = {"texts": texts, "normalize": normalize, "dimensions": dimensions, "prompt_name": prompt}
                     if mine.random() < 0.5:
-                        answer = await embed[number % 4](pb.EmbedRequest(**options))
+                        answer = await stubs[number % 4].Embed(pb.EmbedRequest(**options))
                         got = [values(embedding) for embedding in answer.embeddings]
                     else:
                         rows = {}
-                        async for message in stream[number % 4](pb.EmbedStreamRequest(**options)):
+                        async for message in stubs[number % 4].EmbedStream(pb.EmbedStreamRequest(**options)):
                             rows |= {embedding.index: values(embedding) for embedding in message.embeddings}
                         got = [rows[index] for index in range(len(texts))]
                     for text, vector in zip(texts, got, strict=True):

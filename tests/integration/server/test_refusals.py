@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -11,7 +10,6 @@ import grpc
 import pytest
 
 from embedserve.errors import ConfigError, StartupError
-from embedserve.model.backend import WarmPass
 from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend
 from embedserve.testing.backends import fake_identity
 from embedserve.testing.server import InProcessServer, serving
@@ -20,6 +18,7 @@ from tests.integration.server.calls import (
     MAX_INPUT,
     SERVICE,
     Failure,
+    LoadingBackend,
     expected,
     failure,
     poison_id,
@@ -316,7 +315,7 @@ class TestDeadlines:
         assert len(gated.backend.passes) - passes == len(held)
 
     async def test_the_servers_own_maximum(self) -> None:
-        """A caller without a deadline is held to server.max_request_ms, also while its text is on a device that hangs."""
+        """Who sets no deadline is held to server.max_request_ms, also with a text on a device that hangs."""
         async with serving(FaultyBackend(FaultPlan()), settings={"server.max_request_ms": "50"}) as server:
             server.plan.gate.clear()
             request = pb.EmbedRequest(texts=["hello"])
@@ -415,18 +414,6 @@ class TestNotServing:
 
         assert len(answer.embeddings) == 1
         assert code == 0
-
-
-class LoadingBackend(FakeBackend):
-    """Warms up until it is told to be warm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.warm = threading.Event()
-
-    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
-        assert self.warm.wait(10)
-        return ()
 
 
 class TestInternal:
