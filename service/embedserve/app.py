@@ -326,8 +326,13 @@ def _on_loop(loop: asyncio.AbstractEventLoop, read: Callable[[], LoadSnapshot]) 
     return asyncio.run_coroutine_threadsafe(on_loop(), loop).result(LOAD_READ_S)
 
 
-def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] | None = None) -> int:
-    """Live one life in a new event loop and return the exit code."""
+def run(
+    config: Config,
+    *,
+    make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> int:
+    """Live one life in a new event loop and return the exit code; what is given replaces what ``config`` says."""
     # Our pool decides about threads; the tokenizer's own would fight with it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -340,7 +345,7 @@ def run(config: Config, *, make_backend: Callable[[Checkpoint], BackendFactory] 
     configure_logs(level=telemetry.log_level, levels=telemetry.log_levels, form=telemetry.log_format)
 
     async def live() -> tuple[int, bool]:
-        app = App(config, make_backend=make_backend)
+        app = App(config, make_backend=make_backend, checkpoint=checkpoint)
         app.handle_signals()
         return await app.live(ready_line), app.worker_ended
 

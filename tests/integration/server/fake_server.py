@@ -1,0 +1,53 @@
+"""``embedserve serve`` with a model that obeys: the same process from the settings to the exit code, without torch.
+
+Signs in a text are orders to the device: ``#`` ends the worker's thread, ``~`` takes 300 ms, ``poison`` raises.
+``WARM_UP`` in the environment is ``fail`` or a number of seconds to wait.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from embedserve import app
+from embedserve.cli import main
+from embedserve.model.backend import BatchResult, TokenBatch, WarmPass
+from embedserve.model.tokenizer import Truncation
+from embedserve.testing import FaultPlan, FaultyBackend, fake_checkpoint, tiny_tokenizer
+
+
+def _id(character: str) -> int:
+    return int(tiny_tokenizer().encode([character], truncation=Truncation.NONE).ids[1])
+
+
+DIE, SLOW = _id("#"), _id("~")
+
+
+class ObedientBackend(FaultyBackend):
+    """Does what the texts say."""
+
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
+        order = os.environ.get("WARM_UP", "0")
+        if order == "fail":
+            raise RuntimeError("the device has no memory left")
+        time.sleep(float(order))
+        return super().warm_up(max_batch_tokens)
+
+    def embed(self, batch: TokenBatch) -> BatchResult:
+        if (batch.ids == SLOW).any():
+            time.sleep(0.3)
+        if (batch.ids == DIE).any():
+            raise SystemExit("the worker was told to die")
+        return super().embed(batch)
+
+
+if __name__ == "__main__":
+    plan = FaultPlan(raise_on_id=_id("poison"))
+    run, checkpoint = app.run, fake_checkpoint()
+
+    def run_fake(config: object) -> int:
+        return run(config, make_backend=lambda _: lambda: ObedientBackend(plan), checkpoint=checkpoint)  # type: ignore[arg-type]
+
+    app.run = run_fake  # type: ignore[assignment]
+    sys.exit(main(["serve", *sys.argv[1:]]))
