@@ -240,7 +240,8 @@ class App:
             await asyncio.sleep(config.settle_ms / 1000)
         health.close()
         cut_off = await self._drain(server, guard, engine)
-        self.worker_ended = await engine.stop(WORKER_STOP_S)
+        # A load cannot be interrupted and holds nobody's answer: it is not waited for.
+        self.worker_ended = await engine.stop(WORKER_STOP_S if served else 0.0)
         await operations.stop()
         lifecycle.to(State.STOPPED)
         self._log.info("stopped", cut_off=cut_off)
