@@ -60,6 +60,7 @@ class SpanName:
 
 SPANS: Final = (
     *(SpanName(name, "SERVER", "the caller's span", "One RPC, arrival to answer.") for name in semconv.METHODS),
+    SpanName("receive", "INTERNAL", "RPC", "From the headers until the whole message is here: the caller's upload."),
     SpanName("validate", "INTERNAL", "RPC", "Limits and options are checked."),
     SpanName("admit", "INTERNAL", "RPC", "Admission; embedserve.admission.stage: on an estimate, or on exact tokens."),
     SpanName("tokenize", "INTERNAL", "RPC", "Wait for a tokenizer thread, and its work."),
@@ -199,6 +200,8 @@ class CallRecord:
 
     def _children(self, factory: SpanFactory) -> list[ReadableSpan]:
         spans: list[ReadableSpan] = []
+        if self.segments and self.segments[0][1] > self.arrived_ns:
+            spans.append(factory.child(self.context, "receive", self.arrived_ns, self.segments[0][1]))
         begun_ns = None
         for stage, begin_ns, end_ns in self.segments:
             attributes: dict[str, AttributeValue] = {}

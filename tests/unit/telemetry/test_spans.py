@@ -309,7 +309,7 @@ class TestBatch:
 class TestCatalogue:
     async def test_every_span_that_is_made_is_in_it(self, pipeline: Pipeline) -> None:
         begun = time.monotonic_ns() - 20 * MS
-        call = pipeline.calls.begin(EMBED, [], begun, "")
+        call = pipeline.calls.begin(EMBED, [], begun - MS, "")
         pipeline.engine.batch_finished(record_of([call.context], begun_ns=begun))
         call.end(status="OK", stages=stages_of(begun), error_type=None, attributes={})
 
