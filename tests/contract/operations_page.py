@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from embedserve.api.status import _SPELLINGS
-from embedserve.errors import EmbedServeError, Refusal
+from embedserve.errors import CallerError, DeadlineExpired, Overloaded, Refusal, ServerFault
 from embedserve.reference import migration_reference, settings_reference
 from embedserve.telemetry.instruments import INSTRUMENTS, REFUSALS, Instrument, Kind, Label, prometheus_name
 from embedserve.telemetry.spans import SPANS
@@ -26,7 +26,7 @@ __all__ = ["PAGE", "TABLES", "main", "regenerate"]
 PAGE: Final = Path(__file__).parents[2] / "OPERATIONS.md"
 
 _BLOCK: Final = re.compile(r"(<!-- generated: (?P<name>[a-z]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-_COLUMN_VALUES_MAX: Final = 10
+_LABEL_VALUES_MAX: Final = 10
 """Of one label; where there are more, their number is said and the code has the rest."""
 
 
@@ -41,7 +41,7 @@ def _label(label: Label) -> str:
     name = f"`{label.name}`"
     if not label.values:
         return name
-    if len(label.values) > _COLUMN_VALUES_MAX:
+    if len(label.values) > _LABEL_VALUES_MAX:
         return f"{name} ({len(label.values)} values)"
     return f"{name} ({', '.join(value.rpartition('/')[2] for value in label.values)})"
 
@@ -76,19 +76,19 @@ def spans() -> str:
 
 
 def errors() -> str:
-    """Every class of failure that has a status of its own, abstract ones left out."""
-    rows = []
-    for kind, spelling in _SPELLINGS.items():
-        if spelling.reason == "INTERNAL" and kind.__name__ != "ServerFault":
-            continue
-        hint = "yes" if issubclass(kind, Refusal) or kind.retryable else "no"
-        rows.append((f"`{spelling.code.name}`", f"`{spelling.reason}`", _summary(kind), hint))
-    rows = list(dict.fromkeys(rows))
-    return _table(("status", "`ErrorInfo.reason`", "when", "may succeed later"), rows)
-
-
-def _summary(kind: type[EmbedServeError]) -> str:
-    return (inspect.getdoc(kind) or "").split("\n\n", 1)[0]
+    """Every failure that can end a call. Classes that stand for a family are left out: only its members are raised."""
+    kinds = [kind for kind in _SPELLINGS if issubclass(kind, (CallerError, Refusal, DeadlineExpired, ServerFault))]
+    members = [kind for kind in kinds if kind is ServerFault or not any(kind in other.__mro__[1:] for other in kinds)]
+    rows = (
+        (
+            f"`{_SPELLINGS[kind].code.name}`",
+            "the policy's, below" if kind is Overloaded else f"`{_SPELLINGS[kind].reason}`",
+            (inspect.getdoc(kind) or "").split("\n\n", 1)[0].replace("``", "`"),
+            "yes" if kind.retryable else "no",
+        )
+        for kind in members
+    )
+    return _table(("status", "`ErrorInfo.reason`", "when", "may succeed unchanged"), rows)
 
 
 def refusals() -> str:
@@ -112,7 +112,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
 
 
 def regenerate(page: str) -> str:
-    """``page`` with every table made anew. Raises ``ValueError`` for a table that is unknown, missing or there twice."""
+    """``page`` with every table made anew. Raises ``ValueError`` where a table is unknown, missing or there twice."""
     found = [match["name"] for match in _BLOCK.finditer(page)]
     if sorted(found) != sorted(TABLES):
         raise ValueError(f"the page has the tables {sorted(found)}, the generator {sorted(TABLES)}")
