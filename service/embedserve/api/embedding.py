@@ -137,11 +137,7 @@ class EmbeddingServicer:
         rpc = guard.current_call()
         valid = served.validator.embed(request, rpc.metadata)
         call = self._call(served, rpc, valid)
-        try:
-            async with asyncio.timeout(self._limit_s(rpc, call)):
-                answer = await served.engine.embed(call)
-        except TimeoutError as late:
-            raise self._over_limit() from late
+        answer = await served.engine.embed(call)
         parts = wire.unary_parts(
             encode(answer.vectors, valid.encoding),
             answer.token_counts,
@@ -173,7 +169,8 @@ class EmbeddingServicer:
                         failed += len(portion.refused)
                         await self._send_portion(context, portion, valid)
             except TimeoutError as late:
-                raise self._over_limit() from late
+                limit = self._settings.max_request_ms
+                raise DeadlineExpired(f"not done within server.max_request_ms = {limit}") from late
             finally:
                 await portions.aclose()
         stages = call.stages
@@ -218,11 +215,8 @@ class EmbeddingServicer:
         )
 
     def _limit_s(self, rpc: guard.Call, call: Call) -> float | None:
-        """How long the call may take where gRPC does not end it: also a device that hangs ends a caller's wait."""
+        """How long a stream may take where gRPC does not end it: also a device that hangs ends a caller's wait."""
         return None if call.deadline_ns == rpc.deadline_ns else self._settings.max_request_ms / 1000
-
-    def _over_limit(self) -> DeadlineExpired:
-        return DeadlineExpired(f"not done within server.max_request_ms = {self._settings.max_request_ms}")
 
     async def _send_portion(self, context: Any, portion: Portion, valid: ValidCall) -> None:
         place = valid.indexes

@@ -38,6 +38,10 @@ from embedserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Driver"]
 
+SWEEP_S = 1.0
+"""How often running requests are looked at for deadlines that have passed, while there are any. Queued ones are dropped
+on time by the scheduler; this is for a device that hangs, and a timer for each request would cost 4 us of the loop."""
+
 
 class _Flight(NamedTuple):
     """A batch that the worker has."""
@@ -75,6 +79,7 @@ class Driver:
         self._pump_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
+        self._sweep: asyncio.TimerHandle | None = None
         self._fatal: str | None = None
         self._changed = asyncio.Event()
 
@@ -101,6 +106,8 @@ class Driver:
             stages.waiting_tokens = depth.waiting_tokens
         self._waiting[pending.submission.id] = pending
         self._observer.admitted(len(pending.lengths), len(pending.ids))
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(SWEEP_S, self._sweep_overdue)
         self._pump_soon()
         return None
 
@@ -112,6 +119,15 @@ class Driver:
         self._observer.settled("cancelled", pending.remaining)
         self._pump_soon()
         self.notify()
+
+    def _sweep_overdue(self) -> None:
+        """Tell those whose time is up that it is, whatever the device does with their texts."""
+        now = time.monotonic_ns()
+        for pending in list(self._waiting.values()):
+            deadline = pending.call.deadline_ns
+            if deadline is not None and now >= deadline and pending.expire():
+                self.cancel(pending)
+        self._sweep = self._loop.call_later(SWEEP_S, self._sweep_overdue) if self._waiting else None
 
     async def change(self) -> None:
         """Wait until something has left the queue or the device."""
@@ -151,6 +167,8 @@ class Driver:
         self._flights.clear()
         if self._timer is not None:
             self._timer.cancel()
+        if self._sweep is not None:
+            self._sweep.cancel()
         self._on_fatal(why)
         self.notify()
 

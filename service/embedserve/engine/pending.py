@@ -91,6 +91,10 @@ class Pending:
         """Items ended without a vector. Returns whether the rest of the submission is of no use any more."""
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def expire(self) -> bool:
+        """The deadline has passed while items run. Returns whether the submission is over, for its caller was told."""
+        return False
+
 
 class WholeRequest(Pending):
     """A unary request: all rows, or the first error."""
@@ -138,6 +142,12 @@ class WholeRequest(Pending):
         self.remaining -= len(settled.indexes)
         if not self.future.done():
             self.future.set_exception(error_of(settled.verdict, settled.indexes[0]))
+        return True
+
+    def expire(self) -> bool:
+        """Nobody waits for the rest."""
+        if not self.future.done():
+            self.future.set_exception(DeadlineExpired("the deadline passed while the device was at work"))
         return True
 
     def _settle(self, vectors: npt.NDArray[np.float32], batch_sizes: Sequence[int]) -> None:
