@@ -218,9 +218,9 @@ class Scheduling(Section):
     prepare_ahead_us: Annotated[int, _between(0, 1_000_000)] = 1000
     """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride."""
     max_queue_items: Annotated[int, _between(1, 16 * MIB)] = 65536
-    """Texts that wait. Four of the largest requests; bounds memory."""
+    """Texts that wait or run. Four of the largest requests; bounds memory."""
     max_queue_tokens: Annotated[int, _between(16, 1024 * MIB)] | None = None
-    """Tokens that wait. none: 128 full batches. Bounds memory; admission policies refuse earlier."""
+    """Tokens that wait or run. none: 128 full batches. Bounds memory; admission policies refuse earlier."""
     max_queue_delay_ms: Annotated[int, _between(0, 60_000)] = 0
     """How long a free worker waits for a fuller batch. 0: at 10 % load that means 1.6 ms a call, 50 means 32 ms."""
     max_wait_ms: Annotated[int, _between(1, HOUR_MS)] = 500
@@ -254,7 +254,7 @@ class LatencyP95(Section):
     soft_ms: Annotated[int, _between(1, HOUR_MS)] = 250
     """P95 at which refusals begin, more of them towards hard_ms. Half of it: a ramp needs room."""
     hard_ms: Annotated[int, _between(1, HOUR_MS)] = 500
-    """P95 at which everything is refused. The objective itself."""
+    """P95 at which nine in ten are refused; without the tenth nobody would see the recovery. The objective itself."""
     window_ms: Annotated[int, _between(100, HOUR_MS)] = 10_000
     """How far back latencies count. Long enough for min_samples at 2 calls/s, short enough to forget a burst."""
     min_samples: Annotated[int, _between(1, 100_000)] = 20

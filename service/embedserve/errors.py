@@ -16,8 +16,8 @@ wire: the only translation to gRPC statuses is ``api/status.py``, the only trans
     ├── ServerFault                ours; the message is for the log, the client gets an id    INTERNAL
     │   ├── ItemFailed             this text makes the model fail                             INTERNAL
     │   ├── NonFiniteOutput        the model gave NaN or infinity for this text, twice        INTERNAL
-    │   ├── ItemTooLarge           one text alone does not fit the device's memory            RESOURCE_EXHAUSTED, no
-    retry │   └── EngineFailed           the worker died while this request was in flight           INTERNAL
+    │   ├── ItemTooLarge           one text alone does not fit the device's memory; no retry  RESOURCE_EXHAUSTED
+    │   └── EngineFailed           the worker died while this request was in flight           INTERNAL
     ├── StartupError               the process cannot serve; exit 1
     │   └── ModelRefused           the checkpoint is incomplete, unsafe or not an encoder
     ├── ConfigError                settings are wrong, all of them listed; exit 2

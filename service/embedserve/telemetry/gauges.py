@@ -36,7 +36,6 @@ _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
     (table.LATENCY_P95, lambda load: load.p95_s),
     (table.SHED_PROBABILITY, lambda load: load.shed_probability),
     (table.THETA, lambda load: load.theta),
-    (table.INFLIGHT_LIMIT, lambda load: load.inflight_limit_tokens),
     (table.MAX_BATCH_TOKENS, lambda load: load.max_batch_tokens),
     (table.COST_FIXED, lambda load: load.cost_fixed_s),
     (table.COST_PER_TOKEN, lambda load: load.cost_per_token_s),

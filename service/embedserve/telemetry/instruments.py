@@ -95,7 +95,7 @@ OUTCOMES: Final = ("ok", "out_of_memory", "failed", "non_finite", "fatal")
 VERDICTS: Final = tuple(verdict.value for verdict in Verdict)
 REQUEST_VERDICTS: Final = ("done", "expired", "cancelled", "failed", "rejected")
 STATES: Final = ("starting", "warming", "serving", "draining", "stopped", "failed")
-POLICIES: Final = ("throughput", "latency_p95", "gradient")
+POLICIES: Final = ("throughput", "latency_p95")
 REFUSALS: Final = (
     *product(("queue",), ("QUEUE_FULL",), ("estimate", "exact")),
     *product(("too_large",), ("SUBMISSION_EXCEEDS_QUEUE", "ITEM_EXCEEDS_BATCH"), ("estimate", "exact")),
@@ -226,9 +226,6 @@ SHED_PROBABILITY: Final = _gauge(
 )
 THETA: Final = _gauge(
     "embedserve.admission.theta", "1", "0.95 quantile of actual over predicted wait; scales the prediction."
-)
-INFLIGHT_LIMIT: Final = _gauge(
-    "embedserve.admission.inflight_limit", "{token}", "Tokens in flight that the gradient policy allows; 0 when off."
 )
 MAX_BATCH_TOKENS: Final = _gauge(
     "embedserve.batch.max_tokens", "{token}", "Token budget of a pass now; falls when memory ran out."

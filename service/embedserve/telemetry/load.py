@@ -34,7 +34,6 @@ class LoadSnapshot:
     p95_s: float = 0.0
     shed_probability: float = 0.0
     theta: float = 0.0
-    inflight_limit_tokens: float = 0.0
     max_batch_tokens: int = 0
     cost_fixed_s: float = 0.0
     cost_per_token_s: float = 0.0

@@ -7,14 +7,17 @@ counts as absent, as the recommendation asks: a wrong header never fails a call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Final
 
-from opentelemetry import propagate
 from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace import SpanContext, get_current_span
 
-__all__ = ["Propagation"]
+from embedserve.errors import ConfigError
+
+__all__ = ["Propagation", "load_propagator"]
 
 HEADER_CHARS_MAX: Final = 512
 """Longest header that is looked at: what the recommendation says must be carried of a tracestate, and nine times a
@@ -23,12 +26,24 @@ with them.
 """
 
 
+def load_propagator() -> TextMapPropagator:
+    """Load the propagators that ``OTEL_PROPAGATORS`` names. Raises ``ConfigError`` for one that is not installed.
+
+    To be called before anything else of OpenTelemetry's instrumentation is imported, which would raise on its own.
+    """
+    try:
+        from opentelemetry import propagate  # noqa: PLC0415 - reads the variable when it is imported, and raises
+    except ValueError as error:
+        raise ConfigError([f"OTEL_PROPAGATORS = {os.environ.get('OTEL_PROPAGATORS')}: {error}"]) from error
+    return propagate.get_global_textmap()
+
+
 class Propagation:
     """Reads trace context with the propagators that the process has."""
 
     def __init__(self) -> None:
         """Take the propagators that ``OTEL_PROPAGATORS`` names (default ``tracecontext,baggage``)."""
-        self._propagator = propagate.get_global_textmap()
+        self._propagator = load_propagator()
         # Baggage carries no identity, and we keep none of it: alone it is not worth a look.
         self._fields = frozenset(self._propagator.fields) - {"baggage"}
 

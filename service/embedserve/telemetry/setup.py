@@ -28,6 +28,7 @@ from embedserve.telemetry.load import LoadSource, SharedSnapshot
 from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.observers import TelemetryEngineObserver
 from embedserve.telemetry.prometheus import PrometheusRenderer
+from embedserve.telemetry.propagation import load_propagator
 from embedserve.telemetry.semconv import SCHEMA_URL
 from embedserve.telemetry.settings import TelemetrySettings
 from embedserve.telemetry.span_queue import SpanQueue, SpanQueueLimits
@@ -95,6 +96,7 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
     Raises ``ConfigError`` when a variable has a value that is not known.
     """
     configure_logs(level=settings.log_level, levels=settings.log_levels, form=settings.log_format)
+    load_propagator()
     _unpatch_stock_interceptor()
     log_call = None
     if settings.log_requests != "off":

@@ -20,6 +20,7 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from embedserve.errors import ConfigError
 from embedserve.telemetry.spans import SpanFactory
 from embedserve.telemetry.tally import CounterTally
 
@@ -48,12 +49,21 @@ class SpanQueueLimits:
 
     @classmethod
     def from_environment(cls) -> SpanQueueLimits:
-        """What ``OTEL_BSP_MAX_QUEUE_SIZE``, ``_MAX_EXPORT_BATCH_SIZE`` and ``_SCHEDULE_DELAY`` (ms) say."""
-        return cls(
-            records_max=int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "2048")),
-            export_spans_max=int(os.environ.get("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512")),
-            delay_s=float(os.environ.get("OTEL_BSP_SCHEDULE_DELAY", "5000")) / 1000,
-        )
+        """What ``OTEL_BSP_MAX_QUEUE_SIZE``, ``_MAX_EXPORT_BATCH_SIZE`` and ``_SCHEDULE_DELAY`` (ms) say.
+
+        Raises ``ConfigError`` with every one of them that is not a positive whole number.
+        """
+        defaults = {
+            "OTEL_BSP_MAX_QUEUE_SIZE": "2048",
+            "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "512",
+            "OTEL_BSP_SCHEDULE_DELAY": "5000",
+        }
+        given = {name: os.environ.get(name) or default for name, default in defaults.items()}
+        wrong = {name: text for name, text in given.items() if not (text.isdecimal() and int(text) > 0)}
+        if wrong:
+            raise ConfigError([f"{name} = {text}: must be a positive whole number" for name, text in wrong.items()])
+        records_max, export_spans_max, delay_ms = map(int, given.values())
+        return cls(records_max=records_max, export_spans_max=export_spans_max, delay_s=delay_ms / 1000)
 
 
 class SpanQueue:

@@ -10,6 +10,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import SpanContext, TraceFlags
 
+from embedserve.errors import ConfigError
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.span_queue import LINKS_PER_EXPORT_MAX, SpanQueueLimits
 from tests.unit.telemetry.pipeline import EMBED, Pipeline, record_of
@@ -106,3 +107,18 @@ class TestSpanQueue:
         monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "3")
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "250")
         assert SpanQueueLimits(7, 3, 0.25) == SpanQueueLimits.from_environment()
+
+
+class TestEnvironmentThatIsWrong:
+    """A variable that is no number stops the start with a sentence, not a traceback."""
+
+    def test_every_wrong_variable_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "many")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "0")
+        with pytest.raises(ConfigError) as caught:
+            SpanQueueLimits.from_environment()
+
+        assert caught.value.problems == (
+            "OTEL_BSP_MAX_QUEUE_SIZE = many: must be a positive whole number",
+            "OTEL_BSP_SCHEDULE_DELAY = 0: must be a positive whole number",
+        )
