@@ -40,6 +40,7 @@ from embedserve.wiring import (
     bucket_edges,
     build_engine,
     load_snapshot,
+    prepare_environment,
     server_options,
     servicer_settings,
     telemetry_settings,
@@ -157,9 +158,13 @@ class App:
         health.add_to(server)
         if config.server.reflection:
             add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
-        engine = self.engine = build_engine(
-            config, checkpoint, telemetry.engine_observer, self._die, make_backend=self._make_backend
-        )
+        try:
+            engine = self.engine = build_engine(
+                config, checkpoint, telemetry.engine_observer, self._die, make_backend=self._make_backend
+            )
+        except StartupError as error:
+            self._log.critical("start_failed", reason=str(error))
+            return ExitCode.START_FAILED
         loop = asyncio.get_running_loop()
         telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
         operations = OperationsPort(
@@ -334,8 +339,7 @@ def run(
     checkpoint: Checkpoint | None = None,
 ) -> int:
     """Live one life in a new event loop and return the exit code; what is given replaces what ``config`` says."""
-    # Our pool decides about threads; the tokenizer's own would fight with it.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_environment()
 
     def ready_line(line: bytes) -> None:
         sys.stdout.write(line.decode() + "\n")

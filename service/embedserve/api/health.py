@@ -8,11 +8,12 @@ while it writes to a watcher: a watcher that does not read would then hold up wh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 __all__ = ["HealthService"]
@@ -55,8 +56,15 @@ class HealthService(health_pb2_grpc.HealthServicer):
         self._announce()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register with ``server``."""
-        health_pb2_grpc.add_HealthServicer_to_server(self, server)
+        """Register with ``server``, with our own parsing: gRPC answers UNKNOWN with Python's own words to garbage."""
+        unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        check, listing = _parser(health_pb2.HealthCheckRequest), _parser(health_pb2.HealthListRequest)  # type: ignore[attr-defined]
+        handlers = {
+            "Check": unary(_whole(self.Check), check, _serialize),
+            "List": unary(_whole(self.List), listing, _serialize),
+            "Watch": streaming(_whole(self.Watch), check, _serialize),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", handlers),))
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:  # noqa: N802
         """The status of one service; NOT_FOUND for others."""
@@ -95,3 +103,29 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _parser(message: Any) -> Callable[[bytes], Any]:
+    def parse(raw: bytes) -> Any:
+        try:
+            return message.FromString(raw)
+        except DecodeError:
+            return None
+
+    return parse
+
+
+def _whole(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """Refuse a request that could not be parsed before ``behaviour`` sees it."""
+
+    async def guarded(request: Any, context: Any) -> Any:
+        if request is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the bytes are not a valid health request")
+        return await behaviour(request, context)
+
+    return guarded
+
+
+def _serialize(message: Any) -> bytes:
+    raw: bytes = message.SerializeToString()
+    return raw

@@ -11,6 +11,7 @@ from typing import Final
 
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.reflection import aio as reflection_aio
 
@@ -18,15 +19,15 @@ __all__ = ["SERVICE_NAMES", "add_reflection"]
 
 _ALPHA: Final = "grpc.reflection.v1alpha.ServerReflection"
 _V1: Final = "grpc.reflection.v1.ServerReflection"
+_V1_FILE: Final = "grpc/reflection/v1/reflection.proto"
 SERVICE_NAMES: Final = (_ALPHA, _V1)
 """Names under which reflection itself is served."""
 
 
 def add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
     """Let ``server`` describe ``services``, by full name, and reflection itself."""
-    # ``v1`` is not listed: its file is not in the descriptor pool, and a name that cannot be described breaks
-    # clients that describe all they see.
-    servicer = reflection_aio.ReflectionServicer((*services, _ALPHA))
+    _describe_v1()
+    servicer = reflection_aio.ReflectionServicer((*services, *SERVICE_NAMES))
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
@@ -34,3 +35,23 @@ def add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_V1, {"ServerReflectionInfo": handler}),))
+
+
+def _describe_v1() -> None:
+    """Put v1's file into the pool, so that what is listed can be described: v1alpha's with the package renamed."""
+    pool = descriptor_pool.Default()
+    try:
+        pool.FindFileByName(_V1_FILE)
+    except KeyError:
+        file = descriptor_pb2.FileDescriptorProto()
+        reflection_pb2.DESCRIPTOR.CopyToProto(file)
+        file.name, file.package = _V1_FILE, "grpc.reflection.v1"
+        old, new = ".grpc.reflection.v1alpha.", ".grpc.reflection.v1."
+        for message in file.message_type:
+            for field in filter(lambda field: field.HasField("type_name"), message.field):
+                field.type_name = field.type_name.replace(old, new)
+        for service in file.service:
+            for method in service.method:
+                method.input_type = method.input_type.replace(old, new)
+                method.output_type = method.output_type.replace(old, new)
+        pool.AddSerializedFile(file.SerializeToString())

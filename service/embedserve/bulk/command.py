@@ -7,12 +7,13 @@ before it is run: ``embedserve --help`` answers at once.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from embedserve.bulk.source import STDIN
+from embedserve.bulk.source import STDIN, InputFormat
 from embedserve.flags import load_flags, setting_flags
 
 __all__ = ["embed"]
@@ -24,7 +25,11 @@ __all__ = ["embed"]
 @click.option(
     "--server", metavar="TARGET", help="Embed on a server, such as localhost:50051. Without: in this process."
 )
-@click.option("--input-format", type=click.Choice(["lines", "jsonl"]), default="lines", show_default=True)
+@click.option(
+    "--input-format",
+    type=click.Choice(["lines", "jsonl"]),
+    help="Default: jsonl where the first file's name ends in .jsonl or .ndjson, lines otherwise.",
+)
 @click.option("--field", default="text", show_default=True, help="Where the text is in each JSON object.")
 @click.option("--id-field", help="A field of each JSON object that goes into the output as id.")
 @click.option(
@@ -91,7 +96,7 @@ def embed(config_file: str | None, **arguments: Any) -> int:
         run_job(
             Job(
                 files=arguments["files"] or (STDIN,),
-                input_format=arguments["input_format"],
+                input_format=arguments["input_format"] or _format_of(arguments["files"]),
                 field=arguments["field"],
                 id_field=arguments["id_field"],
                 output=output,
@@ -130,3 +135,8 @@ def _output(output: str, form: str | None) -> tuple[Path | None, Any]:
             f"--format {form} needs --output FILE: its rows are counted at the end, which a pipe cannot take"
         )
     return path, form
+
+
+def _format_of(files: Sequence[str]) -> InputFormat:
+    """What the first file's name says, as the output's does."""
+    return "jsonl" if files and files[0].endswith((".jsonl", ".ndjson")) else "lines"

@@ -6,7 +6,6 @@ long as the pipeline makes it. Must never know gRPC's calls or statuses.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -24,7 +23,7 @@ from embedserve.engine.stages import Stages
 from embedserve.errors import InvalidRequest
 from embedserve.model.checkpoint import load_checkpoint
 from embedserve.scheduling.item import Priority
-from embedserve.wiring import build_engine
+from embedserve.wiring import build_engine, prepare_environment
 
 __all__ = ["Local"]
 
@@ -47,9 +46,7 @@ class Local:
 
     async def __aenter__(self) -> Self:
         """Load and warm up. Raises ``StartupError``."""
-        # Read when torch is loaded: idle OpenMP threads must not spin, nor the tokenizer's own pool fight with ours.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        prepare_environment()
         model, limits = self._config.model, self._config.limits
         checkpoint = load_checkpoint(
             model.source,

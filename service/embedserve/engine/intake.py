@@ -94,7 +94,7 @@ class Intake:
             raise not_serving()
         message = f"shed by {rejection.policy}: {rejection.reason.lower().replace('_', ' ')}"
         if rejection.figures:
-            message += " (" + ", ".join(f"{name}={value:g}" for name, value in rejection.figures.items()) + ")"
+            message += f" ({', '.join(_readable(*figure) for figure in rejection.figures.items())})"
         raise Overloaded(
             message,
             reason=rejection.reason,
@@ -172,6 +172,11 @@ class Intake:
             ),
             reason="TEXT_TOO_LONG",
         )
+
+
+def _readable(name: str, value: float) -> str:
+    """A figure for people: nanoseconds become milliseconds."""
+    return f"{name[:-3]}_ms={value / 1e6:.1f}" if name.endswith("_ns") else f"{name}={value:g}"
 
 
 def _cut(tokens: TokenizedTexts, first: int, stop: int) -> TokenizedTexts:

@@ -257,6 +257,11 @@ def _sentence_config(files: CheckpointFiles, folder: str) -> dict[str, Any]:
 
 
 def _check_widths(files: CheckpointFiles, pipeline: Pipeline, hidden_size: int) -> None:
+    said = pipeline.pooling.width
+    if said is not None and said != hidden_size:
+        raise ModelRefused(
+            f"{files.directory}: the pooling's word_embedding_dimension is {said}, the encoder gives {hidden_size}"
+        )
     width = hidden_size * len(pipeline.pooling.modes)
     for spec in pipeline.dense:
         if spec.in_features != width:

@@ -54,6 +54,8 @@ class PoolingSpec:
     """Concatenated in this order: ``mean``, ``cls``, ``last_token``, ``max``, ``mean_sqrt_len``, ``weighted_mean``."""
     include_prompt: bool = True
     """Whether a prompt's tokens are pooled too."""
+    width: int | None = None
+    """Floats of one token's vector, as the checkpoint says; ``None`` where it does not."""
 
     @property
     def name(self) -> str:
@@ -130,7 +132,10 @@ def _pooling(files: CheckpointFiles, folder: str) -> PoolingSpec:
         raise ModelRefused(f"{files.directory / folder / 'config.json'} is missing: how this model pools is not known")
     given = config.get("pooling_mode")
     if given is None:
-        modes = [mode for key, mode in LEGACY_POOLING_KEYS.items() if config.get(key)] or ["mean"]
+        modes = [mode for key, mode in LEGACY_POOLING_KEYS.items() if config.get(key)]
+        if not modes and any(key in config for key in LEGACY_POOLING_KEYS):
+            raise ModelRefused(f"{files.directory / folder / 'config.json'}: every pooling_mode is off, one must be on")
+        modes = modes or ["mean"]
     else:
         names = [given] if isinstance(given, str) else given
         if not isinstance(names, list) or not names or any(name not in POOLING_NAMES for name in names):
@@ -139,7 +144,12 @@ def _pooling(files: CheckpointFiles, folder: str) -> PoolingSpec:
                 f"known are {', '.join(POOLING_NAMES)}"
             )
         modes = [POOLING_NAMES[name] for name in names]
-    return PoolingSpec(tuple(modes), include_prompt=bool(config.get("include_prompt", True)))
+    width = config.get("word_embedding_dimension", config.get("embedding_dimension"))
+    return PoolingSpec(
+        tuple(modes),
+        include_prompt=bool(config.get("include_prompt", True)),
+        width=width if isinstance(width, int) else None,
+    )
 
 
 def _dense(files: CheckpointFiles, folder: str) -> DenseSpec:

@@ -37,7 +37,8 @@ class DeadlinePolicy:
         if left <= 0:
             return Rejection("deadline", "DEADLINE_PASSED", None, figures)
         if load.idle:
-            return Rejection("deadline", "DEADLINE_TOO_SHORT", None, figures)  # not even an empty queue would do
+            # Not even an empty queue would do, by an estimate that may be out of date: the next probe will tell.
+            return Rejection("deadline", "DEADLINE_TOO_SHORT", retry_after_ms(predicted), figures)
         return Rejection(
             "deadline", "DEADLINE_UNREACHABLE", retry_after_ms(min(predicted - left, load.drain_ns)), figures
         )
