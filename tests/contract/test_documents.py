@@ -14,6 +14,7 @@ from opentelemetry.sdk import environment_variables as otel_sdk
 
 from embedserve import app
 from embedserve.api.encoding import Encoding, encode
+from embedserve.api.status import _SPELLINGS
 from embedserve.config import Config
 from embedserve.http import operations
 from embedserve.lifecycle import ExitCode
@@ -28,7 +29,7 @@ from tests.contract.operations_page import PAGE, regenerate
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "service" / "embedserve"
-PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "OPERATIONS.md")]
+PAGES = sorted(ROOT.glob("*.md"))
 SETTINGS = {setting.path: setting for setting in settings_of(Config)}
 SECTIONS = {path[:end] for path in SETTINGS for end in (m.start() for m in re.finditer(r"\.", path))}
 FILE_ENDINGS = (".py", ".toml", ".proto", ".md", ".json")
@@ -141,8 +142,7 @@ class TestNames:
 
     @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
     def test_every_metric_setting_and_variable_exists(self, path: Path) -> None:
-        if path.exists():  # a page that is not written yet names nothing
-            assert wrong_names(path.read_text(encoding="utf-8")) == set()
+        assert wrong_names(path.read_text(encoding="utf-8")) == set()
 
     @pytest.mark.parametrize(
         "name",
@@ -166,6 +166,12 @@ class TestNames:
         ours = set(re.findall(r'"(OTEL_[A-Z_]+)"', _sources()))
         assert ours - named == set(), "read by the code, not on the page"
 
+    def test_every_variable_of_native_libraries_that_we_touch_is_there(self, page: str) -> None:
+        source = (PACKAGE / "wiring.py").read_text(encoding="utf-8")
+        names = set(re.findall(r'"([A-Z]+(?:_[A-Z]+)+)"', source))
+        assert len(names) == 3
+        assert names <= set(re.findall(r"`([A-Z_]+)`", page))
+
     def test_every_log_event_is_there_and_no_other(self, page: str) -> None:
         logged = {
             node.args[0].value
@@ -181,6 +187,18 @@ class TestNames:
         listed = set(re.findall(r"^\| `(\w+)` \|", _section(page, "### Logs"), re.MULTILINE))
         assert listed == logged
 
+    def test_every_status_that_the_code_sends_is_explained_and_no_other(self, page: str) -> None:
+        table = _section(page, "## Statuses").partition("### ")[0]
+        listed = set(re.findall(r"^\| `([A-Z_]+)`", table, re.MULTILINE))
+        sent = {spelling.code.name for spelling in _SPELLINGS.values()}
+        assert listed == sent | {"CANCELLED"}  # which nobody sends: the caller has gone
+
+    def test_every_http_path_is_there(self, page: str) -> None:
+        source = (PACKAGE / "http" / "operations.py").read_text(encoding="utf-8")
+        served = set(re.findall(r'web\.get\("(/\w+)"', source))
+        assert len(served) == 4
+        assert set(re.findall(r"`GET (/\w+)`", page)) == served
+
     def test_every_exit_code_is_there(self, page: str) -> None:
         listed = {int(code) for code in re.findall(r"^\| (\d+)", _section(page, "## Exit codes"), re.MULTILINE)}
         codes = {value for name, value in vars(ExitCode).items() if name.isupper()}
@@ -191,7 +209,7 @@ class TestNames:
         shutdown = Config().shutdown
         steps_s = (shutdown.settle_ms + shutdown.grace_ms + shutdown.telemetry_flush_ms) / 1000
         steps_s += app.CATCH_UP_MAX_S + app.STRAGGLERS_S + app.WORKER_STOP_S + operations.SHUTDOWN_S
-        (said,) = re.findall(r"worst case of the defaults is ([\d.]+) s", page)
+        (said,) = re.findall(r"worst\s+case of the defaults is ([\d.]+) s", page)
         (pod,) = re.findall(r"terminationGracePeriodSeconds: (\d+)", page)
         assert float(said) == steps_s < int(pod)
 
