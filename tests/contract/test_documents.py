@@ -169,7 +169,7 @@ class TestNames:
     def test_every_variable_of_native_libraries_that_we_touch_is_there(self, page: str) -> None:
         source = (PACKAGE / "wiring.py").read_text(encoding="utf-8")
         names = set(re.findall(r'"([A-Z]+(?:_[A-Z]+)+)"', source))
-        assert len(names) == 3
+        assert names
         assert names <= set(re.findall(r"`([A-Z_]+)`", page))
 
     def test_every_log_event_is_there_and_no_other(self, page: str) -> None:
