@@ -10,87 +10,41 @@ A name ends with its unit. The docstring under a setting is its text in the sett
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    Strict,
     ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from embedserve.address import addresses_collide, listens, listens_once, split_addresses
+from embedserve.address import addresses_collide, listens_once, split_addresses
+from embedserve.kinds import (
+    DAY_MS,
+    HOUR_MS,
+    KIB,
+    MIB,
+    Addresses,
+    Edges,
+    LogLevel,
+    Policies,
+    Source,
+    Switch,
+    Text,
+    UvloopSwitch,
+    between,
+)
 from embedserve.settings import Allowed, Origin, read_settings
 
 __all__ = ["Config", "Loaded", "load_config"]
-
-KIB, MIB, HOUR_MS, DAY_MS = 1024, 1024 * 1024, 3_600_000, 86_400_000
-
-
-def _is_source(value: str, info: ValidationInfo) -> str:
-    """Refuse an empty source; where this machine may be asked, also one that is not on it."""
-    if not value.strip():
-        raise ValueError("it is empty")
-    if (info.context or {}).get("on_this_machine"):
-        package = value.removeprefix("package:")
-        if package != value and not (package.isidentifier() and importlib.util.find_spec(package)):
-            raise ValueError(f"the Python package {package!r} is not installed here")
-        if value.startswith(("/", "./", "../", "~")) and not Path(value).expanduser().is_dir():
-            raise ValueError("there is no such directory here")
-    return value
-
-
-def _ascends(value: tuple[int, ...]) -> tuple[int, ...]:
-    if not value or list(value) != sorted(set(value)) or value[0] < 1 or value[-1] > MIB:
-        raise ValueError("they do not ascend within the range")
-    return value
-
-
-def _differ(value: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(value)) < len(value):
-        raise ValueError("one is named twice")
-    return value
-
-
-def _is_here(value: bool, info: ValidationInfo) -> bool:
-    if value and (info.context or {}).get("on_this_machine") and importlib.util.find_spec("uvloop") is None:
-        raise ValueError("uvloop is not installed here; without it only asyncio's slower loop is left (false)")
-    return value
-
-
-def _between(low: float, high: float) -> Any:
-    return Field(ge=low, le=high, strict=True)
-
-
-Switch = Annotated[bool, Strict()]
-Text = Annotated[str, Field(min_length=1, max_length=255)]
-LogLevel = Literal["debug", "info", "warning", "error", "critical"]
-Addresses = Annotated[str, AfterValidator(listens), Allowed("host:port or unix:/path, several by commas")]
-Source = Annotated[
-    str, AfterValidator(_is_source), Allowed("package:NAME, a local directory, or a hub id in the local cache")
-]
-Edges = Annotated[
-    tuple[Annotated[int, Strict()], ...],
-    AfterValidator(_ascends),
-    Allowed("ascending integers from 1 to 1048576, by commas"),
-]
-Policies = Annotated[
-    tuple[Literal["throughput", "latency_p95"], ...],
-    BeforeValidator(lambda value: () if value in ("none", ("none",), ["none"]) else value),
-    AfterValidator(_differ),
-    Allowed("throughput, latency_p95, both by a comma, or none"),
-]
 
 
 class Section(BaseModel):
@@ -106,39 +60,39 @@ class Server(Section):
     """Where gRPC listens. Loopback, so that nothing is open to a network by accident."""
     so_reuseport: Switch = False
     """Share the port with other processes. Off: a second server started by mistake fails instead of taking half."""
-    max_receive_message_bytes: Annotated[int, _between(KIB, 1024 * MIB)] = 16 * MIB
+    max_receive_message_bytes: Annotated[int, between(KIB, 1024 * MIB)] = 16 * MIB
     """Largest request. gRPC's own 4 MiB would refuse 16384 texts of 300 bytes."""
-    max_send_message_bytes: Annotated[int, _between(KIB, 1024 * MIB)] = 4 * MIB
+    max_send_message_bytes: Annotated[int, between(KIB, 1024 * MIB)] = 4 * MIB
     """Largest answer. Every client accepts 4 MiB without being told; more needs EmbedStream."""
-    max_metadata_bytes: Annotated[int, _between(4096, MIB)] = 16384
+    max_metadata_bytes: Annotated[int, between(4096, MIB)] = 16384
     """Largest request metadata. gRPC's own hard limit, made visible."""
-    max_concurrent_streams: Annotated[int, _between(1, 1_000_000)] = 1024
+    max_concurrent_streams: Annotated[int, between(1, 1_000_000)] = 1024
     """Calls in flight on one connection. gRPC has no cap of its own, so one connection could take every slot."""
-    keepalive_time_ms: Annotated[int, _between(1000, DAY_MS)] = 60_000
+    keepalive_time_ms: Annotated[int, between(1000, DAY_MS)] = 60_000
     """Quiet time after which a client is pinged. Below the idle limits of common NATs and balancers."""
-    keepalive_timeout_ms: Annotated[int, _between(100, HOUR_MS)] = 20_000
+    keepalive_timeout_ms: Annotated[int, between(100, HOUR_MS)] = 20_000
     """Time to answer that ping before the connection is closed. gRPC's default."""
-    min_ping_interval_ms: Annotated[int, _between(100, HOUR_MS)] = 10_000
+    min_ping_interval_ms: Annotated[int, between(100, HOUR_MS)] = 10_000
     """Clients that ping more often are sent away. 10 s is the most often that gRPC clients may be set to."""
     keepalive_permit_without_calls: Switch = True
     """Take pings on idle connections. Balancers and sidecars keep such connections open."""
-    max_connection_idle_ms: Annotated[int, _between(1000, DAY_MS)] = 300_000
+    max_connection_idle_ms: Annotated[int, between(1000, DAY_MS)] = 300_000
     """A connection without calls is closed after this, to free descriptors."""
-    max_connection_age_ms: Annotated[int, _between(1000, 30 * DAY_MS)] = 600_000
+    max_connection_age_ms: Annotated[int, between(1000, 30 * DAY_MS)] = 600_000
     """A connection is renewed after this, so that load finds new replicas behind a TCP balancer."""
-    max_connection_age_grace_ms: Annotated[int, _between(100, DAY_MS)] = 60_000
+    max_connection_age_grace_ms: Annotated[int, between(100, DAY_MS)] = 60_000
     """Time for the calls in flight on a connection that is renewed. Longer than nearly any call."""
     reflection: Switch = True
     """Serve gRPC reflection. The API is public, and grpcurl then works as it stands."""
-    max_request_ms: Annotated[int, _between(1, DAY_MS)] = 300_000
+    max_request_ms: Annotated[int, between(1, DAY_MS)] = 300_000
     """Deadline of a call whose caller sent none or a later one, so that nothing waits for ever."""
-    stream_message_bytes: Annotated[int, _between(KIB, MIB - 1)] = 1_000_000
+    stream_message_bytes: Annotated[int, between(KIB, MIB - 1)] = 1_000_000
     """Size at which a message of EmbedStream is closed. Under 1 MiB, as the API promises."""
-    stream_window_items: Annotated[int, _between(1, 1_000_000)] = 512
+    stream_window_items: Annotated[int, between(1, 1_000_000)] = 512
     """Items of one stream that are admitted and not yet sent: one full batch. Bounds what a slow reader holds."""
-    stream_stall_ms: Annotated[int, _between(100, HOUR_MS)] = 30_000
+    stream_stall_ms: Annotated[int, between(100, HOUR_MS)] = 30_000
     """A stream whose reader accepts nothing for so long is ended. A live reader is never this slow."""
-    uvloop: Annotated[Switch, AfterValidator(_is_here)] = True
+    uvloop: UvloopSwitch = True
     """Use uvloop's event loop: about 1.6 times the calls of asyncio's own."""
 
     @property
@@ -150,15 +104,15 @@ class Server(Section):
 class Limits(Section):
     """What one request, and all of them together, may hold."""
 
-    max_texts: Annotated[int, _between(1, 1_000_000)] = 16384
+    max_texts: Annotated[int, between(1, 1_000_000)] = 16384
     """Texts, or token id lists, in one request. Checked first: 200 KB can carry 100,000 empty texts."""
-    max_text_bytes: Annotated[int, _between(1, 1024 * MIB)] = MIB
+    max_text_bytes: Annotated[int, between(1, 1024 * MIB)] = MIB
     """UTF-8 bytes in one text. Far above what any model reads; bounds the tokenizer's work."""
-    max_requests_in_flight: Annotated[int, _between(1, 1_000_000)] = 4096
+    max_requests_in_flight: Annotated[int, between(1, 1_000_000)] = 4096
     """Calls in the process over all connections. The last wall, for memory."""
-    max_tenants: Annotated[int, _between(1, 100_000)] = 64
+    max_tenants: Annotated[int, between(1, 100_000)] = 64
     """Tenants told apart; all others share one place. Bounds queues and metric series."""
-    max_tenant_bytes: Annotated[int, _between(1, 1024)] = 64
+    max_tenant_bytes: Annotated[int, between(1, 1024)] = 64
     """Length of a tenant's name. Room for a UUID or a host name."""
 
 
@@ -171,7 +125,7 @@ class Model(Section):
     """Name that clients see. none: as the checkpoint or the source says."""
     revision: Text | None = None
     """Hub revision to serve. none: the one that the local cache calls main."""
-    max_input_length: Annotated[int, _between(4, MIB)] | None = None
+    max_input_length: Annotated[int, between(4, MIB)] | None = None
     """Tokens in one text, to serve less than the model takes. none: the model's own limit."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Allowed("auto, cpu, cuda or cuda:N")] = "auto"
     """Where it runs. auto: the first GPU, the CPU where there is none."""
@@ -181,20 +135,20 @@ class Model(Section):
     """Tokens that mean pooling leaves out. Empty: the checkpoint decides alone."""
     allow_download: Switch = False
     """Fetch a missing checkpoint from the hub. Off: a start in production must not depend on another site."""
-    threads: Annotated[int, _between(1, 1024)] | None = None
+    threads: Annotated[int, between(1, 1024)] | None = None
     """torch's threads within one operation. none: all cores that this process may use."""
 
 
 class Tokenizer(Section):
     """The threads that turn text into tokens."""
 
-    threads: Annotated[int, _between(1, 256)] | None = None
+    threads: Annotated[int, between(1, 256)] | None = None
     """Threads. none: one a core, 4 at most, which is more than one model on any device can take."""
-    max_pending: Annotated[int, _between(1, 1_000_000)] = 1024
+    max_pending: Annotated[int, between(1, 1_000_000)] = 1024
     """Requests that wait for a thread; more are refused. A quarter of the calls in flight."""
-    inline_chars: Annotated[int, _between(0, 65536)] = 256
+    inline_chars: Annotated[int, between(0, 65536)] = 256
     """Requests of no more characters are tokenised on the event loop: handing them to a thread takes as long."""
-    chunk_texts: Annotated[int, _between(1, 1_000_000)] = 64
+    chunk_texts: Annotated[int, between(1, 1_000_000)] = 64
     """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
 
     def thread_count(self, cores: int) -> int:
@@ -209,23 +163,23 @@ class Scheduling(Section):
     """Layout of a batch. auto: packed, without padding, where the backend can; bucketed otherwise."""
     bucket_edges: Edges = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """Length classes, in tokens; those above the model's limit are dropped. Doubling: padding wastes half at most."""
-    max_batch_tokens: Annotated[int, _between(16, 16 * MIB)] | None = None
+    max_batch_tokens: Annotated[int, between(16, 16 * MIB)] | None = None
     """Tokens in one pass. none: 16384 on a GPU, 4096 on a CPU, never under the longest text. More gains little."""
-    max_batch_items: Annotated[int, _between(1, 65536)] = 512
+    max_batch_items: Annotated[int, between(1, 65536)] = 512
     """Texts in one pass. Bounds the time to gather a batch of very short texts."""
-    batches_in_flight: Annotated[int, _between(1, 8)] = 2
+    batches_in_flight: Annotated[int, between(1, 8)] = 2
     """One that runs and one prepared behind it, so that the device never waits and little is decided early."""
-    prepare_ahead_us: Annotated[int, _between(0, 1_000_000)] = 1000
+    prepare_ahead_us: Annotated[int, between(0, 1_000_000)] = 1000
     """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride."""
-    max_queue_items: Annotated[int, _between(1, 16 * MIB)] = 65536
+    max_queue_items: Annotated[int, between(1, 16 * MIB)] = 65536
     """Texts that wait or run. Four of the largest requests; bounds memory."""
-    max_queue_tokens: Annotated[int, _between(16, 1024 * MIB)] | None = None
+    max_queue_tokens: Annotated[int, between(16, 1024 * MIB)] | None = None
     """Tokens that wait or run. none: 128 full batches. Bounds memory; admission policies refuse earlier."""
-    max_queue_delay_ms: Annotated[int, _between(0, 60_000)] = 0
+    max_queue_delay_ms: Annotated[int, between(0, 60_000)] = 0
     """How long a free worker waits for a fuller batch. 0: at 10 % load that means 1.6 ms a call, 50 means 32 ms."""
-    max_wait_ms: Annotated[int, _between(1, HOUR_MS)] = 500
+    max_wait_ms: Annotated[int, between(1, HOUR_MS)] = 500
     """A bucket whose oldest text has waited so long goes first, so that no length starves."""
-    lowest_class_share: Annotated[float, _between(0, 0.5)] = 0.05
+    lowest_class_share: Annotated[float, between(0, 0.5)] = 0.05
     """Share of the tokens that the lowest priority always gets, so that bulk work never starves."""
 
     def batch_tokens(self, device: str, max_input_length: int) -> int:
@@ -242,22 +196,22 @@ class Scheduling(Section):
 class Throughput(Section):
     """Admission by the time that the work already here will take."""
 
-    max_drain_ms: Annotated[int, _between(1, HOUR_MS)] = 2000
+    max_drain_ms: Annotated[int, between(1, HOUR_MS)] = 2000
     """Refuse what would make queued and running work take longer. Few callers of an embedding wait more."""
 
 
 class LatencyP95(Section):
     """Admission by the 95th percentile of recent latency, timeouts included."""
 
-    slo_ms: Annotated[int, _between(1, HOUR_MS)] = 500
+    slo_ms: Annotated[int, between(1, HOUR_MS)] = 500
     """Refuse what is predicted to take longer. Half a second is where an answer stops feeling prompt."""
-    soft_ms: Annotated[int, _between(1, HOUR_MS)] = 250
+    soft_ms: Annotated[int, between(1, HOUR_MS)] = 250
     """P95 at which refusals begin, more of them towards hard_ms. Half of it: a ramp needs room."""
-    hard_ms: Annotated[int, _between(1, HOUR_MS)] = 500
+    hard_ms: Annotated[int, between(1, HOUR_MS)] = 500
     """P95 at which nine in ten are refused; without the tenth nobody would see the recovery. The objective itself."""
-    window_ms: Annotated[int, _between(100, HOUR_MS)] = 10_000
+    window_ms: Annotated[int, between(100, HOUR_MS)] = 10_000
     """How far back latencies count. Long enough for min_samples at 2 calls/s, short enough to forget a burst."""
-    min_samples: Annotated[int, _between(1, 100_000)] = 20
+    min_samples: Annotated[int, between(1, 100_000)] = 20
     """Fewer latencies than this decide nothing: below 20, the P95 is just the largest."""
 
 
@@ -288,7 +242,7 @@ class Telemetry(Section):
     """Serve /metrics on the operations port. Pull works without a collector."""
     exemplars: Switch = True
     """Link histogram buckets to traces. Costs one sample a bucket."""
-    trace_sample_ratio: Annotated[float, _between(0, 1)] = 0.01
+    trace_sample_ratio: Annotated[float, between(0, 1)] = 0.01
     """Share of the traces begun here that are kept; may cost 1 % of throughput. OTEL_TRACES_SAMPLER wins."""
     log_level: LogLevel = "info"
     """Least severe event that is logged. info tells of starts, stops and faults, never of single calls."""
@@ -298,18 +252,18 @@ class Telemetry(Section):
     """auto: for people on a terminal, JSON otherwise, since machines read a service's log."""
     log_requests: Literal["off", "errors", "all"] = "errors"
     """Which calls get a line. Metrics and traces tell of the rest at less cost."""
-    span_links_max: Annotated[int, _between(1, 65536)] = 1024
+    span_links_max: Annotated[int, between(1, 65536)] = 1024
     """Links on a batch's span. Two full batches; the SDK's own 128 drops the rest silently."""
 
 
 class Shutdown(Section):
     """From SIGTERM to the end."""
 
-    settle_ms: Annotated[int, _between(0, HOUR_MS)] = 1000
+    settle_ms: Annotated[int, between(0, HOUR_MS)] = 1000
     """NOT_SERVING before the port closes, so that load balancers look elsewhere first."""
-    grace_ms: Annotated[int, _between(0, HOUR_MS)] = 30_000
+    grace_ms: Annotated[int, between(0, HOUR_MS)] = 30_000
     """Time for accepted calls to end. As long as Kubernetes gives a pod by default; give the pod more."""
-    telemetry_flush_ms: Annotated[int, _between(0, HOUR_MS)] = 5000
+    telemetry_flush_ms: Annotated[int, between(0, HOUR_MS)] = 5000
     """Time to send the last spans and metrics. A dead collector costs no more than this."""
 
 
