@@ -22,7 +22,7 @@ from embedserve.engine.intake import Intake, not_serving
 from embedserve.engine.load import LoadReport, report_load
 from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.pending import WholeRequest
-from embedserve.engine.stream import stream_portions
+from embedserve.engine.stream import piece_items, stream_portions
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
 from embedserve.engine.worker import PassResult, Worker, WorkerReady
 from embedserve.errors import (
@@ -249,8 +249,8 @@ class Engine:
         verdict = "cancelled"
         self._requests += 1
         try:
-            self._admit(call)
             window = self._settings.stream_window_items
+            self._admit(call, piece_items(window))
             async for portion in stream_portions(call, self._intake, self._running, window):
                 yield portion
             verdict = "done"
@@ -261,7 +261,7 @@ class Engine:
             self._requests -= 1
             self._finish(call, verdict, time.monotonic_ns())
 
-    def _admit(self, call: Call) -> None:
+    def _admit(self, call: Call, texts: int | None = None) -> None:
         if self._draining or self._ready is None:
             raise not_serving()
         limit = self._settings.max_requests_in_flight
@@ -269,7 +269,7 @@ class Engine:
             figures = {"in_flight": float(limit)}
             full = Rejection("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", IN_FLIGHT_RETRY_MS, figures)
             self._intake.refuse(full, "estimate")
-        self._intake.admit(call)
+        self._intake.admit(call, texts)
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Final, NoReturn
 
 import numpy as np
 
@@ -31,6 +31,18 @@ TOKENS_PER_CHAR_BOUNDS = (0.01, 4.0)
 """One odd request must not spoil the estimate of the next."""
 SPECIAL_TOKENS = 2
 """Special tokens a text, in every encoder that is common today; an estimate needs no more."""
+LIMITS: Final[Mapping[str, str]] = {
+    "QUEUE_FULL": "scheduling.max_queue_items or scheduling.max_queue_tokens",
+    "SUBMISSION_EXCEEDS_QUEUE": "scheduling.max_queue_items or scheduling.max_queue_tokens; send fewer, or EmbedStream",
+    "ITEM_EXCEEDS_BATCH": "scheduling.max_batch_tokens",
+    "DEADLINE_TOO_SHORT": "the call's own deadline",
+    "DEADLINE_UNREACHABLE": "the call's own deadline",
+    "DRAIN_TIME_EXCEEDED": "admission.throughput.max_drain_ms",
+    "PREDICTED_WAIT_EXCEEDS_SLO": "admission.latency_p95.slo_ms",
+    "P95_EXCEEDED": "admission.latency_p95.soft_ms",
+    "TOO_MANY_REQUESTS_IN_FLIGHT": "limits.max_requests_in_flight",
+}
+"""What a caller reads to know whom to ask: the setting behind each reason of a refusal."""
 NOT_SERVING_RETRY_MS = 1000
 """A start or a drain takes seconds; a balancer has another address."""
 
@@ -61,23 +73,28 @@ class Intake:
         self._ids = itertools.count(1)
         self._tokens_per_char = 1.0 / CHARS_PER_TOKEN_GUESS
 
-    def admit(self, call: Call) -> None:
-        """Early admission, on an estimate: a request that will be refused must not cost a tokenizer's time."""
+    def admit(self, call: Call, texts: int | None = None) -> None:
+        """Early admission, on an estimate: a request that will be refused must not cost a tokenizer's time.
+
+        ``texts``: how many of the call's are submitted at once, a stream's first piece; all of them unless given.
+        """
         now = time.monotonic_ns()
         if call.deadline_ns is not None and now >= call.deadline_ns:
             raise DeadlineExpired("the deadline had passed when the request arrived")
         stages = call.stages
         stages.texts = call.count
+        items = stages.texts if texts is None else min(texts, stages.texts)
         if call.texts is not None:
-            chars = sum(map(len, call.texts)) + len(call.prompt) * stages.texts
-            longest = self._max_input_length * stages.texts
-            estimate = min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * stages.texts, longest)
+            judged = call.texts if items == stages.texts else call.texts[:items]
+            chars = sum(map(len, judged)) + len(call.prompt) * items
+            estimate = min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * items, self._max_input_length * items)
         else:
             assert call.tokens is not None
-            estimate = len(call.tokens.ids)
+            lengths = call.tokens.lengths
+            estimate = len(call.tokens.ids) if items == stages.texts else int(lengths[:items].sum())
         rejection = self._scheduler.judge(
             estimate,
-            stages.texts,
+            items,
             deadline_ns=call.deadline_ns,
             priority=call.priority,
             tenant=call.tenant,
@@ -93,6 +110,9 @@ class Intake:
         if rejection.policy == "draining":
             raise not_serving()
         message = f"shed by {rejection.policy}: {rejection.reason.lower().replace('_', ' ')}"
+        limit = LIMITS.get(rejection.reason)
+        if limit is not None:
+            message += f", by {limit}"
         if rejection.figures:
             message += f" ({', '.join(_readable(*figure) for figure in rejection.figures.items())})"
         raise Overloaded(

@@ -21,10 +21,15 @@ from embedserve.engine.pending import Portions
 from embedserve.errors import InvalidRequest
 from embedserve.scheduling.item import Rejection
 
-__all__ = ["stream_portions"]
+__all__ = ["piece_items", "stream_portions"]
 
 PIECES_PER_WINDOW = 4
 """A window is fed in so many pieces: results begin to flow when the first piece is done, not the whole window."""
+
+
+def piece_items(window: int) -> int:
+    """Items that a stream with a window of so many submits at a time; the first piece is judged like any request."""
+    return max(1, window // PIECES_PER_WINDOW)
 
 
 class _Stream:
@@ -53,7 +58,7 @@ class _Stream:
     async def feed(self) -> None:
         """Submit piece after piece while the window has room."""
         flow = self.intake.new_flow()
-        piece = max(1, self.window // PIECES_PER_WINDOW)
+        piece = piece_items(self.window)
         for first in range(0, self.call.count, piece):
             indexes = range(first, min(first + piece, self.call.count))
             while self.outstanding + len(indexes) > max(self.window, len(indexes)):

@@ -55,6 +55,22 @@ class TestMessages:
         assert got.summary.model.name == "fake/model"
         assert len(got.sizes) > 10
 
+    async def test_a_stream_may_be_larger_than_the_queue(self) -> None:
+        """Its first piece is judged, not the whole: windows are what the stream is for."""
+        settings = {
+            "scheduling.max_queue_tokens": "4096",
+            "scheduling.max_batch_tokens": "512",
+            "server.stream_window_items": "64",
+        }
+        async with serving(settings=settings) as server:
+            refused = await failure(server.stub.Embed(pb.EmbedRequest(texts=["a " * 30] * 300)))
+            got = await stream(server, ["a " * 30] * 300)
+
+        assert refused.reason == "SUBMISSION_EXCEEDS_QUEUE"
+        assert "scheduling.max_queue_tokens" in refused.message
+        assert "EmbedStream" in refused.message
+        assert got.vectors.keys() == set(range(300))
+
     async def test_results_flow_before_the_last_batch_is_done(self) -> None:
         async with serving(FaultyBackend(FaultPlan()), settings={"scheduling.max_batch_items": "8"}) as server:
             call = server.stub.EmbedStream(pb.EmbedStreamRequest(texts=["hello"] * 600))
