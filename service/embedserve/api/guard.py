@@ -314,7 +314,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _reply(self, error: BaseException, call: Call) -> status.Reply:
         if isinstance(error, EmbedServeError):
-            reply = status.reply(error)
+            left_ms = None if call.deadline_ns is None else (call.deadline_ns - self._clock()) / 1e6
+            reply = status.reply(error, left_ms=left_ms)
             if isinstance(error, Overloaded):
                 call.attributes["policy"] = error.policy
                 call.attributes.update(error.figures)

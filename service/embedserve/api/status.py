@@ -125,13 +125,18 @@ def _jitter() -> float:
     return random.uniform(1 - JITTER_SPREAD, 1 + JITTER_SPREAD)  # noqa: S311  # spreads load, hides nothing
 
 
-def reply(error: EmbedServeError, *, error_id: str | None = None, jitter: Jitter = _jitter) -> Reply:
-    """The answer to ``error``, in about 16 us for a refusal. ``error_id`` is made here when needed and not given."""
+def reply(
+    error: EmbedServeError, *, error_id: str | None = None, left_ms: float | None = None, jitter: Jitter = _jitter
+) -> Reply:
+    """The answer to ``error``, in about 16 us for a refusal.
+
+    ``error_id`` is made here when needed and not given; ``left_ms`` is until the caller's deadline, ``None`` without one.
+    """
     spelling = _spelling(error)
     if isinstance(error, InvalidRequest):
         return _invalid(error, spelling)
     if isinstance(error, Refusal):
-        return _refused(error, spelling, jitter)
+        return _refused(error, spelling, left_ms, jitter)
     if isinstance(error, (CallerError, DeadlineExpired)):
         return _reply(
             spelling, _cut(str(error)), type(error).__name__, [_error_info(spelling.reason, _metadata(error))]
@@ -206,7 +211,7 @@ def _trailers(details: bytes, pushback: str | None) -> Trailers:
     return ((_DETAILS, details),) if pushback is None else ((_PUSHBACK, pushback), (_DETAILS, details))
 
 
-def _refused(error: Refusal, spelling: _Spelling, jitter: Jitter) -> Reply:
+def _refused(error: Refusal, spelling: _Spelling, left_ms: float | None, jitter: Jitter) -> Reply:
     metadata: dict[str, str] = {}
     pushback = wait_ms = None
     if isinstance(error, Overloaded):
@@ -215,7 +220,10 @@ def _refused(error: Refusal, spelling: _Spelling, jitter: Jitter) -> Reply:
         pushback = NEVER
     if error.retry_after_ms is not None:
         wait_ms = max(1, round(error.retry_after_ms * jitter()))
-        pushback = str(wait_ms)
+        # The retries of a gRPC client share the call's deadline. One that is told to wait past it would sit the rest of
+        # its time out and then report that, not the refusal. RetryInfo still says when a call with a new one may come.
+        if left_ms is None or wait_ms < left_ms:
+            pushback = str(wait_ms)
     message = _cut(str(error))
     details = refusal_status(spelling.code.value[0], message, error.reason, DOMAIN, metadata, wait_ms)
     return Reply(spelling.code, message, _trailers(details, pushback), error.reason)

@@ -138,6 +138,21 @@ class TestRefusals:
         assert 1200 <= min(hints) < 1300
         assert 1700 < max(hints) <= 1800
 
+    @pytest.mark.parametrize(("left_ms", "told"), [(None, "1500"), (1501.0, "1500"), (1500.0, "-1"), (-3.0, "-1")])
+    def test_who_has_no_time_to_wait_is_told_at_once(self, left_ms: float | None, told: str) -> None:
+        """A client would sit its deadline out; RetryInfo still says when a new call may come."""
+        reply = status.reply(raised(errors.Overloaded), left_ms=left_ms, jitter=lambda: 1.0)
+
+        assert pushback(reply) == told
+        assert details(reply)["RetryInfo"].retry_delay.ToMilliseconds() == 1500
+
+    def test_who_has_no_time_to_wait_for_a_start_may_ask_elsewhere(self) -> None:
+        """Nothing is said, so that the client's own backoff counts: another server may answer at once."""
+        reply = status.reply(raised(errors.NotServing), left_ms=50.0, jitter=lambda: 1.0)
+
+        assert pushback(reply) is None
+        assert details(reply)["RetryInfo"].retry_delay.ToMilliseconds() == 100
+
     def test_a_hint_is_never_zero(self) -> None:
         """Zero would mean at once."""
         error = errors.NotServing("no", reason="R", retry_after_ms=0)
