@@ -32,6 +32,18 @@ class TestExports:
         assert (importlib.import_module(name).__doc__ or "").strip()
 
 
+class TestTesting:
+    """What users may build their own tests on."""
+
+    def test_the_fakes_are_these(self) -> None:
+        module = importlib.import_module("embedserve.testing")
+
+        assert module.__all__ == [
+            "FakeBackend", "FaultPlan", "FaultProxy", "Faults", "FaultyBackend", "ManualClock", "fake_checkpoint",
+            "tiny_tokenizer",
+        ]  # fmt: skip
+
+
 class TestDependencies:
     """Packages that break the OTLP exporter are never installed."""
 
