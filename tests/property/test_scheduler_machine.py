@@ -1,7 +1,7 @@
 """The scheduler against a plain model, under any order of calls.
 
 Goal: no sequence of submissions, cancellations, outcomes and clock steps breaks an invariant. Method: hypothesis
-draws the calls; ``CheckedScheduler`` holds the model, checks I1 to I11 at each call by name, and replays the log at
+draws the calls; ``CheckedScheduler`` holds the model, checks I1 to I12 at each call by name, and replays the log at
 the end (I10).
 """
 
@@ -127,6 +127,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 1 * MS
         self.scheduler.complete(batch_id, outcome, self.now)
 
+    @precondition(lambda self: self.scheduler.suspect)
+    @rule(good=st.integers(0, 4))
+    def canary(self, good):
+        if good:
+            self.scheduler.acquit(self.now)
+        else:
+            self.scheduler.fail("the canary failed")
+
     @rule(sojourn=st.integers(0, 60 * MS), timed_out=st.booleans())
     def observe(self, sojourn, timed_out):
         self.scheduler.observe_sojourn(sojourn, self.now, timed_out=timed_out)
@@ -150,6 +158,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for batch_id in sorted(s.live):
             if batch_id in s.live:
                 s.complete(batch_id, Succeeded(1 * MS), self.now)
+        if s.suspect:
+            s.acquit(self.now)
         for _ in range(2 * len(s.items) + 1):
             s.expire(self.now)
             batch = s.next_batch(self.now)

@@ -38,6 +38,7 @@ INVARIANTS = {
     "I9": "a drain admits nothing and ends",
     "I10": "same calls, same answers",
     "I11": "retries of one item <= ceil(log2(batch)) + 1",
+    "I12": "a suspect device gets no work until it is acquitted",
 }
 
 
@@ -150,6 +151,7 @@ class CheckedScheduler:
     def next_batch(self, now_ns) -> Batch | None:
         batch = self._call("next_batch", now_ns)
         self._note_expired(now_ns)
+        self.check("I12", batch is None or self.inner.suspect is None, "a batch came")
         if batch is None:
             self._nothing_due(self.in_state("waiting"), now_ns)
             return None
@@ -206,6 +208,25 @@ class CheckedScheduler:
         self._counts()
         return settlement
 
+    def acquit(self, now_ns):
+        self._call("acquit", now_ns)
+        self.check("I12", self.inner.suspect is None, "still suspect")
+
+    def fail(self, why):
+        """The driver gives the device up: everybody who waits or runs is told."""
+        settled = self._call("fail", why)
+        for s in settled:
+            self.check("I1", s.verdict is Verdict.ENGINE_FAILED, "fail settled something else")
+            self._settle(s, "waiting", "running")
+        self.live.clear()
+        self.check("I1", not self.in_state("waiting", "running"), "an item survives the device")
+        self._counts()
+        return settled
+
+    @property
+    def suspect(self):
+        return self.inner.suspect
+
     def drain(self):
         self.draining = True
         self._call("drain")
@@ -260,7 +281,7 @@ class CheckedScheduler:
 
     def _nothing_due(self, waiting, now_ns):
         due = [x for x in waiting if x.submission.deadline_ns is None or now_ns < x.submission.deadline_ns]
-        if not due or self.inner.fatal is not None:
+        if not due or self.inner.fatal is not None or self.inner.suspect is not None:
             self.checks["I8"] += 1
             return
         ends = min(x.submission.arrived_ns for x in due) + self.settings.max_queue_delay_ns

@@ -3,7 +3,7 @@
 Goal: whole stories (overload, a stall, a poison text) in milliseconds, replayable from a seed. Method: a heap of
 events on a clock of its own; nothing here reads a real clock or an unseeded generator. The driver does what an engine
 does: expire, dispatch into a free slot, sleep until ``wake_at``, cancel whose deadline passed while running, report
-every sojourn.
+every sojourn, and when the scheduler finds the device suspect, run a canary pass of its own on it.
 """
 
 from collections import Counter
@@ -77,6 +77,8 @@ class Simulator:
         self.lines: list[str] | None = [] if trace else None
         self.wake_t: int | None = None
         self.dead = False
+        self.canaries = 0
+        self.canary_runs = False
         self.tokens_done = Counter()
 
     # -- world ---------------------------------------------------------------------------------------------------------
@@ -114,6 +116,9 @@ class Simulator:
     def drive(self):
         for settled in self.scheduler.expire(self.now):
             self.settle(settled)
+        if self.scheduler.suspect and not (self.flight or self.canary_runs or self.dead):
+            self.canary_runs = True
+            self.at(self.t + self.scenario.device.batch_ns, "canary", self.scheduler.suspect)
         while len(self.flight) < self.slots and not self.dead:
             batch = self.scheduler.next_batch(self.now)
             if batch is None:
@@ -145,7 +150,7 @@ class Simulator:
         outcome = Succeeded(elapsed, bad)
         if device.oom_above_tokens is not None and batch.padded_tokens > device.oom_above_tokens:
             outcome, elapsed = OutOfMemory(), elapsed // 10
-        elif any(i in story.request.poison for story, i in riders):
+        elif self.broken or any(i in story.request.poison for story, i in riders):
             outcome = Failed()
         stalls = device.stall_at_ns
         if stalls is not None and stalls <= self.t < stalls + 50 * MS:
@@ -178,6 +183,23 @@ class Simulator:
             self.die(settlement.fatal)
         if self.flight:
             self.at(self.t + self.flight[0].elapsed_ns, "complete", self.flight[0])
+
+    @property
+    def broken(self):
+        since = self.scenario.device.broken_from_ns
+        return since is not None and self.t >= since
+
+    def on_canary(self, why):
+        """The worker ran token ids that are known to be good."""
+        self.canaries += 1
+        self.canary_runs = False
+        self.say(f"canary {'failed' if self.broken else 'good'}: {why}")
+        if not self.broken:
+            self.scheduler.acquit(self.now)
+            return
+        for settled in self.scheduler.fail(why):
+            self.settle(settled)
+        self.die(why)
 
     def on_die(self, _):
         if self.flight:

@@ -256,6 +256,27 @@ class TestFaults:
         assert simulator.outcomes()["open"] == 0
         assert all(s.ended_ns <= 500 * MS for s in simulator.stories.values() if s.outcome == "failed")
 
+    @pytest.mark.parametrize("slots", [1, 2])
+    def test_nothing_but_poison_does_not_end_the_process(self, slots):
+        """The device is tried on inputs that are known to be good, and acquitted; all others are served."""
+        simulator = Simulator(17, "poison_only", slots=slots).run()
+
+        assert simulator.canaries >= 1
+        assert not simulator.dead
+        assert {s.outcome for s in simulator.named("innocent")} == {"done"}
+        assert all(s.verdicts == {Verdict.ITEM_ERROR: 1} for s in simulator.named("mallory"))
+
+    @pytest.mark.parametrize("slots", [1, 2])
+    def test_a_broken_device_is_given_up_soon(self, slots):
+        """16 passes and one canary later nobody waits any more."""
+        simulator = Simulator(17, "broken_device", slots=slots).run()
+        open_then = [s for s in simulator.stories.values() if s.ended_ns >= 400 * MS and s.arrived_ns < 400 * MS]
+
+        assert simulator.dead
+        assert simulator.canaries == 1
+        assert simulator.outcomes()["open"] == 0
+        assert all(s.ended_ns <= 600 * MS for s in open_then)
+
     def test_a_drain_loses_nothing(self):
         outcomes = Simulator(17, "drain").run().outcomes()
 

@@ -44,6 +44,8 @@ class Device:
     stall_at_ns: int | None = None
     stall_ns: int = 0
     dies_at_ns: int | None = None
+    broken_from_ns: int | None = None
+    """From then on every pass fails, whatever is in it."""
 
     def tokens_per_second(self, settings: SchedulerSettings, tokens_per_item: float) -> float:
         """Capacity in the fullest batches."""
@@ -155,6 +157,15 @@ def poisoned(rng):
         )
 
 
+def poison_only(rng):
+    """A caller with nothing but poison, and others; for a while it is alone."""
+    for at in poisson(rng, 60, S):
+        yield Request(at, (length(rng),), tenant="mallory", poison=frozenset({0}), name="mallory")
+    for at in poisson(rng, 200, S):
+        if not 300 * MS < at < 700 * MS:
+            yield Request(at, (length(rng),), patience_ns=500 * MS, tenant=rng.choice("ab"), name="innocent")
+
+
 def classes(rng):
     for priority, per_second in ((Priority.INTERACTIVE, 5_000), (Priority.DEFAULT, 800), (Priority.BULK, 300)):
         for at in poisson(rng, per_second, 600 * MS):
@@ -198,6 +209,8 @@ SCENARIOS: dict[str, Scenario] = {
     "out_of_memory": Scenario(heavy_tail, device=Device(oom_above_tokens=300)),
     "stall": Scenario(patient, policies=throughput, device=Device(stall_at_ns=300 * MS, stall_ns=3 * S)),
     "death": Scenario(steady, device=Device(dies_at_ns=400 * MS)),
+    "broken_device": Scenario(steady, device=Device(broken_from_ns=400 * MS)),
+    "poison_only": Scenario(poison_only),
     "drain": Scenario(steady, drain_at_ns=500 * MS),
     "classes": Scenario(classes),
     "classes_bucketed": Scenario(classes, bucketed()),

@@ -7,7 +7,7 @@ never know the waiting queue, callers or the time. The ladder:
   (AIMD, Chiu and Jain 1989); a single item is given up as OUT_OF_MEMORY;
 * failed: halves by count (bisection), the innocent half succeeds; a single item is ITEM_ERROR;
 * rows that are not finite: each runs again alone, once; then NON_FINITE;
-* passes that fail alike ``failures_alike_max`` times in a row: it is the device, not an item: fatal.
+* passes that fail alike ``failures_alike_max`` times in a row: the device is suspect.
 
 Groups run breadth first, so that one bad item never fails more than two passes in a row. An item runs again at most
 ``ceil(log2(rows of its first batch)) + 1`` times (I11): each split halves the count at least, and one run alone is
@@ -134,18 +134,22 @@ class RetryLadder:
         return parts
 
     def succeeded(self, *, any_finite: bool) -> bool:
-        """A pass ended. Returns whether the device is to be given up (no row of many passes was finite)."""
+        """A pass ended. Returns whether the device is suspect (no row of many passes was finite)."""
         limit = self._settings.max_batch_tokens
         if self.max_batch_tokens < limit:
             self.max_batch_tokens = min(limit, self.max_batch_tokens + self._settings.oom_rise_tokens)
         if any_finite:
-            self._streak, self._streak_kind = 0, None
+            self.end_streak()
             return False
         return self._again("non_finite")
 
     def failed(self, kind: str) -> bool:
-        """A pass failed. Returns whether the device is to be given up."""
+        """A pass failed. Returns whether the device is suspect."""
         return self._again(kind)
+
+    def end_streak(self) -> None:
+        """The device works."""
+        self._streak, self._streak_kind = 0, None
 
     def lower(self, padded_tokens: int) -> None:
         """A batch of so many computed tokens did not fit the device."""

@@ -1,12 +1,13 @@
 """The scheduler: submissions in, batches out, outcomes in, settlements out.
 
 Decides by putting its parts together; each rule lives in its own file: order in ``fairness``, batches in ``policy``,
-failures in ``retry``, admission in ``admission``. Must never know a clock, a thread, a task or a tensor: it is called
-by one thread, time is an argument, and the same calls give the same answers (I10).
+failures in ``retry``, admission in ``admission``, who is here in ``ledger``. Must never know a clock, a thread, a task
+or a tensor: it is called by one thread, time is an argument, and the same calls give the same answers (I10).
 
 Comments and assertions name the invariants: I1 each item settles exactly once; I2 no batch over its limits; I3 no
 queue over its limits; I4 no item in two live batches; I5 nothing dispatched after its deadline; I6 no starvation; I7
-nothing cancelled dispatched; I8 work-conserving; I9 a drain ends; I10 deterministic; I11 retries bounded.
+nothing cancelled dispatched; I8 work-conserving; I9 a drain ends; I10 deterministic; I11 retries bounded; I12 a suspect
+device gets no work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Mapping, Sequence
 
 from embedserve.scheduling.admission import Candidate, Policy
 from embedserve.scheduling.admission.gate import Gate
-from embedserve.scheduling.agenda import Agenda
 from embedserve.scheduling.cost import Buckets, CostModel
 from embedserve.scheduling.flight import Flight
 from embedserve.scheduling.item import (
@@ -35,6 +35,7 @@ from embedserve.scheduling.item import (
     Succeeded,
     Verdict,
 )
+from embedserve.scheduling.ledger import Ledger
 from embedserve.scheduling.load import Load
 from embedserve.scheduling.policy import BatchPolicy
 from embedserve.scheduling.retry import Group, Part, RetryLadder
@@ -62,13 +63,13 @@ class Scheduler:
         self._gate = Gate(
             settings, policies, queue=self._queue, ladder=self._ladder, flight=self._flight, cost=self.cost
         )
-        self._tickets: dict[int, Ticket] = {}
-        self._deadlines = Agenda(self._tickets.__contains__)
-        self._expired: dict[int, Settled] = {}
+        self._ledger = Ledger(self._queue, self._ladder, self._gate)
         self._batch_id = 0
         self.draining = False
         self.fatal: str | None = None
         """Why nothing runs any more."""
+        self.suspect: str | None = None
+        """Why the device may be broken: nothing runs until the driver has tried it and calls ``acquit`` or ``fail``."""
 
     # -- admission -----------------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ class Scheduler:
         tokens = submission.tokens
         if not tokens or min(tokens) < 1:
             raise ValueError("a submission has at least one item, and each item at least one token")
-        if submission.id in self._tickets:
+        if submission.id in self._ledger.tickets:
             raise ValueError(f"submission {submission.id} is already known")
         closed = self._closed(continuation=submission.continuation)
         if closed is not None:
@@ -114,9 +115,7 @@ class Scheduler:
             return refused
         ticket = Ticket(submission, now_ns, load.predicted_wait_ns)
         self._queue.add(ticket, submission, total)
-        self._tickets[ticket.id] = ticket
-        if ticket.deadline_ns is not None:
-            self._deadlines.add(ticket.deadline_ns, ticket.id)
+        self._ledger.add(ticket)
         assert self._queue.items + self._ladder.items + self._flight.items <= self._settings.max_queue_items, "I3"
         return Admitted(load.predicted_wait_ns)
 
@@ -132,31 +131,20 @@ class Scheduler:
         Returns how many waiting items left. None of the items is settled; unknown ids are no error, since a
         cancellation may cross the settlement on its way.
         """
-        self._expired.pop(submission_id, None)
-        ticket = self._tickets.get(submission_id)
-        if ticket is None or ticket.cancelled:
-            return 0
-        ticket.cancelled = True
-        left = len(self._withdraw(ticket))
-        self._release(ticket)
-        return left
+        return self._ledger.cancel(submission_id)
 
     def expire(self, now_ns: int) -> tuple[Settled, ...]:
         """Settles the waiting items whose deadline has come; a deadline is the first instant that is too late."""
-        self._expire_due(now_ns)
-        if not self._expired:
-            return ()
-        expired = tuple(self._expired.values())
-        self._expired.clear()
-        return expired
+        self._ledger.expire_due(now_ns)
+        return self._ledger.take_expired()
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def next_batch(self, now_ns: int) -> Batch | None:
-        """What a free worker runs next; ``None`` when nothing waits or what waits is held. Retries go first."""
-        if self.fatal is not None:
+        """What a free worker runs next; ``None`` when nothing waits, what waits is held, or the device is suspect."""
+        if self.fatal is not None or self.suspect is not None:
             return None
-        self._expire_due(now_ns)
+        self._ledger.expire_due(now_ns)
         group = self._ladder.pop() if self._ladder else None
         if group is None:
             draft = self._batching.close(now_ns, self._ladder.max_batch_tokens, at_once=self.draining)
@@ -169,7 +157,11 @@ class Scheduler:
         return self._dispatch(group, tokens, now_ns)
 
     def complete(self, batch_id: int, outcome: Outcome, now_ns: int) -> Settlement:
-        """Takes the outcome of a batch. Raises ``KeyError`` for a batch that does not run: a broken invariant."""
+        """Takes the outcome of a batch. Raises ``KeyError`` for a batch that does not run: a broken invariant.
+
+        Passes that fail alike again and again make the device ``suspect``: a caller who sends nothing but poison looks
+        the same from here, and only a pass over inputs that are known to be good tells them apart.
+        """
         if self.fatal is not None:
             return Settlement((), fatal=self.fatal)
         if isinstance(outcome, Fatal):
@@ -179,22 +171,25 @@ class Scheduler:
         before = self._ladder.items
         if isinstance(outcome, Succeeded):
             self.cost.learn(batch.tokens, batch.padded_tokens, outcome.elapsed_ns, now_ns)
-            give_up = self._succeeded(batch, group, outcome, settled, now_ns)
+            alike = self._succeeded(batch, group, outcome, settled, now_ns)
         else:
-            give_up = self._failed(batch, group, outcome, settled, now_ns)
-        if give_up:
-            why = f"{self._settings.failures_alike_max} passes in a row failed alike"
-            settled += self.fail(why)
-            return Settlement(tuple(settled), fatal=why)
+            alike = self._failed(batch, group, outcome, settled, now_ns)
+        if alike and self.suspect is None:
+            self.suspect = f"{self._settings.failures_alike_max} passes in a row failed alike"
         return Settlement(tuple(settled), self._ladder.items - before)
+
+    def acquit(self, now_ns: int) -> None:  # noqa: ARG002
+        """A pass over known-good inputs went well: the inputs were at fault, and work goes on."""
+        self.suspect = None
+        self._ladder.end_streak()
 
     def wake_at(self, now_ns: int) -> int | None:
         """The earliest instant at which an answer changes with no other call; ``None``: sleep until an event."""
-        self._expire_due(now_ns)
-        if self._expired:
+        self._ledger.expire_due(now_ns)
+        if self._ledger.has_expired:
             return now_ns
-        first = self._deadlines.first_ns()
-        if self._settings.max_queue_delay_ns and not self.draining and self.fatal is None:
+        first = self._ledger.first_deadline_ns()
+        if self._settings.max_queue_delay_ns and not self.draining and self.fatal is self.suspect is None:
             ends = self._batching.hold_ends_ns()
             if ends is not None and ends > now_ns and (first is None or ends < first):
                 return ends
@@ -318,7 +313,7 @@ class Scheduler:
                     )
                 if good_indexes:
                     settled.append(Settled(ticket.id, good_indexes, Verdict.DONE, good_rows))
-            if self._release(ticket) and not ticket.cancelled:
+            if self._ledger.release(ticket) and not ticket.cancelled:
                 self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns)
         return self._ladder.succeeded(any_finite=len(bad) < batch.rows)
 
@@ -346,55 +341,25 @@ class Scheduler:
         gone = {ticket.id: ticket for ticket, _ in group.parts}
         group.parts = parts
         memory = isinstance(outcome, OutOfMemory)
-        give_up = self._ladder.failed("out_of_memory" if memory else "failed")
+        alike = self._ladder.failed("out_of_memory" if memory else "failed")
         if memory:
             self._ladder.lower(batch.padded_tokens)
         if parts:
             verdict = self._ladder.split(group, by_cost=memory)
             if verdict is not None:
                 ticket, indexes = parts[0]
-                verdict = Verdict.ENGINE_FAILED if give_up else verdict
                 settled.append(Settled(ticket.id, tuple(indexes), verdict))
         for ticket in gone.values():
-            self._release(ticket)
-        return give_up
-
-    def _expire_due(self, now_ns: int) -> None:
-        submission_id = self._deadlines.pop_due(now_ns)
-        while submission_id is not None:
-            ticket = self._tickets[submission_id]
-            if not ticket.cancelled:
-                indexes = self._withdraw(ticket)
-                if indexes:
-                    self._expired[ticket.id] = Settled(ticket.id, tuple(indexes), Verdict.EXPIRED)
-                    self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns, at_least=True)
-                self._release(ticket)
-            submission_id = self._deadlines.pop_due(now_ns)
-
-    def _withdraw(self, ticket: Ticket) -> list[int]:
-        """All items of a submission that wait, for the first time or again."""
-        indexes = self._queue.withdraw(ticket) if ticket.waiting else []
-        if ticket.retrying:
-            indexes = sorted(indexes + self._ladder.withdraw(ticket))
-        return indexes
-
-    def _release(self, ticket: Ticket) -> bool:
-        """Forgets a submission that has no item left. Returns whether it had none."""
-        if ticket.waiting or ticket.retrying or ticket.running:
-            return False
-        self._tickets.pop(ticket.id, None)
-        return True
+            self._ledger.release(ticket)
+        return alike
 
     def fail(self, why: str) -> tuple[Settled, ...]:
         """Settles everything as ENGINE_FAILED: no item may wait for a device that is gone. Nothing runs any more."""
         self.fatal = why
-        lost: dict[int, list[int]] = {}
         running = [part for _, group in self._flight.clear() for part in group.parts]
-        for ticket, indexes in [*running, *self._ladder.clear()]:
+        retrying = self._ladder.clear()
+        lost = self._ledger.clear()
+        for ticket, indexes in [*running, *retrying]:
             if not ticket.cancelled:
                 lost.setdefault(ticket.id, []).extend(indexes)
-        for ticket in list(self._tickets.values()):
-            if ticket.waiting:
-                lost.setdefault(ticket.id, []).extend(self._queue.withdraw(ticket))
-        self._tickets.clear()
         return tuple(Settled(i, tuple(sorted(lost[i])), Verdict.ENGINE_FAILED) for i in sorted(lost))

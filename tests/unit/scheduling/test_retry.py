@@ -136,21 +136,64 @@ class TestNonFinite:
         assert done.requeued == 1
 
 
-class TestFatal:
+class TestSuspect:
     @pytest.mark.parametrize("outcome", [Failed(), Succeeded(1, frozenset({0})), OutOfMemory()])
-    def test_failing_alike_again_and_again_is_the_device(self, outcome):
+    def test_failing_alike_again_and_again_makes_the_device_suspect(self, outcome):
+        """It gets no work until the driver has tried it."""
+        s, batches = self.suspected(outcome)
+
+        assert batches == 5
+        assert s.next_batch(0) is None
+        assert s.fatal is None
+
+    @pytest.mark.parametrize("outcome", [Failed(), Succeeded(1, frozenset({0})), OutOfMemory()])
+    def test_an_acquitted_device_works_on(self, outcome):
+        """All who waited are served, and it takes as many failures again."""
+        s, _ = self.suspected(outcome)
+        s.acquit(0)
+        again = s.next_batch(0)
+        bad = Succeeded(1, frozenset(range(again.rows))) if isinstance(outcome, Succeeded) else outcome
+        s.complete(again.id, bad, 0)
+
+        assert s.suspect is None
+
+        verdicts, _ = serve(s, lambda _: Succeeded(1_000))
+
+        assert set(verdicts.values()) == {Verdict.DONE}
+        assert s.depth.waiting_items == 0
+
+    def test_a_device_that_is_given_up_leaves_nobody_waiting(self):
+        s, _ = self.suspected(Failed())
+        waiting = s.depth.waiting_items
+        settled = s.fail("the canary failed, too")
+
+        assert waiting > 0
+        assert sum(len(x.indexes) for x in settled) == waiting
+        assert {x.verdict for x in settled} == {Verdict.ENGINE_FAILED}
+        assert s.submit(submission(99, 8), 0).reason == "ENGINE_FAILED"
+
+    def test_deadlines_pass_while_it_is_suspect(self):
+        s = small_scheduler(failures_alike_max=1)
+        s.submit(submission(1, 32), 0)
+        s.complete(s.next_batch(0).id, Failed(), 0)
+        s.submit(submission(2, 8, deadline_ns=100), 0)
+
+        assert s.next_batch(50) is None
+        assert s.wake_at(50) == 100
+        assert s.expire(100) == (Settled(2, (0,), Verdict.EXPIRED),)
+
+    @staticmethod
+    def suspected(outcome):
         s = small_scheduler(failures_alike_max=5, bucket_edges=(32,))
         for number in range(20):
             s.submit(submission(number, 32, tenant=str(number)), 0)
         batches = 0
-        while s.fatal is None:
+        while s.suspect is None:
             batch = s.next_batch(0)
             batches += 1
             bad = Succeeded(1, frozenset(range(batch.rows))) if isinstance(outcome, Succeeded) else outcome
-            s.complete(batch.id, bad, 0)
-
-        assert batches == 5
-        assert s.depth.waiting_items == 0
+            assert s.complete(batch.id, bad, 0).fatal is None
+        return s, batches
 
     def test_a_good_pass_ends_the_streak(self):
         s = small_scheduler(failures_alike_max=3)
@@ -158,7 +201,7 @@ class TestFatal:
             s.submit(submission(k, 8), 0)
             s.complete(s.next_batch(0).id, Succeeded(1_000) if k % 3 == 2 else Failed(), 0)
 
-        assert s.fatal is None
+        assert s.suspect is None
 
     @pytest.mark.parametrize("bad", range(8))
     def test_one_poison_item_is_not_the_device(self, bad):
@@ -167,4 +210,4 @@ class TestFatal:
         s.submit(submission(1, *[8] * 8), 0)
         serve(s, poison((1, bad)))
 
-        assert s.fatal is None
+        assert s.suspect is None
