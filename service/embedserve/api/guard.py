@@ -50,6 +50,10 @@ LAST_WORD_S: Final = 1.0
 """How long a stream's reader may take to accept its error status. The status waits behind the messages that the reader
 has not read, and a reader that has stopped reading must not keep the call in flight."""
 TRACE_ID_KEY: Final = "x-trace-id"
+ATTEMPTS_KEY: Final = "grpc-previous-rpc-attempts"
+"""What gRPC clients send with a retry: how often they have tried this call before (gRFC A6)."""
+MAX_ATTEMPT: Final = 5
+"""No gRPC client tries a call more often (gRFC A6). What is more, or no number, is somebody's own invention."""
 
 _NO_TRACE = SilentCallTrace()
 
@@ -263,6 +267,9 @@ class Guard(grpc.aio.ServerInterceptor):
         if remaining_s is not None:
             # grpc counts by the wall clock, which may step: read once, and count on by the monotonic clock.
             call.deadline_ns = self._clock() + int(remaining_s * 1e9)
+        for key, value in call.metadata:
+            if key == ATTEMPTS_KEY:
+                call.attributes["attempt"] = _attempt(value)
         call.trace = self._observer.begin(call.method, call.metadata, call.arrived_ns, context.peer())
         if call.trace.trace_id is not None:
             context.set_trailing_metadata(((TRACE_ID_KEY, call.trace.trace_id),))
@@ -329,6 +336,12 @@ class Guard(grpc.aio.ServerInterceptor):
         late = call.deadline_ns is not None and self._clock() >= call.deadline_ns
         name = "DEADLINE_EXCEEDED" if late else "CANCELLED"
         self._end(call, name, name)
+
+
+def _attempt(previous: str | bytes) -> int:
+    """Which attempt this is, from 2 to ``MAX_ATTEMPT``, by what the client says of its earlier ones."""
+    known = len(previous) == 1 and "1" <= str(previous) < str(MAX_ATTEMPT)
+    return int(previous) + 1 if known else MAX_ATTEMPT
 
 
 def _cancelled_from_outside() -> bool:

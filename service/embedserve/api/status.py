@@ -130,7 +130,7 @@ def reply(
 ) -> Reply:
     """The answer to ``error``, in about 16 us for a refusal.
 
-    ``error_id`` is made here when needed and not given; ``left_ms`` is until the caller's deadline, ``None`` without one.
+    ``error_id`` is made here when needed and not given; ``left_ms`` is until the caller's deadline, if it has one.
     """
     spelling = _spelling(error)
     if isinstance(error, InvalidRequest):

@@ -144,6 +144,12 @@ RPC_DURATION: Final = Instrument(
     ((semconv.RPC_SYSTEM_NAME, semconv.GRPC),),
 )
 ACTIVE_CALLS: Final = _gauge("embedserve.rpc.active_calls", "{call}", "Calls that have arrived and not ended.", _METHOD)
+RETRIES: Final = _counter(
+    "embedserve.rpc.retries",
+    "{call}",
+    "Calls that are retries of a gRPC client, by attempt; 5: the fifth, or what it says is not believed.",
+    Label("attempt", ("2", "3", "4", "5")),
+)
 STAGE_DURATION: Final = _histogram(
     "embedserve.stage.duration", "s", "Time of a call in each stage; the stages of a call add up to its duration.",
     Label("stage", STAGES),

@@ -260,6 +260,7 @@ _KNOWN: Final = {
     "truncated": "embedserve.truncated",
     "tenant": "embedserve.tenant",
     "priority": "embedserve.priority",
+    "attempt": "embedserve.attempt",
     "error_id": "embedserve.error_id",
 }
 """What the API tells of a call, and the attribute that it becomes. Other numbers are figures of an admission policy."""

@@ -106,6 +106,8 @@ class RequestTracer:
         stage = instruments.histogram(table.STAGE_DURATION)
         self._stages = {name: stage.cell(name) for name in table.STAGES}
         self._stages["admit_exact"] = self._stages["admit"]
+        retries = instruments.counter(table.RETRIES)
+        self._retries = {attempt: retries.cell(str(attempt)) for attempt in range(2, 6)}
         self._active = 0
         self.lag = LoopLag(instruments.histogram(table.LOOP_LAG).cell(), lambda: self._active > 0)
 
@@ -162,6 +164,8 @@ class RequestTracer:
             duration = self._instruments.histogram(table.RPC_DURATION).cell(method.name, name)
             method.durations[name] = duration
         _observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced)
+        if "attempt" in attributes:
+            self._retries[int(attributes["attempt"])].value += 1
         parts = segments(stages, ended_ns, answered=status == "OK") if stages is not None else []
         cells = self._stages
         for stage, begin_ns, end_ns in parts:

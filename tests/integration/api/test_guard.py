@@ -121,6 +121,13 @@ class TestOk:
         assert trace.peer.startswith("ipv4:127.0.0.1")
         assert trace.metadata["x-embedserve-tenant"] == "blue"
 
+    @pytest.mark.parametrize(
+        ("said", "attempt"), [("1", 2), ("4", 5), ("5", 5), ("0", 5), ("", 5), ("12", 5), ("x", 5), (b"1", 5)]
+    )
+    def test_which_attempt_it_is(self, said: str | bytes, attempt: int) -> None:
+        """As the client says, and within bounds whatever it says: gRPC's clients let nobody write it, others do."""
+        assert guard_module._attempt(said) == attempt
+
     async def test_no_deadline_is_none(self, serve: Any) -> None:
         """And not a number far away."""
         seen = []

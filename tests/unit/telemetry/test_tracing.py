@@ -144,6 +144,15 @@ class TestMetrics:
             end(call)
         assert cell.value == 0
 
+    async def test_retries_are_counted_by_attempt(self, pipeline: Pipeline) -> None:
+        """First attempts are not; the series are there from the start."""
+        for attributes in ({}, {"attempt": 2}, {"attempt": 2}, {"attempt": 5}):
+            call = pipeline.calls.begin(EMBED, [], 0, "")
+            call.end(status="OK", stages=None, error_type=None, attributes=attributes)
+        retries = pipeline.instruments.counter(table.RETRIES)
+
+        assert [retries.cell(str(attempt)).value for attempt in (2, 3, 4, 5)] == [2, 0, 0, 1]
+
     async def test_methods_and_statuses_that_nobody_knows_make_one_series(self, pipeline: Pipeline) -> None:
         before = len(pipeline.instruments.histogram(table.RPC_DURATION).cells())
         for number in range(500):
