@@ -3,11 +3,15 @@
 Decides which state may follow which, whether calls are accepted and what the exit code is. Must never know gRPC, HTTP,
 signals or the engine: they listen. Pure: no clock, no IO.
 
+                             STALLED
+                              ▲   │
+                              │   ▼
     STARTING ──▶ WARMING ──▶ SERVING ──▶ DRAINING ──▶ STOPPED
         │           │           │            │
         └───────────┴───────────┴────────────┴──────▶ FAILED
 
-A stop that arrives before SERVING goes straight to DRAINING: there is nothing to drain, and the exit is clean.
+A stop that arrives before SERVING goes straight to DRAINING: there is nothing to drain, and the exit is clean. STALLED
+may go wherever SERVING may, and back.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ class State(Enum):
     WARMING = "warming"
     """The model is loading and its first passes are run."""
     SERVING = "serving"
+    STALLED = "stalled"
+    """The device is silent for longer than a pass may take: nothing new is accepted until it answers."""
     DRAINING = "draining"
     """Nothing new is accepted; what was accepted goes on."""
     STOPPED = "stopped"
@@ -50,7 +56,8 @@ class ExitCode:
 _NEXT: Final[dict[State, frozenset[State]]] = {
     State.STARTING: frozenset({State.WARMING, State.DRAINING, State.FAILED}),
     State.WARMING: frozenset({State.SERVING, State.DRAINING, State.FAILED}),
-    State.SERVING: frozenset({State.DRAINING, State.FAILED}),
+    State.SERVING: frozenset({State.STALLED, State.DRAINING, State.FAILED}),
+    State.STALLED: frozenset({State.SERVING, State.DRAINING, State.FAILED}),
     State.DRAINING: frozenset({State.STOPPED, State.FAILED}),
     State.STOPPED: frozenset(),
     State.FAILED: frozenset(),

@@ -16,6 +16,15 @@ LIVES = {
     "failed to start": ([State.FAILED], ExitCode.START_FAILED),
     "failed to warm up": ([State.WARMING, State.FAILED], ExitCode.START_FAILED),
     "failed while serving": ([State.WARMING, State.SERVING, State.FAILED], ExitCode.BROKEN),
+    "stalled and well again": (
+        [State.WARMING, State.SERVING, State.STALLED, State.SERVING, State.DRAINING, State.STOPPED],
+        ExitCode.OK,
+    ),
+    "stopped while stalled": (
+        [State.WARMING, State.SERVING, State.STALLED, State.DRAINING, State.STOPPED],
+        ExitCode.OK,
+    ),
+    "failed while stalled": ([State.WARMING, State.SERVING, State.STALLED, State.FAILED], ExitCode.BROKEN),
     "failed while draining": ([State.WARMING, State.SERVING, State.DRAINING, State.FAILED], ExitCode.BROKEN),
 }
 LEGAL = {
@@ -25,8 +34,12 @@ LEGAL = {
     (State.WARMING, State.SERVING),
     (State.WARMING, State.DRAINING),
     (State.WARMING, State.FAILED),
+    (State.SERVING, State.STALLED),
     (State.SERVING, State.DRAINING),
     (State.SERVING, State.FAILED),
+    (State.STALLED, State.SERVING),
+    (State.STALLED, State.DRAINING),
+    (State.STALLED, State.FAILED),
     (State.DRAINING, State.STOPPED),
     (State.DRAINING, State.FAILED),
 }
@@ -34,6 +47,7 @@ PATH_TO = {
     State.STARTING: [],
     State.WARMING: [State.WARMING],
     State.SERVING: [State.WARMING, State.SERVING],
+    State.STALLED: [State.WARMING, State.SERVING, State.STALLED],
     State.DRAINING: [State.WARMING, State.SERVING, State.DRAINING],
     State.STOPPED: [State.WARMING, State.SERVING, State.DRAINING, State.STOPPED],
     State.FAILED: [State.FAILED],
