@@ -1,0 +1,45 @@
+"""One healthy server over fakes, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from embedserve.testing import FaultPlan, FaultyBackend
+from embedserve.testing.server import InProcessServer, serving
+from tests.integration.server.calls import until
+
+
+@pytest.fixture(autouse=True)
+def silent_log() -> Iterator[None]:
+    """The server's log, without a handler of its own here, is dropped."""
+    structlog.configure(processors=[_drop])
+    yield
+    structlog.reset_defaults()
+
+
+def _drop(*_: object) -> dict[str, object]:
+    raise structlog.DropEvent
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[InProcessServer]:
+    """Afterwards no call is in flight."""
+    async with serving() as made:
+        yield made
+        await until(lambda: made.guard.in_flight == 0)
+
+
+@contextlib.asynccontextmanager
+async def sleeping(**settings: Any) -> AsyncIterator[InProcessServer]:
+    """A server whose device does not answer before ``plan.gate`` is set."""
+    plan = FaultPlan()
+    plan.gate.clear()
+    async with serving(FaultyBackend(plan), settings=settings) as made:
+        yield made
+        plan.gate.set()
+        await until(lambda: made.guard.in_flight == 0)
