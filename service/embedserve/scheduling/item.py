@@ -27,6 +27,7 @@ __all__ = [
     "Settled",
     "Settlement",
     "Shape",
+    "Skipped",
     "Slice",
     "Submission",
     "Succeeded",
@@ -67,6 +68,8 @@ class Submission(NamedTuple):
     tenant: str = ""
     continuation: bool = False
     """A later window of an admitted stream: only hard limits judge it, no policy."""
+    probe: bool = False
+    """The engine's own, to see whether all is well: judged as a continuation is, and no policy learns from its wait."""
 
 
 class Admitted(NamedTuple):
@@ -140,7 +143,12 @@ class Fatal:
     why: str
 
 
-Outcome = Succeeded | OutOfMemory | Failed | Fatal
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The device never began with it: every submission in it was cancelled or past its deadline by then."""
+
+
+Outcome = Succeeded | OutOfMemory | Failed | Skipped | Fatal
 
 
 class Verdict(Enum):

@@ -18,7 +18,7 @@ __all__ = ["Ledger"]
 class Ledger:
     """Every admitted submission until its last item is settled (I1), and those that expired and were not told yet."""
 
-    __slots__ = ("_deadlines", "_expired", "_gate", "_ladder", "_queue", "tickets")
+    __slots__ = ("_deadlines", "_expired", "_gate", "_ladder", "_overdue", "_queue", "tickets")
 
     def __init__(self, queue: WaitingQueue, ladder: RetryLadder, gate: Gate) -> None:
         self._queue = queue
@@ -28,6 +28,7 @@ class Ledger:
         """By submission id."""
         self._deadlines = Agenda(self.tickets.__contains__)
         self._expired: dict[int, Settled] = {}
+        self._overdue: dict[int, None] = {}
 
     @property
     def has_expired(self) -> bool:
@@ -60,7 +61,10 @@ class Ledger:
                 indexes = self._withdraw(ticket)
                 if indexes:
                     self._expired[ticket.id] = Settled(ticket.id, tuple(indexes), Verdict.EXPIRED)
-                    self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns, at_least=True)
+                    if not ticket.probe:
+                        self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns, at_least=True)
+                if ticket.running:
+                    self._overdue[ticket.id] = None
                 self.release(ticket)
             submission_id = self._deadlines.pop_due(now_ns)
 
@@ -72,6 +76,14 @@ class Ledger:
         self._expired.clear()
         return expired
 
+    def take_overdue(self) -> tuple[int, ...]:
+        """Submissions whose deadline ``expire_due`` found to have come while items of theirs run."""
+        if not self._overdue:
+            return ()
+        overdue = tuple(self._overdue)
+        self._overdue.clear()
+        return overdue
+
     def first_deadline_ns(self) -> int | None:
         """The next deadline of anybody who is not settled."""
         return self._deadlines.first_ns()
@@ -81,12 +93,15 @@ class Ledger:
         if ticket.waiting or ticket.retrying or ticket.running:
             return False
         self.tickets.pop(ticket.id, None)
+        if self._overdue:
+            self._overdue.pop(ticket.id, None)
         return True
 
     def clear(self) -> dict[int, list[int]]:
         """Forgets everybody; the items that waited for their first run, by submission."""
         waiting = {ticket.id: self._queue.withdraw(ticket) for ticket in list(self.tickets.values()) if ticket.waiting}
         self.tickets.clear()
+        self._overdue.clear()
         return waiting
 
     def _withdraw(self, ticket: Ticket) -> list[int]:

@@ -30,6 +30,7 @@ from embedserve.scheduling.item import (
     Settled,
     Settlement,
     Shape,
+    Skipped,
     Slice,
     Submission,
     Succeeded,
@@ -110,7 +111,7 @@ class Scheduler:
             return Rejection("too_large", "ITEM_EXCEEDS_BATCH", None, figures)
         candidate = Candidate(total, count, submission.deadline_ns, submission.priority, submission.tenant, False)
         load = self._gate.load_state(candidate, now_ns)
-        refused = self._gate.judge(candidate, load, now_ns, hard_only=submission.continuation)
+        refused = self._gate.judge(candidate, load, now_ns, hard_only=submission.continuation or submission.probe)
         if refused is not None:
             return refused
         ticket = Ticket(submission, now_ns, load.predicted_wait_ns)
@@ -137,6 +138,13 @@ class Scheduler:
         """Settles the waiting items whose deadline has come; a deadline is the first instant that is too late."""
         self._ledger.expire_due(now_ns)
         return self._ledger.take_expired()
+
+    def overdue(self) -> tuple[int, ...]:
+        """Submissions whose deadline came, as the last ``expire`` found, while items of theirs run.
+
+        Whoever waits for them may be told, and ``cancel`` then drops what the device still does. Nothing else changes.
+        """
+        return self._ledger.take_overdue()
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -169,6 +177,9 @@ class Scheduler:
         batch, group = self._flight.end(batch_id, now_ns)
         settled: list[Settled] = []
         before = self._ladder.items
+        if isinstance(outcome, Skipped):
+            self._skipped(group, settled, now_ns)
+            return Settlement(tuple(settled))
         if isinstance(outcome, Succeeded):
             self.cost.learn(batch.tokens, batch.padded_tokens, outcome.elapsed_ns, now_ns)
             alike = self._succeeded(batch, group, outcome, settled, now_ns)
@@ -313,7 +324,7 @@ class Scheduler:
                     )
                 if good_indexes:
                     settled.append(Settled(ticket.id, good_indexes, Verdict.DONE, good_rows))
-            if self._ledger.release(ticket) and not ticket.cancelled:
+            if self._ledger.release(ticket) and not ticket.cancelled and not ticket.probe:
                 self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns)
         return self._ladder.succeeded(any_finite=len(bad) < batch.rows)
 
@@ -352,6 +363,15 @@ class Scheduler:
         for ticket in gone.values():
             self._ledger.release(ticket)
         return alike
+
+    def _skipped(self, group: Group, settled: list[Settled], now_ns: int) -> None:
+        """The device passed them over: they are cancelled or too late, every one, and say nothing of the device."""
+        for ticket, indexes in group.parts:
+            ticket.running -= len(indexes)
+            if not ticket.cancelled:
+                assert ticket.deadline_ns is not None and ticket.deadline_ns <= now_ns, "a wanted batch was skipped"
+                settled.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
+            self._ledger.release(ticket)
 
     def fail(self, why: str) -> tuple[Settled, ...]:
         """Settles everything as ENGINE_FAILED: no item may wait for a device that is gone. Nothing runs any more."""

@@ -29,6 +29,7 @@ class Ticket:
         "id",
         "klass",
         "predicted_ns",
+        "probe",
         "retrying",
         "running",
         "runs",
@@ -49,6 +50,7 @@ class Ticket:
         self.submitted_ns = submitted_ns
         self.deadline_ns = submission.deadline_ns
         self.predicted_ns = predicted_ns
+        self.probe = submission.probe
         self.runs: list[Run] = []
         self.waiting = 0
         """Items in runs."""
