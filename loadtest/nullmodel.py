@@ -61,9 +61,11 @@ def write_checkpoint(directory: Path, dimension: int = 1024) -> Path:
 class NullBackend:
     """Gives unit vectors that were drawn before the first call."""
 
-    def __init__(self, identity: ModelIdentity) -> None:
-        """``identity`` says how long a vector is."""
+    def __init__(self, identity: ModelIdentity, batch_us: int = 0, token_ns: int = 0) -> None:
+        """``identity`` says how long a vector is, the two others how long a pass takes: asleep, as beside a device."""
         self._identity = identity
+        self._batch_ns = batch_us * 1000
+        self._token_ns = token_ns
         drawn = np.random.default_rng(17).standard_normal((ROWS_MAX, identity.dimension), dtype=np.float32)
         self._vectors = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
@@ -72,14 +74,18 @@ class NullBackend:
         """Who this is."""
         return self._identity
 
-    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
-        """Nothing to do."""
-        return ()
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
+        """Nothing to do but to say how fast this is."""
+        sizes = (32, max_batch_tokens) if self._batch_ns or self._token_ns else ()
+        return tuple(WarmPass(n, n, self._batch_ns + self._token_ns * n) for n in sizes)
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One row a text, in a fresh buffer written by this thread, as a device's copy back would leave it."""
         start = time.monotonic_ns()
         vectors = self._vectors[: len(batch.offsets) - 1].copy()
+        takes_ns = self._batch_ns + self._token_ns * len(batch.ids)
+        if takes_ns:
+            time.sleep(takes_ns / 1e9)
         end = time.monotonic_ns()
         return BatchResult(vectors, PassTimes(start, start, start, end, end, end))
 
@@ -91,12 +97,12 @@ class NullBackend:
         return DeviceReport("cpu", 0, 0, compiled=False, packed=True)
 
 
-def null_backend() -> Callable[[Checkpoint], BackendFactory]:
-    """What ``App`` takes as ``make_backend``."""
+def null_backend(batch_us: int = 0, token_ns: int = 0) -> Callable[[Checkpoint], BackendFactory]:
+    """What ``App`` takes as ``make_backend``; a pass over ``T`` tokens sleeps ``batch_us`` and ``T * token_ns``."""
 
     def make(checkpoint: Checkpoint) -> BackendFactory:
         def build() -> Backend:
-            return NullBackend(checkpoint.identity_for("cpu", "float32"))
+            return NullBackend(checkpoint.identity_for("cpu", "float32"), batch_us, token_ns)
 
         return build
 

@@ -64,10 +64,15 @@ class Server:
 
 
 def null_server(
-    checkpoint: Path, *settings: str, slices: bool = False, env: Mapping[str, str] | None = None
+    checkpoint: Path,
+    *settings: str,
+    slices: bool = False,
+    device: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> contextlib.AbstractContextManager[Server]:
-    """The product on the null model, as a context manager."""
+    """The product on the null model, as a context manager; ``device`` is ``US:NS``, as ``null_server.py`` says."""
     command = [sys.executable, "-m", "loadtest.null_server", str(checkpoint), *(["--slices"] if slices else [])]
+    command += ["--device", device] if device else []
     return _started([*command, *PORTS, *settings], env or {})
 
 

@@ -1,0 +1,184 @@
+"""A client in a process of its own: open loop by a schedule, or closed loop by so many callers.
+
+Decides how a call is timed: an open loop's latency counts from the instant at which the call was *meant* to be sent
+(wrk2), so that a server that holds the client up does not hide it. Must never know what the figures prove. Nothing is
+retried and nothing is parsed: the bytes of an answer are looked at only where ``check`` asks for it.
+
+    job = Job(target, requests, seconds=60, rate=226, timeout_s=1.0)
+    calls = run(job)          # numpy record array, one row a call
+
+``python -m loadtest.caller`` is the process: a pickled job on standard input, an array on standard output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CALLS", "DEADLINE_EXCEEDED", "OK", "RESOURCE_EXHAUSTED", "Calls", "Job", "begin", "run"]
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBED = "/embedserve.v1.EmbeddingService/Embed"
+OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = 0, 4, 8
+PUSHBACK = "grpc-retry-pushback-ms"
+OVERRUN_S = 30.0
+"""A client that has not ended so long after its time hangs."""
+
+CALLS = np.dtype(
+    [("meant", "f8"), ("sent", "f8"), ("ended", "f8"), ("code", "i2"), ("pushback_ms", "f4"), ("kind", "i2")]
+)
+"""Seconds since the start of the run; ``pushback_ms`` is NaN where the answer gave none."""
+
+Calls = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What one client process does."""
+
+    target: str
+    requests: Sequence[bytes]
+    """Serialised requests, sent in turn."""
+    seconds: float
+    rate: float | None = None
+    """Calls per second, Poisson; ``None``: closed loop."""
+    bursts: Sequence[tuple[float, float, float]] = ()
+    """``(from, to, rate)`` in seconds: another rate for a while."""
+    callers: int = 64
+    """Of a closed loop."""
+    timeout_s: float | None = None
+    metadata: Sequence[tuple[str, str]] = ()
+    connections: int = 4
+    seed: int = 17
+    kinds: Sequence[int] = field(default=())
+    """A label for each request, for figures by kind; empty: all 0."""
+
+
+def schedule(job: Job) -> list[float]:
+    """Instants of a Poisson process whose rate may change for a while."""
+    assert job.rate is not None
+    random = Random(job.seed)
+    at, instants = 0.0, []
+    while True:
+        rate = next((r for begin, end, r in job.bursts if begin <= at < end), job.rate)
+        at += random.expovariate(rate)
+        if at >= job.seconds:
+            return instants
+        instants.append(at)
+
+
+def begin(job: Job) -> subprocess.Popen[bytes]:
+    """Start the process; ``finish`` takes what it found."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_", "GRPC_"))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loadtest.caller"], cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(pickle.dumps(job))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def finish(process: subprocess.Popen[bytes], job: Job) -> Calls:
+    """Wait for a process of ``begin``."""
+    try:
+        out, _ = process.communicate(timeout=job.seconds + (job.timeout_s or 0.0) + OVERRUN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    if process.returncode:
+        raise SystemExit(f"a client ended with {process.returncode}")
+    return np.frombuffer(out, dtype=CALLS)
+
+
+def run(job: Job) -> Calls:
+    """Do a job in another process."""
+    return finish(begin(job), job)
+
+
+class _Client:
+    def __init__(self, job: Job, grpc: Any) -> None:
+        self._job = job
+        self._rpc_error = grpc.aio.AioRpcError
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        self.channels = [grpc.aio.insecure_channel(job.target, options=options) for _ in range(job.connections)]
+        self._methods = itertools.cycle([channel.unary_unary(EMBED) for channel in self.channels])
+        self._next = itertools.cycle(range(len(job.requests)))
+        self.rows: list[tuple[float, float, float, int, float, int]] = []
+        self.start = 0.0
+
+    async def call(self, meant: float | None) -> None:
+        job, which = self._job, next(self._next)
+        sent = time.perf_counter() - self.start
+        code, pushback = OK, float("nan")
+        try:
+            await next(self._methods)(job.requests[which], timeout=job.timeout_s, metadata=job.metadata)
+        except self._rpc_error as error:
+            code = error.code().value[0]
+            pushback = next((float(v) for k, v in error.trailing_metadata() or () if k == PUSHBACK), pushback)
+        ended = time.perf_counter() - self.start
+        kind = job.kinds[which] if job.kinds else 0
+        self.rows.append((sent if meant is None else meant, sent, ended, code, pushback, kind))
+
+    async def closed(self) -> None:
+        async def caller() -> None:
+            while time.perf_counter() - self.start < self._job.seconds:
+                await self.call(None)
+
+        await asyncio.gather(*(caller() for _ in range(self._job.callers)))
+
+    async def open(self) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        for meant in schedule(self._job):
+            wait = meant - (time.perf_counter() - self.start)
+            if wait > 0:
+                await asyncio.sleep(wait)
+            task = asyncio.ensure_future(self.call(meant))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        while tasks:
+            await asyncio.wait(tasks)
+
+
+async def _act(job: Job) -> Calls:
+    import grpc  # noqa: PLC0415 - the process that only starts clients has no loop of grpc's
+    import grpc.aio  # noqa: PLC0415
+
+    client = _Client(job, grpc)
+    for channel in client.channels:
+        await asyncio.wait_for(channel.channel_ready(), 10)
+    client.start = time.perf_counter()
+    await (client.closed() if job.rate is None else client.open())
+    for channel in client.channels:
+        await channel.close()
+    return np.array(client.rows, dtype=CALLS)
+
+
+def _main() -> None:
+    import uvloop  # noqa: PLC0415
+
+    job = pickle.loads(sys.stdin.buffer.read())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        calls = runner.run(_act(job))
+    sys.stdout.buffer.write(calls.tobytes())
+
+
+if __name__ == "__main__":
+    # The job is pickled as ``loadtest.caller.Job``, not as ``__main__.Job``.
+    from loadtest.caller import _main as main_of_module
+
+    main_of_module()

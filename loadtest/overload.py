@@ -1,0 +1,276 @@
+"""Goodput under overload: ``python -m loadtest.overload``. Real server, real model, open loop, client beside it.
+
+Method. One server a repetition; 128-token texts, one a call. The capacity is measured closed loop, before and after,
+on the server that is then overloaded (their mean counts). Then Poisson arrivals at a multiple of it from a client
+process that holds back for nothing: a call is counted from the instant at which it was meant to be sent.
+
+* ``deadline``: 2 x for 60 s with deadlines of 1 s, the default policies. Goodput is the answers that came in time.
+* ``burst``: ``latency_p95``, deadlines of 500 ms: 10 s at half the capacity, 20 s at 4 x, 15 s at half again. The same
+  percentile of the calls' latency in windows of half a second, before and after, says when the burst is over.
+
+Marks (py-gpu-inference keeps 13 % of its capacity at 2 x by its throughput policy, 41 % by its latency policy):
+goodput >= 95 % and >= 85 % of the capacity; p99 of those admitted under their deadline, none of them expires; normal
+again within 2 s; goodput in windows of half a second does not swing more than at capacity (see ``swing``).
+``results/overload.svg`` is the picture of one ``burst``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import urllib.request
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedserve.v1 import embedding_pb2 as pb
+from loadtest.caller import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED, Calls, Job, run
+from loadtest.nullmodel import write_checkpoint
+from loadtest.picture import draw
+from loadtest.result import RESULTS, Run, spread
+from loadtest.server import Server, null_server, product
+from loadtest.texts import texts_of
+
+TOKENS = 128
+CALLERS = 32
+"""Of the closed loop: more than one full batch at any time; at 64 a call waits for 4 of them."""
+WARM_UP_S, CLOSED_S = 5.0, 15.0
+WINDOW_S = 0.5
+MARKS = {"deadline": 0.95, "burst": 0.85}
+RECOVERY_S = 2.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Goodput under overload.")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the overload with deadlines of 1 s")
+    parser.add_argument("--only", choices=list(MARKS))
+    parser.add_argument("--device", help="US:NS: a null model whose pass sleeps so long, instead of the real model")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("settings", nargs="*", help="after --: settings of the server, as to `embedserve serve`")
+    options = parser.parse_args()
+    noted = Run("overload")
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in MARKS if options.only in {None, kind}}
+    with tempfile.TemporaryDirectory() as folder:
+        for repetition in range(options.repetitions):
+            for kind, rows in found.items():
+                policy = ("--admission.policies", "latency_p95") if kind == "burst" else ()
+                with serve(options.device, Path(folder), *policy, *options.settings) as server:
+                    requests = make_requests(server, null=options.device is not None)
+                    measure = burst if kind == "burst" else deadline
+                    rows.append(measure(server, requests, options.seconds, 17 + repetition))
+                print_row(kind, rows[-1])
+    summary = {kind: summarise(rows, MARKS[kind]) for kind, rows in found.items()}
+    for kind, row in summary.items():
+        print(f"{kind:9} goodput {row['goodput']} of capacity, mark {row['mark']}: {'met' if row['met'] else 'MISSED'}")
+    if not options.no_write:
+        name = "overload_device" if options.device else "overload"
+        if "burst" in found:
+            draw(found["burst"][-1].pop("picture"), RESULTS / f"{name}.svg")
+        rows_only = {k: [{n: v for n, v in r.items() if n != "picture"} for r in rows] for k, rows in found.items()}
+        noted.write({"repetitions": options.repetitions, "summary": summary, "runs": rows_only}, name)
+    return 0 if all(row["met"] for row in summary.values()) else 1
+
+
+def serve(device: str | None, folder: Path, *settings: str) -> AbstractContextManager[Server]:
+    if device is None:
+        return product(*settings)
+    return null_server(write_checkpoint(folder / "null-384", 384), *settings, device=device)
+
+
+def make_requests(server: Server, *, null: bool) -> list[bytes]:
+    # Two characters are one token of the null model's vocabulary.
+    texts = ["as" * (TOKENS - 2)] if null else texts_of(TOKENS, 256)
+    run(Job(target=server.target, requests=(found := [embed(text) for text in texts]), seconds=WARM_UP_S))
+    return found
+
+
+def embed(*texts: str) -> bytes:
+    return pb.EmbedRequest(texts=texts).SerializeToString()
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def capacity(server: Server, requests: list[bytes]) -> tuple[float, float]:
+    """Answers a second, closed loop, and how much that swings."""
+    calls = run(Job(target=server.target, requests=requests, seconds=CLOSED_S, callers=CALLERS))
+    return len(answered(calls, 0.0, CLOSED_S)) / CLOSED_S, swing(calls, 1.0, CLOSED_S)
+
+
+def deadline(server: Server, requests: list[bytes], seconds: float, seed: int) -> dict[str, Any]:
+    """2 x the capacity, deadlines of 1 s."""
+    before, calm = capacity(server, requests)
+    expired = settled(server, "expired")
+    calls = run(
+        Job(target=server.target, requests=requests, seconds=seconds, rate=2 * before, timeout_s=1.0, seed=seed)
+    )
+    expired = settled(server, "expired") - expired
+    after, _ = capacity(server, requests)
+    row = judged(calls, 0.0, seconds, statistics.mean((before, after)), 1.0)
+    return row | {
+        "capacity_before": round(before, 1),
+        "capacity_after": round(after, 1),
+        "expired_at_the_server": expired,
+        "swing_at_capacity": calm,
+        "swing": swing(calls, 1.0, seconds),
+    }
+
+
+def burst(server: Server, requests: list[bytes], _seconds: float, seed: int) -> dict[str, Any]:
+    """Half the capacity, 4 x, half again; deadlines of 500 ms."""
+    before, calm = capacity(server, requests)
+    begins, ends, stops = 10.0, 30.0, 45.0
+    job = Job(
+        target=server.target,
+        requests=requests,
+        seconds=stops,
+        rate=before / 2,
+        bursts=[(begins, ends, 4 * before)],
+        timeout_s=0.5,
+        seed=seed,
+    )
+    expired = settled(server, "expired")
+    calls = run(job)
+    expired = settled(server, "expired") - expired
+    after, _ = capacity(server, requests)
+    row = judged(calls, begins, ends, statistics.mean((before, after)), 0.5)
+    normal = max(p99 for _, p99 in windowed_p99(calls, 1.0, begins))
+    return row | {
+        "capacity_before": round(before, 1),
+        "capacity_after": round(after, 1),
+        "expired_at_the_server": expired,
+        "swing_at_capacity": calm,
+        "swing": swing(calls, begins + 1.0, ends),
+        "normal_p99_ms": round(normal * 1e3),
+        "recovery_s": recovery(calls, ends, stops, normal),
+        "refused_in_normal_times": int(
+            np.sum((calls["code"] == RESOURCE_EXHAUSTED) & ((calls["meant"] < begins) | (calls["meant"] > ends + 2)))
+        ),
+        "picture": series(calls, stops, (begins, ends), before),
+    }
+
+
+def judged(calls: Calls, begin: float, end: float, limit: float, timeout: float) -> dict[str, Any]:
+    """Goodput and latency of the calls that were meant to be sent between ``begin`` and ``end``."""
+    own = calls[(calls["meant"] >= begin) & (calls["meant"] < end)]
+    good = len(answered(calls, begin, end, timeout)) / (end - begin)
+    latency = (own["ended"] - own["sent"])[own["code"] == OK]
+    refused = own[own["code"] == RESOURCE_EXHAUSTED]
+    others = ~np.isin(own["code"], (OK, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED))
+    return {
+        "offered": round(len(own) / (end - begin), 1),
+        "goodput": round(good, 1),
+        "ratio": round(good / limit, 3),
+        "answered": int(np.sum(own["code"] == OK)),
+        "refused": len(refused),
+        "expired": int(np.sum(own["code"] == DEADLINE_EXCEEDED)),
+        "other_errors": int(np.sum(others)),
+        "admitted_p50_p99_max_ms": [round(float(x) * 1e3) for x in (*np.percentile(latency, (50, 99)), latency.max())],
+        "refusal_p50_p99_ms": [
+            round(float(x) * 1e3, 1) for x in np.percentile(refused["ended"] - refused["sent"], (50, 99))
+        ],
+        "without_pushback": int(np.sum(np.isnan(refused["pushback_ms"]))),
+        "client_late_ms_max": round(float((own["sent"] - own["meant"]).max()) * 1e3),
+        "timeout_s": timeout,
+    }
+
+
+def answered(calls: Calls, begin: float, end: float, timeout: float | None = None) -> Calls:
+    """Answers that came between ``begin`` and ``end``, in time."""
+    good = calls[(calls["code"] == OK) & (calls["ended"] >= begin) & (calls["ended"] < end)]
+    return good if timeout is None else good[good["ended"] - good["meant"] <= timeout]
+
+
+def swing(calls: Calls, begin: float, end: float) -> float:
+    """Coefficient of variation of the answers in windows of half a second.
+
+    What batches and noise alone give, and what a policy that flips between all and nothing adds.
+    """
+    counts, _ = np.histogram(answered(calls, begin, end)["ended"], bins=np.arange(begin, end + 1e-9, WINDOW_S))
+    return round(float(counts.std() / counts.mean()), 3)
+
+
+def windowed_p99(calls: Calls, begin: float, end: float) -> list[tuple[float, float]]:
+    """End of each window, and the p99 of the calls that were meant to be sent in it and were answered or expired."""
+    found = []
+    for at in np.arange(begin, end - WINDOW_S + 1e-9, WINDOW_S):
+        own = calls[(calls["meant"] >= at) & (calls["meant"] < at + WINDOW_S) & (calls["code"] != RESOURCE_EXHAUSTED)]
+        if len(own):
+            found.append((float(at + WINDOW_S), float(np.percentile(own["ended"] - own["meant"], 99))))
+    return found
+
+
+def recovery(calls: Calls, ends: float, stops: float, normal: float) -> float:
+    """Seconds after the burst until the p99 of each later window is normal, or at most a tenth above it."""
+    late = [at for at, p99 in windowed_p99(calls, ends, stops) if p99 > 1.1 * normal]
+    return round(max(late) - ends, 1) if late else 0.0
+
+
+def series(calls: Calls, stops: float, burst_s: tuple[float, float], limit: float) -> dict[str, Any]:
+    """What the picture shows."""
+    edges = np.arange(0, stops + 1e-9, WINDOW_S)
+    per_s = 1 / WINDOW_S
+    refused = calls[calls["code"] == RESOURCE_EXHAUSTED]
+    p99 = windowed_p99(calls, 0.0, stops)
+    return {
+        "at": edges[1:].tolist(),
+        "offered": (np.histogram(calls["meant"], edges)[0] * per_s).tolist(),
+        "answered": (np.histogram(answered(calls, 0, stops, 0.5)["ended"], edges)[0] * per_s).tolist(),
+        "refused": (np.histogram(refused["ended"], edges)[0] * per_s).tolist(),
+        "p99_at": [at for at, _ in p99],
+        "p99_ms": [value * 1e3 for _, value in p99],
+        "burst": burst_s,
+        "capacity": limit,
+    }
+
+
+def settled(server: Server, verdict: str) -> int:
+    """Items that the server says ended so, by its own metric."""
+    wanted = f'verdict="{verdict}"'
+    deadline_s = time.monotonic() + 5
+    while True:  # a scrape waits for the event loop, which may be behind
+        try:
+            with urllib.request.urlopen(f"http://{server.ready['operations']}/metrics", timeout=5) as page:
+                text = page.read().decode()
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            continue
+        lines = [x for x in text.splitlines() if x.startswith("embedserve_items_settled") and wanted in x]
+        return sum(int(float(line.split(" ")[1])) for line in lines if not line.startswith("#"))
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def summarise(rows: list[dict[str, Any]], mark: float) -> dict[str, Any]:
+    """Medians and ranges, and whether every mark is met."""
+    ratio = spread([row["ratio"] for row in rows], 3)
+    met = (
+        ratio["median"] >= mark
+        and all(row["expired"] == 0 == row["expired_at_the_server"] == row["other_errors"] for row in rows)
+        and all(row["admitted_p50_p99_max_ms"][1] < row["timeout_s"] * 1e3 for row in rows)
+        and statistics.median([row.get("recovery_s", 0.0) for row in rows]) <= RECOVERY_S
+    )
+    return {
+        "mark": mark,
+        "met": met,
+        "goodput": ratio,
+        "expired": sum(row["expired"] for row in rows),
+        "swing": spread([row["swing"] for row in rows], 3),
+        "swing_at_capacity": spread([row["swing_at_capacity"] for row in rows], 3),
+        "recovery_s": spread([row["recovery_s"] for row in rows]) if "recovery_s" in rows[0] else None,
+    }
+
+
+def print_row(kind: str, row: dict[str, Any]) -> None:
+    print(kind, {name: value for name, value in row.items() if name != "picture"}, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
