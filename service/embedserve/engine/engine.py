@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -251,8 +252,10 @@ class Engine:
         try:
             window = self._settings.stream_window_items
             self._admit(call, piece_items(window))
-            async for portion in stream_portions(call, self._intake, self._running, window):
-                yield portion
+            # Closed here, not by the garbage collector some turns of the loop later, when the call is said to be over.
+            async with aclosing(stream_portions(call, self._intake, self._running, window)) as portions:
+                async for portion in portions:
+                    yield portion
             verdict = "done"
         except (Exception, asyncio.CancelledError) as error:
             verdict = _verdict_of(error)
