@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from tests.canary import WATCH
 
 ROOT = Path(__file__).parents[3]
 START_LIMIT_S = 60.0
@@ -43,6 +44,7 @@ class ServerProcess:
         def read(stream: Any, lines: list[str], *, tell: bool) -> None:
             for raw in stream:
                 line = raw.decode().rstrip("\n")
+                WATCH.saw("a server's output", line)
                 lines.append(line)
                 if tell:
                     self._lines.put(line)

@@ -22,6 +22,8 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.canary import WATCH
+
 READY_S = 20.0
 """A loaded CI machine may need long to start a process."""
 
@@ -78,6 +80,7 @@ class _Traces(trace_grpc.TraceServiceServicer):
         self._sink = sink
 
     def Export(self, request: trace_pb2.ExportTraceServiceRequest, context: object) -> object:
+        WATCH.saw("spans over OTLP", request.SerializeToString())
         with self._sink.arrived:
             for resource in request.resource_spans:
                 self._sink.resources.append(resource.resource)
@@ -92,6 +95,7 @@ class _Metrics(metrics_grpc.MetricsServiceServicer):
         self._sink = sink
 
     def Export(self, request: metrics_pb2.ExportMetricsServiceRequest, context: object) -> object:
+        WATCH.saw("metrics over OTLP", request.SerializeToString())
         with self._sink.arrived:
             for resource in request.resource_metrics:
                 for scope in resource.scope_metrics:

@@ -22,6 +22,7 @@ from embedserve.telemetry.observers import TelemetryEngineObserver
 from embedserve.telemetry.span_queue import SpanQueue, SpanQueueLimits
 from embedserve.telemetry.spans import SpanFactory
 from embedserve.telemetry.tracing import CallEnd, RequestTracer
+from tests.canary import WATCH
 
 EMBED = "embedserve.v1.EmbeddingService/Embed"
 MS = 1_000_000
@@ -46,6 +47,8 @@ class KeepingExporter(SpanExporter):
         self.gate.wait(30)
         if self.broken is not None:
             raise self.broken
+        for span in spans:
+            WATCH.saw("a span", span.to_json())
         self.exports.append(len(spans))
         self.spans.extend(spans)
         return self.result
