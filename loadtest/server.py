@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Server", "Thread", "null_server", "product"]
+__all__ = ["Server", "Thread", "null_server", "product", "soak_server"]
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
@@ -43,6 +43,11 @@ class Server:
         self.ready = ready
         self.target = str(ready["address"])
         self.pid = process.pid
+
+    def line(self) -> str:
+        """The next line of its standard output."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
 
     def threads(self) -> dict[int, Thread]:
         """Every thread of the process, by its id. The first one, whose id is the process's, runs the event loop."""
@@ -79,6 +84,11 @@ def null_server(
 def product(*settings: str, env: Mapping[str, str] | None = None) -> contextlib.AbstractContextManager[Server]:
     """``embedserve serve`` as it is, as a context manager."""
     return _started([sys.executable, "-m", "embedserve", "serve", *PORTS, *settings], env or {})
+
+
+def soak_server(*settings: str) -> contextlib.AbstractContextManager[Server]:
+    """``soak_server.py``: the product that answers SIGUSR1, as a context manager."""
+    return _started([sys.executable, "-m", "loadtest.soak_server", *PORTS, *settings], {})
 
 
 @contextlib.contextmanager
