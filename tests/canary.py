@@ -105,20 +105,14 @@ class Watch:
         outputs, self._outputs, self._waiting_bytes = self._outputs, [], 0
         if not self._windows or not outputs:
             return
-        known = np.unique(_hashes_of(self._windows))
+        known = np.zeros(1 << 24, np.bool_)
+        known[_hashes(b"".join(self._windows))[::WINDOW_BYTES] >> np.uint64(40)] = True
         for test, way, raw in outputs:
-            hashes = _hashes(raw)
-            places = np.searchsorted(known, hashes)
-            places[places == len(known)] = 0
-            for start in np.flatnonzero(known[places] == hashes).tolist():
+            for start in np.flatnonzero(known[_hashes(raw) >> np.uint64(40)]).tolist():
                 if (window := raw[start : start + WINDOW_BYTES]) in self._windows:
                     around = raw[max(0, start - 80) : start + 80].decode("utf-8", "replace")
                     self.leaks.append(f"{window!r} through {way} in {test}: ...{around}...")
                     break
-
-
-def _hashes_of(windows: Iterable[bytes]) -> npt.NDArray[np.uint64]:
-    return _hashes(b"".join(windows))[::WINDOW_BYTES]
 
 
 WATCH = Watch()

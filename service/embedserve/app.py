@@ -36,6 +36,7 @@ from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
+from embedserve.telemetry.withholding import without_messages
 from embedserve.wiring import (
     bucket_edges,
     build_engine,
@@ -295,7 +296,7 @@ class App:
             error_id=error_id,
             error_type=type(error).__name__,
             error=str(error) if isinstance(error, EmbedServeError) else None,
-            exc_info=None if known else error,
+            exc_info=None if known else without_messages(error),
         )
 
     def _die(self, why: str) -> None:
