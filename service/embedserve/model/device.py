@@ -38,6 +38,7 @@ DEVICE_LOST_TEXTS = (
     "an illegal instruction was encountered",
     "misaligned address",
     "invalid program counter",
+    "operation not supported on global/shared address space",
     "hardware stack error",
     "unspecified launch failure",
     "the launch timed out and was terminated",
