@@ -49,6 +49,10 @@ class Server:
         assert self._process.stdout is not None
         return self._process.stdout.readline()
 
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        return self._process.wait(60)
+
     def threads(self) -> dict[int, Thread]:
         """Every thread of the process, by its id. The first one, whose id is the process's, runs the event loop."""
         found = {}
@@ -107,7 +111,8 @@ def _started(command: Sequence[str], env: Mapping[str, str]) -> Iterator[Server]
         yield Server(process, json.loads(line))
     finally:
         watchdog.cancel()
-        process.send_signal(signal.SIGTERM)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
         try:
             process.wait(15)
         except subprocess.TimeoutExpired:
