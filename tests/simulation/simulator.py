@@ -55,10 +55,20 @@ class Running:
 
 
 class Simulator:
-    """Runs a scenario to its end. ``slots`` 2 dispatches one batch ahead, as an engine with a prepared batch does."""
+    """Runs a scenario to its end. ``slots`` 2 dispatches one batch ahead, as an engine with a prepared batch does.
+
+    It does so at once, or with ``prepare_ahead_ns`` so long before the running one is predicted to end.
+    """
 
     def __init__(
-        self, seed: int, scenario: str | Scenario, *, slots: int = 1, checked: bool = True, trace: bool = True
+        self,
+        seed: int,
+        scenario: str | Scenario,
+        *,
+        slots: int = 1,
+        prepare_ahead_ns: int | None = None,
+        checked: bool = True,
+        trace: bool = True,
     ):
         self.scenario = SCENARIOS[scenario] if isinstance(scenario, str) else scenario
         self.rng = Random(seed)
@@ -66,6 +76,8 @@ class Simulator:
         self.scheduler = make(self.scenario.settings, self.scenario.policies())
         self.checked = checked
         self.slots = slots
+        self.prepare_ahead_ns = prepare_ahead_ns
+        self.free_t = 0
         self.events: list[tuple[int, int, str, object]] = []
         self.seq = 0
         self.t = 0
@@ -120,6 +132,9 @@ class Simulator:
             self.canary_runs = True
             self.at(self.t + self.scenario.device.batch_ns, "canary", self.scheduler.suspect)
         while len(self.flight) < self.slots and not self.dead:
+            if self.flight and self.prepare_ahead_ns is not None and self.t < self.free_t - self.prepare_ahead_ns:
+                self.at(self.free_t - self.prepare_ahead_ns, "wake")
+                break
             batch = self.scheduler.next_batch(self.now)
             if batch is None:
                 break
@@ -139,6 +154,8 @@ class Simulator:
         elapsed = int(
             (device.batch_ns + device.token_ns * batch.padded_tokens) * (1 + device.jitter * (rng.random() - 0.5))
         )
+        if device.slow_share and rng.random() < device.slow_share:
+            elapsed *= 2
         riders = [(self.stories[s.submission_id], i) for s in batch.slices for i in s.indexes]
         for story, i in riders:
             story.batch_of.setdefault(i, self.batches)
@@ -165,7 +182,13 @@ class Simulator:
         )
         self.flight.append(Running(batch, elapsed, outcome))
         if len(self.flight) == 1:
-            self.at(self.t + elapsed, "complete", self.flight[0])
+            self.start()
+
+    def start(self):
+        batch = self.flight[0].batch
+        cost = self.scheduler.inner.cost if self.checked else self.scheduler.cost
+        self.free_t = self.t + cost.predict_ns(batch.padded_tokens)
+        self.at(self.t + self.scenario.device.hand_over_ns + self.flight[0].elapsed_ns, "complete", self.flight[0])
 
     def on_complete(self, running):
         if self.dead:
@@ -182,7 +205,7 @@ class Simulator:
         if settlement.fatal is not None:
             self.die(settlement.fatal)
         if self.flight:
-            self.at(self.t + self.flight[0].elapsed_ns, "complete", self.flight[0])
+            self.start()
 
     @property
     def broken(self):

@@ -16,10 +16,10 @@ from tests.simulation.__main__ import main
 from tests.simulation.checkers import INVARIANTS
 from tests.simulation.simulator import Simulator
 from tests.simulation.traces import GOLDEN, golden_path, golden_text
-from tests.simulation.workloads import MS, SCENARIOS, Device, Request, S, bucketed, length, poisson
+from tests.simulation.workloads import BURSTS, MS, OVERLOADS, SCENARIOS, Device, Request, S, bucketed, length, poisson
 
 SLOW = {"overload_2x", "overload_2x_latency", "bulk_beside_interactive", "bulk_beside_interactive_bucketed"}
-QUICK = [name for name in SCENARIOS if name not in SLOW]
+QUICK = [name for name in SCENARIOS if name not in SLOW and name not in OVERLOADS and name not in BURSTS]
 
 
 def tokens_within(simulator, start_ns, end_ns):
@@ -97,13 +97,12 @@ class TestOverload:
         assert outcomes["done"] > 5_000
 
     def test_the_deadline_rule_alone_keeps_goodput(self):
-        """With no policy selected, what cannot meet its deadline is refused. Every caller has the same deadline here,
-        so that all who are admitted are admitted at its edge: theta is a 0.95 quantile, and 1 in 20 may miss."""
+        """With no policy selected, what may not meet its deadline is refused: all who are admitted are in time."""
         simulator = Simulator(23, replace(SCENARIOS["overload_2x"], policies=list), checked=False).run()
         outcomes = simulator.outcomes()
         capacity = simulator.scenario.device.tokens_per_second(simulator.scenario.settings, 29.0)
 
-        assert outcomes["timed_out"] <= 0.05 * outcomes["done"]
+        assert outcomes["timed_out"] == 0
         assert tokens_within(simulator, 500 * MS, 3 * S) / 2.5 >= 0.95 * capacity
 
     def test_the_latency_policy_keeps_its_promise(self):

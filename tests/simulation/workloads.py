@@ -40,6 +40,11 @@ class Device:
     batch_ns: int = 2 * MS
     token_ns: int = 10_000
     jitter: float = 0.05
+    """Width of the uniform spread around the time of a pass."""
+    slow_share: float = 0.0
+    """Share of the passes that take twice as long, as beside a neighbour who takes the cores."""
+    hand_over_ns: int = 0
+    """From the end of a pass to the begin of the next; no part of the device time that is reported."""
     oom_above_tokens: int | None = None
     stall_at_ns: int | None = None
     stall_ns: int = 0
@@ -188,7 +193,69 @@ def both():
     return throughput() + latency()
 
 
+CPU = Device(batch_ns=5 * MS, token_ns=68_000, jitter=0.2, slow_share=0.02, hand_over_ns=1 * MS)
+"""Two slow cores: 32 texts of 128 tokens take 283 ms, 10 % more or less, and now and then twice that."""
+CPU_TEXTS_PER_S = 32e9 / (1.02 * CPU.batch_ns + 1.02 * 32 * 128 * CPU.token_ns + CPU.hand_over_ns)
+"""Its capacity in the fullest batches: 110 texts/s."""
+
+
+def on_cpu(times, patience_ns, until_ns=20 * S):
+    """Texts of 128 tokens, at so many times the capacity, all with the same deadline."""
+
+    def requests(rng):
+        for at in poisson(rng, times * CPU_TEXTS_PER_S, until_ns):
+            yield Request(at, (128,), patience_ns=patience_ns)
+
+    return requests
+
+
+def cpu_burst(rng):
+    """0.6 times the capacity; for 3 s, 5 times."""
+    for at in poisson(rng, 0.6 * CPU_TEXTS_PER_S, 20 * S):
+        yield Request(at, (128,), patience_ns=S)
+    for at in poisson(rng, 4.4 * CPU_TEXTS_PER_S, 3 * S):
+        yield Request(8 * S + at, (128,), patience_ns=S)
+
+
+def service_throughput():
+    return [ThroughputPolicy(ThroughputSettings(max_drain_ns=2 * S))]
+
+
+def service_latency():
+    return [LatencyP95Policy(LatencyP95Settings(slo_ns=500 * MS, soft_ns=250 * MS, hard_ns=500 * MS, window_ns=10 * S))]
+
+
+POLICIES: dict[str, Callable[[], list]] = {
+    "none": list,
+    "throughput": service_throughput,
+    "latency_p95": service_latency,
+    "throughput+latency_p95": lambda: service_throughput() + service_latency(),
+}
+"""As a service has them by default, and combined."""
+
+
+def cpu(requests, policies, device=CPU) -> Scenario:
+    settings = SchedulerSettings(
+        bucket_edges=(16, 32, 64, 128, 256),
+        max_batch_tokens=4_096,
+        max_queue_tokens=128 * 4_096,
+        initial_batch_ns=6 * MS,
+        initial_token_ns=60_000,
+    )
+    return Scenario(requests, settings, POLICIES[policies], device)
+
+
+OVERLOADS: dict[str, Scenario] = {
+    f"cpu_{times}x_{patience_ms}ms_{policies}": cpu(on_cpu(times, patience_ms * MS), policies)
+    for times in (2, 4)
+    for patience_ms in (1_000, 500)
+    for policies in POLICIES
+}
+BURSTS: dict[str, Scenario] = {f"cpu_burst_{policies}": cpu(cpu_burst, policies) for policies in POLICIES}
+
 SCENARIOS: dict[str, Scenario] = {
+    **OVERLOADS,
+    **BURSTS,
     "steady": Scenario(steady),
     "steady_bucketed": Scenario(steady, bucketed()),
     "burst": Scenario(burst, policies=both),

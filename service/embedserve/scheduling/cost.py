@@ -71,6 +71,7 @@ class CostModel:
         "_guess_a",
         "_guess_b",
         "_memory",
+        "_pass_ns",
         "_useful",
         "_w",
         "_x",
@@ -79,6 +80,7 @@ class CostModel:
         "batch_ns",
         "last_ns",
         "padding",
+        "pass_tokens",
         "samples",
         "token_ns",
         "tokens_per_second",
@@ -86,6 +88,8 @@ class CostModel:
 
     RIDGE = 0.1
     """Sizes that spread less than this part of their mean say little about the slope."""
+    FIXED_SHARE = 0.1
+    """A pass that is cut short for a deadline may waste this part of its time."""
     OUTLIER = 10.0
     """A pass that took this many times its prediction counts as so many times: one stall must not rule the fit."""
 
@@ -99,11 +103,14 @@ class CostModel:
         """``b``: cost of each computed token."""
         self.padding = 1.0
         """Computed tokens over useful ones, lately."""
+        self.pass_tokens = 0.0
+        """Computed tokens of a pass, lately; 0 before the first."""
         self.tokens_per_second = max_batch_tokens * 1e9 / self.predict_ns(max_batch_tokens)
         """Useful tokens per second of device time, lately; the guess at a full batch before the first pass."""
         self.samples = 0
         self.last_ns: int | None = None
         """When the last pass was learned."""
+        self._pass_ns = 0.0
         self._w = self._x = self._xx = self._xy = 0.0
         self._busy_ns = self._useful = 0.0
 
@@ -118,6 +125,30 @@ class CostModel:
         padded = tokens * self.padding
         passes = max(-(-padded // max_batch_tokens), -(-items // max_batch_items), 1)
         return int(passes * self.batch_ns + padded * self.token_ns)
+
+    def ride_ns(self, tokens: int, behind: int, window_ns: int, max_batch_tokens: int) -> tuple[int, int]:
+        """What those behind add to the last pass of ``tokens`` useful tokens, and the time of that pass with them.
+
+        A pass ends for all its riders at once: those who wait ``behind`` now, and those who come within ``window_ns``,
+        the time until it is closed. They come as fast as lately, a pass's tokens in a pass's time, or more slowly.
+        """
+        last = tokens * self.padding % max_batch_tokens
+        extra = self.pass_tokens if window_ns >= self._pass_ns else self.pass_tokens * window_ns / self._pass_ns
+        if behind:
+            extra += behind * self.padding
+        if last + extra > max_batch_tokens:
+            extra = max_batch_tokens - last
+        extra_ns = int(extra * self.token_ns)
+        return extra_ns, int(self.batch_ns + last * self.token_ns) + extra_ns
+
+    def tokens_within(self, time_ns: float) -> float:
+        """Computed tokens of the longest pass that ends within so long."""
+        return (time_ns - self.batch_ns) / self.token_ns
+
+    @property
+    def least_tokens(self) -> float:
+        """Computed tokens from which a pass spends no more than ``FIXED_SHARE`` of its time on its fixed cost."""
+        return self.batch_ns / self.token_ns * (1 / self.FIXED_SHARE - 1)
 
     def learn(self, tokens: int, padded_tokens: int, elapsed_ns: int, now_ns: int) -> None:
         """Takes one completed pass into the fit; ``elapsed_ns`` is its device time."""
@@ -135,7 +166,9 @@ class CostModel:
         self.last_ns = now_ns
         self.padding = sum_x / useful
         self.tokens_per_second = useful * 1e9 / busy
-        self._fit(sum_x / w, busy / w)
+        self.pass_tokens = sum_x / w
+        self._pass_ns = busy / w
+        self._fit(self.pass_tokens, self._pass_ns)
 
     def _fit(self, mean_x: float, mean_y: float) -> None:
         w = self._w

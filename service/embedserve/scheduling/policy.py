@@ -32,7 +32,7 @@ __all__ = ["BatchPolicy", "Draft"]
 class Draft:
     """A batch in the making."""
 
-    __slots__ = ("edge", "longest_of", "parts", "room_items", "room_tokens", "rows", "tokens")
+    __slots__ = ("due_ns", "edge", "parts", "room_items", "room_tokens", "rows", "spent_tokens", "tokens")
 
     def __init__(self, edge: int, room_items: int, room_tokens: int) -> None:
         self.edge = edge
@@ -42,6 +42,10 @@ class Draft:
         self.parts: dict[int, tuple[Ticket, Sequence[int]]] = {}
         self.rows = 0
         self.tokens = 0
+        self.spent_tokens = 0
+        """Computed tokens so far."""
+        self.due_ns: int | None = None
+        """The earliest deadline of those in it."""
 
     def put(self, ticket: Ticket, indexes: Sequence[int], tokens: int, cost: int) -> None:
         """Adds items that follow those of the same submission that are already in it."""
@@ -51,12 +55,13 @@ class Draft:
         self.tokens += tokens
         self.room_items -= len(indexes)
         self.room_tokens -= cost
+        self.spent_tokens += cost
 
 
 class BatchPolicy:
     """Closes batches over a ``WaitingQueue``."""
 
-    __slots__ = ("_batches", "_buckets", "_cost", "_packed", "_queue", "_settings")
+    __slots__ = ("_batches", "_buckets", "_cost", "_now_ns", "_packed", "_queue", "_settings")
 
     SKIPS = 4
     """Heads too long for the rest of a packed batch that are passed over for shorter ones; they lead the next batch."""
@@ -68,6 +73,7 @@ class BatchPolicy:
         self._cost = cost
         self._packed = settings.shape is Shape.PACKED
         self._batches = 0
+        self._now_ns = 0
 
     def hold_ends_ns(self) -> int | None:
         """When what waits now may go at the latest; ``None`` when nothing waits."""
@@ -102,6 +108,7 @@ class BatchPolicy:
         self._batches += 1
         lead.turn_by_lane[lane] = self._batches
         draft = self._draft(lane, max_tokens)
+        self._now_ns = now_ns
         if len(waiting) == 1:
             lead.credit = 0.0
             self._fill(lead, lane, draft, quantum, max_tokens)
@@ -229,9 +236,23 @@ class BatchPolicy:
             order.charge(tenant, cost)
             indexes, tokens = self._queue.take(run, count)
             draft.put(run.ticket, indexes, tokens, cost)
+            due = run.ticket.deadline_ns
+            if due is not None and (draft.due_ns is None or due < draft.due_ns):
+                self._cut(draft, due)
         for tenant, flow in aside:
             tenant.flows.enqueue(flow, lane)
             order.enqueue(tenant, lane)
+
+    def _cut(self, draft: Draft, due_ns: int) -> None:
+        """Leaves no more room than still lets the pass end by the first deadline in it.
+
+        A pass ends for all its riders at once, so that whoever comes last makes all others late. It may take
+        ``pass_overrun_ratio`` times its prediction; but it is never cut so short that its fixed cost rules.
+        """
+        draft.due_ns = due_ns
+        left_ns = (due_ns - self._now_ns) / self._settings.pass_overrun_ratio
+        limit = max(self._cost.tokens_within(left_ns), self._cost.least_tokens)
+        draft.room_tokens = min(draft.room_tokens, int(limit) - draft.spent_tokens)
 
     def _settle_credit(self, waiting: list[PriorityClass], before: list[int], served: int, quantum: int) -> None:
         """Lower classes that wait on are owed their share of this batch, less what they had of it."""

@@ -369,7 +369,8 @@ class Scheduler:
         for ticket, indexes in group.parts:
             ticket.running -= len(indexes)
             if not ticket.cancelled:
-                assert ticket.deadline_ns is not None and ticket.deadline_ns <= now_ns, "a wanted batch was skipped"
+                late = ticket.deadline_ns is not None and ticket.deadline_ns <= now_ns
+                assert late, "a wanted batch was skipped"
                 settled.append(Settled(ticket.id, tuple(indexes), Verdict.EXPIRED))
             self._ledger.release(ticket)
 

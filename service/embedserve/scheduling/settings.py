@@ -70,6 +70,8 @@ class SchedulerSettings:
     """Which quantile of actual over predicted wait ``theta`` follows."""
     wait_quantile_step: float = 0.02
     """Relative step of ``theta``: one outlier moves it by 2 %."""
+    pass_overrun_ratio: float = 2.25
+    """A pass may take so many times its prediction and no admitted request misses its deadline."""
     probe_after_ns: int = 1 * S
     """An idle estimate older than this may be wrong: one request is let in to renew it."""
 

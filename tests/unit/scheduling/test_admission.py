@@ -57,6 +57,28 @@ class TestDeadline:
         assert self.policy.judge(candidate(deadline_ns=150), load(predicted=100, theta=1.6), 0) is not None
         assert self.policy.judge(candidate(deadline_ns=99), load(predicted=100, theta=0.5), 0) is not None
 
+    @pytest.mark.parametrize(
+        ("left", "wait", "own", "admitted"),
+        [
+            (200, 100, 100, True),
+            (199, 100, 100, False),
+            (1_400, 1_000, 200, True),  # two passes of 200 may take twice as long
+            (1_399, 1_000, 200, False),
+        ],
+    )
+    def test_leaves_room_for_passes_that_take_longer(self, left, wait, own, admitted):
+        """Two passes at most; over many, what is too slow and too fast evens out."""
+        state = load(predicted=wait)
+        state.pass_ns = own
+
+        assert (DeadlinePolicy(2.0).judge(candidate(deadline_ns=left), state, 0) is None) is admitted
+
+    def test_an_idle_server_has_no_edge(self):
+        state = load(IDLE, predicted=100)
+        state.pass_ns = 100
+
+        assert DeadlinePolicy(2.0).judge(candidate(deadline_ns=100), state, 0) is None
+
     def test_an_idle_server_refuses_but_not_for_good(self):
         """The estimate may be of a slow moment: a client that is told never would not come back when it has passed."""
         refused = self.policy.judge(candidate(deadline_ns=50_000_000), load(IDLE, predicted=100_000_000), 0)
@@ -129,7 +151,7 @@ def settings(**changes):
 
 
 class TestLatencyP95:
-    busy = staticmethod(lambda **changes: load(**({"predicted": 450 * MS} | changes)))
+    busy = staticmethod(lambda **changes: load(**({"predicted": 500 * MS} | changes)))
 
     def shed(self, policy, now, n=2_000, **changes):
         return sum(policy.judge(candidate(), self.busy(**changes), now) is not None for _ in range(n)) / n

@@ -102,3 +102,29 @@ class TestCostModel:
         assert m.drain_ns(0, 0, 1_000, 64) == 0
         assert m.drain_ns(2_500, 30, 1_000, 64) == 3 * MS + 25 * MS
         assert m.drain_ns(100, 640, 1_000, 64) == 10 * MS + 1 * MS
+
+
+class TestRide:
+    """What those behind add to the pass that a candidate rides in."""
+
+    @staticmethod
+    def model():
+        model = CostModel(1_000, 10, 0.95, 100)
+        for _ in range(50):
+            model.learn(60, 60, 1_600, 0)
+        return model
+
+    def test_an_empty_server_adds_nobody(self):
+        assert self.model().ride_ns(20, 0, 0, 100) == pytest.approx((0, 1_200), abs=2)
+
+    def test_those_who_wait_behind_ride_along(self):
+        assert self.model().ride_ns(20, 30, 0, 100) == pytest.approx((300, 1_500), abs=2)
+
+    def test_those_who_come_until_it_closes_ride_along(self):
+        """Half of a usual pass's tokens in half of its time; never more than one usual pass."""
+        assert self.model().ride_ns(20, 0, 800, 100) == pytest.approx((300, 1_500), abs=2)
+        assert self.model().ride_ns(20, 0, 10**9, 100) == pytest.approx((600, 1_800), abs=2)
+
+    def test_a_pass_is_never_more_than_full(self):
+        assert self.model().ride_ns(20, 1_000, 10**9, 100) == pytest.approx((800, 2_000), abs=2)
+        assert self.model().ride_ns(290, 1_000, 10**9, 100) == pytest.approx((100, 2_000), abs=2)

@@ -119,3 +119,34 @@ class TestRows:
         batch = s.next_batch(0)
 
         assert (batch.rows, batch.padded_tokens) == (3, 32)
+
+
+class TestDeadlineCut:
+    """A pass ends for all its riders at once: whoever comes last makes the others late."""
+
+    def rows(self, shape, *deadlines, **changes):
+        """Of a batch for 8 items of 8 tokens, which takes 2 + 64 ms when it is full."""
+        model = {"initial_batch_ns": 2 * MS, "initial_token_ns": 1 * MS, "pass_overrun_ratio": 1.0}
+        s = small_scheduler(shape=shape, **(model | changes))
+        for number, deadline in enumerate(deadlines):
+            s.submit(submission(number, 8, deadline_ns=deadline, continuation=True), 0)
+        return s.next_batch(0).rows
+
+    @pytest.mark.parametrize("shape", list(Shape))
+    def test_a_pass_is_cut_so_that_it_ends_by_the_first_deadline_in_it(self, shape):
+        late = [1_000 * MS] * 7
+
+        assert self.rows(shape, *late, 1_000 * MS) == 8
+        assert self.rows(shape, 42 * MS, *late) == 5
+        assert self.rows(shape, 41 * MS, *late) == 4
+
+    @pytest.mark.parametrize("shape", list(Shape))
+    def test_a_pass_may_take_longer_than_predicted(self, shape):
+        assert self.rows(shape, 42 * MS, *[1_000 * MS] * 7, pass_overrun_ratio=2.0) == 2
+
+    def test_no_deadline_makes_passes_that_mostly_wait_for_their_launch(self):
+        """Else one caller with deadlines that nobody can meet would make all batches tiny."""
+        assert self.rows(Shape.PACKED, 1, *[1_000 * MS] * 7) == 2  # 18 tokens take 18 ms of 20
+
+    def test_those_without_a_deadline_cut_nothing(self):
+        assert self.rows(Shape.PACKED, *[None] * 8) == 8

@@ -38,6 +38,7 @@ class LoadState:
         "drain_ns",
         "drain_with_ns",
         "estimate_is_old",
+        "pass_ns",
         "predicted_wait_ns",
         "residual_ns",
         "running_items",
@@ -61,6 +62,7 @@ class LoadState:
         theta: float,
         tokens_per_second: float,
         estimate_is_old: bool,
+        pass_ns: int = 0,
     ) -> None:
         self.waiting_items = waiting_items
         self.waiting_tokens = waiting_tokens
@@ -79,6 +81,8 @@ class LoadState:
         self.tokens_per_second = tokens_per_second
         self.estimate_is_old = estimate_is_old
         """No pass has ended lately, so the cost model may be wrong."""
+        self.pass_ns = pass_ns
+        """Of the pass that the candidate's last item is predicted to ride in; part of ``predicted_wait_ns``."""
 
     @property
     def idle(self) -> bool:

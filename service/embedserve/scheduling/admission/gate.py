@@ -58,7 +58,7 @@ class Gate:
         self._max_batch_items = settings.max_batch_items
         self._probe_after_ns = settings.probe_after_ns
         self._hard = QueuePolicy(settings)
-        self.policies: tuple[Policy, ...] = (DeadlinePolicy(), *policies)
+        self.policies: tuple[Policy, ...] = (DeadlinePolicy(settings.pass_overrun_ratio), *policies)
         """In the order in which they are asked, after the hard limits."""
         self._sojourns = SojournWindow(settings.sojourn_window_ns)
         self._theta = OnlineQuantile(settings.wait_quantile, settings.wait_quantile_step)
@@ -94,16 +94,24 @@ class Gate:
         old = cost.last_ns is None or now_ns - cost.last_ns > self._probe_after_ns
         theta, rate = self._theta.value, cost.tokens_per_second
         if not items:
-            own = residual + cost.drain_ns(candidate.tokens, candidate.items, *limits)
-            return LoadState(0, 0, flight.items, flight.tokens, residual, residual, own, own, theta, rate, old)
+            own = wait = residual + cost.drain_ns(candidate.tokens, candidate.items, *limits)
+            pass_ns = own - residual
+            if residual:
+                extra, pass_ns = cost.ride_ns(candidate.tokens, 0, residual, limits[0])
+                wait += extra
+            return LoadState(
+                0, 0, flight.items, flight.tokens, residual, residual, own, wait, theta, rate, old, pass_ns
+            )
         drain = residual + cost.drain_ns(tokens, items, *limits)
         drain_with = residual + cost.drain_ns(tokens + candidate.tokens, items + candidate.items, *limits)
         ahead_items, ahead_tokens = self._ahead(candidate)
         wait = drain_with
         if ahead_tokens < tokens:
             wait = residual + cost.drain_ns(ahead_tokens + candidate.tokens, ahead_items + candidate.items, *limits)
+        extra, pass_ns = cost.ride_ns(ahead_tokens + candidate.tokens, tokens - ahead_tokens, wait, limits[0])
+        wait += extra
         return LoadState(
-            items, tokens, flight.items, flight.tokens, residual, drain, drain_with, wait, theta, rate, old
+            items, tokens, flight.items, flight.tokens, residual, drain, drain_with, wait, theta, rate, old, pass_ns
         )
 
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:

@@ -5,9 +5,10 @@ Decides by two terms. Measured: over a sliding window that counts timeouts, shed
 of flipping between all and nothing. Predictive: theta x predicted wait must not pass the SLO, so that a burst is met
 before the window has seen it. Neither applies to an idle server.
 
-History alone refuses nobody: the share shed fades out as theta x predicted wait falls from ``release`` to half of it.
+History alone refuses nobody: the share shed fades out as theta x predicted wait falls from ``soft`` to ``release``.
 Without that the window, still full of a burst that is over, empties the queue, and the policy swings between a full and
-an idle device: at twice the capacity the goodput was 50 %.
+an idle device: at twice the capacity the goodput was 50 %. Fading out lower, from ``release`` to half of it, kept
+batches of 7 texts where 13 had room: 93 %.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class LatencyP95Policy:
             )
         share = self.shed_share(now_ns)
         if share:
-            half = self._settings.release_ns / 2
-            share *= min(max((predicted - half) / half, 0.0), 1.0)
+            s = self._settings
+            share *= min(max((predicted - s.release_ns) / (s.soft_ns - s.release_ns), 0.0), 1.0)
         self._share = share
         if share and not thrown and self._coin.random() < share:
             p95 = self._window.quantile_ns(0.95, now_ns)
@@ -81,7 +82,7 @@ class LatencyP95Policy:
         return None
 
     def shed_share(self, now_ns: int) -> float:
-        """Share of requests that is shed where the predicted wait has reached ``release``."""
+        """Share of requests that is shed where the predicted wait has reached ``soft``."""
         s = self._settings
         if self._window.count(now_ns) < s.min_samples:
             self.shedding = False
