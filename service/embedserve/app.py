@@ -87,6 +87,7 @@ class App:
         self._signals = 0
         self._calls = 0
         self._fatal: str | None = None
+        self._health: HealthService | None = None
         self._log = structlog.get_logger("embedserve.app")
         self.lifecycle = Lifecycle()
         """To read and to listen to; only this class changes it."""
@@ -147,7 +148,7 @@ class App:
         for note in checkpoint.notes:
             self._log.info("checkpoint_note", note=note)
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
-        health = HealthService((SERVICE,))
+        health = self._health = HealthService((SERVICE,))
         guard = self.guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
@@ -161,7 +162,13 @@ class App:
             add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
         try:
             engine = self.engine = build_engine(
-                config, checkpoint, telemetry.engine_observer, self._die, make_backend=self._make_backend
+                config,
+                checkpoint,
+                telemetry.engine_observer,
+                self._die,
+                on_stall=self._stall,
+                on_recovery=self._recover,
+                make_backend=self._make_backend,
             )
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
@@ -233,30 +240,41 @@ class App:
     ) -> int:
         config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
-        if self._fatal is not None:
-            lifecycle.to(State.FAILED)
-            self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
-            await server.stop(FATAL_ANSWER_S)  # type: ignore[attr-defined]
-            await operations.stop()
-            return lifecycle.exit_code
-        served = lifecycle.state is State.SERVING
+        if self._broken():
+            return await self._end_broken(server, guard, operations)
+        served = lifecycle.state in (State.SERVING, State.STALLED)
         lifecycle.to(State.DRAINING)
         self._log.info("draining", in_flight=guard.in_flight, settle_ms=config.settle_ms, grace_ms=config.grace_ms)
         if served:
             await asyncio.sleep(config.settle_ms / 1000)
         health.close()
         cut_off = await self._drain(server, guard, engine)
-        # A load cannot be interrupted and holds nobody's answer: it is not waited for.
-        self.worker_ended = await engine.stop(WORKER_STOP_S if served else 0.0)
+        if self._broken():
+            return await self._end_broken(server, guard, operations)
+        # A load cannot be interrupted and holds nobody's answer, nor does a device that is silent: not waited for.
+        self.worker_ended = await engine.stop(WORKER_STOP_S if served and not engine.stalled else 0.0)
         await operations.stop()
         lifecycle.to(State.STOPPED)
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
+    async def _end_broken(self, server: object, guard: Guard, operations: OperationsPort) -> int:
+        """Nothing more will run: those in flight are told, and that is all."""
+        lifecycle = self.lifecycle
+        if lifecycle.state is not State.FAILED:
+            lifecycle.to(State.FAILED)
+        self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
+        await server.stop(FATAL_ANSWER_S)  # type: ignore[attr-defined]
+        await operations.stop()
+        return lifecycle.exit_code
+
     def _take_call(self) -> bool:
-        """Whether a call may enter: until the port closes, through the settle time too, nobody is turned away."""
+        """Whether a call may enter: until the port closes, through the settle time too, nobody is turned away.
+
+        While the device is silent the engine refuses, with its own reason; what needs no device is answered.
+        """
         self._calls += 1
-        return self.lifecycle.state in (State.SERVING, State.DRAINING)
+        return self.lifecycle.state in (State.SERVING, State.STALLED, State.DRAINING)
 
     async def _caught_up(self) -> None:
         """Wait for a moment in which gRPC holds no call that no handler has seen: a stop ends those with CANCELLED.
@@ -299,11 +317,33 @@ class App:
             exc_info=None if known else without_messages(error),
         )
 
+    def _broken(self) -> bool:
+        return self._fatal is not None
+
     def _die(self, why: str) -> None:
-        """Nothing more will run: end, once."""
+        """Nothing more will run: say so, then end, once."""
         if self._fatal is None:
             self._fatal = why
+            if self._health is not None:
+                self._health.enter_graceful_shutdown()
+            if self.lifecycle.state in (State.SERVING, State.STALLED, State.DRAINING):
+                self.lifecycle.to(State.FAILED)
             self._stop.set()
+
+    def _stall(self, age_ns: int) -> None:
+        """The device is silent. It may come back, and then so do we."""
+        self._log.error("stalled", pass_age_ms=round(age_ns / 1e6), stall_ms=self._config.health.stall_ms)
+        if self.lifecycle.state is State.SERVING:
+            self.lifecycle.to(State.STALLED)
+            if self._health is not None:
+                self._health.set_serving(False)
+
+    def _recover(self, lasted_ns: int) -> None:
+        self._log.warning("recovered", stalled_ms=round(lasted_ns / 1e6))
+        if self.lifecycle.state is State.STALLED:
+            self.lifecycle.to(State.SERVING)
+            if self._health is not None:
+                self._health.set_serving(True)
 
     def _take_signal(self, number: signal.Signals) -> None:
         self._signals += 1

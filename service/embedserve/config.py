@@ -150,6 +150,10 @@ class Tokenizer(Section):
     """Requests of no more characters are tokenised on the event loop: handing them to a thread takes as long."""
     chunk_texts: Annotated[int, between(1, 1_000_000)] = 64
     """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
+    chunk_chars: Annotated[int, between(256, 1024 * MIB)] = 65536
+    """Characters of one request that a thread takes at a time, or one text: 20 ms of a thread at the most."""
+    max_request_ms: Annotated[int, between(1, HOUR_MS)] = 30_000
+    """Processor time of the threads for one request; then it is refused. The largest that fits a message takes 6 s."""
 
     def thread_count(self, cores: int) -> int:
         """``threads``, or what ``None`` means on ``cores`` cores."""
@@ -233,6 +237,19 @@ class Operations(Section):
     """Where they are served. Loopback: metrics are not for everybody."""
 
 
+class Health(Section):
+    """When the device is taken for stalled, broken or wrong."""
+
+    stall_ms: Annotated[int, between(10, HOUR_MS)] = 5000
+    """A pass that runs longer, and 4 times its prediction, means NOT_SERVING until it ends. It takes milliseconds."""
+    hang_ms: Annotated[int, between(20, DAY_MS)] = 60_000
+    """A pass that runs longer never ends: exit 70. A driver that resets its device takes tens of seconds."""
+    canary_interval_ms: Annotated[int, between(0, DAY_MS)] = 30_000
+    """Without a good pass for so long a known text is sent through. 0: never. 7 ms each 30 s are 0.02 % of a core."""
+    canary_timeout_ms: Annotated[int, between(10, HOUR_MS)] = 5000
+    """A known text that takes longer on an idle server means NOT_SERVING until one comes back. As long as stall_ms."""
+
+
 class Telemetry(Section):
     """Traces, metrics and logs. Where they go is set by OpenTelemetry's own OTEL_* variables."""
 
@@ -294,6 +311,7 @@ RULES = (
     Rule("model.max_input_length", "scheduling.max_batch_tokens", "the longest text would fit no batch"),
     Rule("scheduling.max_batch_tokens", "scheduling.max_queue_tokens", "no full batch could wait"),
     Rule("scheduling.max_queue_delay_ms", "scheduling.max_wait_ms", "every batch would be overdue"),
+    Rule("health.stall_ms", "health.hang_ms", "a stall comes before a hang", below=True),
     Rule("admission.latency_p95.soft_ms", "admission.latency_p95.hard_ms", "refusals begin at the first"),
 )
 
@@ -308,6 +326,7 @@ class Config(Section):
     scheduling: Scheduling = Scheduling()
     admission: Admission = Admission()
     operations: Operations = Operations()
+    health: Health = Health()
     telemetry: Telemetry = Telemetry()
     shutdown: Shutdown = Shutdown()
 

@@ -12,6 +12,7 @@ wire: the only translation to gRPC statuses is ``api/status.py``, the only trans
     ├── Refusal                    nothing is wrong with the request; try again later
     │   ├── Overloaded             shed by an admission policy or a queue limit               RESOURCE_EXHAUSTED
     │   └── NotServing             starting, draining or stopped                              UNAVAILABLE
+    │       └── EngineStalled      the device is silent for too long; it may come back        UNAVAILABLE
     ├── DeadlineExpired            the caller's time ran out before the answer                DEADLINE_EXCEEDED
     ├── ServerFault                ours; the message is for the log, the client gets an id    INTERNAL
     │   ├── ItemFailed             this text makes the model fail                             INTERNAL
@@ -36,6 +37,7 @@ __all__ = [
     "DeadlineExpired",
     "EmbedServeError",
     "EngineFailed",
+    "EngineStalled",
     "InvalidRequest",
     "InvariantBroken",
     "ItemFailed",
@@ -149,6 +151,10 @@ class Overloaded(Refusal):
 
 class NotServing(Refusal):
     """The process is starting, draining or stopped."""
+
+
+class EngineStalled(NotServing):
+    """The device is silent for longer than a pass may take: what is queued now may never be run."""
 
 
 class DeadlineExpired(EmbedServeError):

@@ -15,9 +15,11 @@ from embedserve.api.embedding import ServicerSettings
 from embedserve.api.server import ServerOptions
 from embedserve.api.validation import RequestLimits
 from embedserve.config import Config
+from embedserve.engine.canary import CanarySettings
 from embedserve.engine.engine import Engine, EngineSettings
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerSettings
+from embedserve.engine.watchdog import StallLimits
 from embedserve.model.backend import Backend, BackendFactory
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.scheduling.admission import Policy
@@ -166,10 +168,12 @@ def build_engine(
     observer: EngineObserver,
     on_fatal: Callable[[str], None],
     *,
+    on_stall: Callable[[int], None] = lambda _age_ns: None,
+    on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
     make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
 ) -> Engine:
     """An engine that has not started yet."""
-    scheduling, tokenizer = config.scheduling, config.tokenizer
+    scheduling, tokenizer, health = config.scheduling, config.tokenizer, config.health
     return Engine(
         factory=make_backend(checkpoint) if make_backend else torch_backend(config, checkpoint),
         tokenizer=checkpoint.tokenizer(),
@@ -181,15 +185,21 @@ def build_engine(
                 max_pending=tokenizer.max_pending,
                 inline_chars=tokenizer.inline_chars,
                 chunk_texts=tokenizer.chunk_texts,
+                chunk_chars=tokenizer.chunk_chars,
+                max_request_ns=tokenizer.max_request_ms * MS,
             ),
             max_requests_in_flight=config.limits.max_requests_in_flight,
             batches_in_flight=scheduling.batches_in_flight,
             prepare_ahead_ns=scheduling.prepare_ahead_us * 1000,
             warm_up_tokens=scheduling.batch_tokens(device_name(config), checkpoint.max_input_length),
             stream_window_items=config.server.stream_window_items,
+            stall=StallLimits(stall_ns=health.stall_ms * MS, hang_ns=health.hang_ms * MS),
+            canary=CanarySettings(interval_ns=health.canary_interval_ms * MS, timeout_ns=health.canary_timeout_ms * MS),
         ),
         observer=observer,
         on_fatal=on_fatal,
+        on_stall=on_stall,
+        on_recovery=on_recovery,
         include_prompt=checkpoint.include_prompt,
     )
 
@@ -234,6 +244,7 @@ def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
         oldest_age_s=0.0 if depth.oldest_arrived_ns is None else (now - depth.oldest_arrived_ns) / 1e9,
         running_items=depth.running_items,
         running_tokens=depth.running_tokens,
+        pass_age_s=engine.pass_age_ns / 1e9,
         service_rate_tokens_per_s=load.tokens_per_second,
         drain_s=load.drain_ns / 1e9,
         p95_s=(load.p95_sojourn_ns or 0) / 1e9,

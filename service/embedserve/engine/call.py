@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedserve.engine.stages import Stages
+from embedserve.engine.tokenization import Meter
 from embedserve.errors import EmbedServeError
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Priority
@@ -38,6 +39,8 @@ class Call:
     deadline_ns: int | None = None
     priority: Priority = Priority.DEFAULT
     tenant: str = ""
+    meter: Meter = field(default_factory=Meter)
+    """Tokenizer time that it has used."""
     trace: object | None = None
     """Opaque; batches link to it through the observer."""
 

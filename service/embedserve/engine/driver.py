@@ -6,6 +6,9 @@ policy, a transport or what is in a batch. It polls nothing: with no request the
 Late binding: a batch is closed when the device can take it, not before. One batch runs; the next is closed when the
 running one is predicted to end within ``prepare_ahead_ns``, so that the hand-over costs the device nothing and late
 arrivals still ride along.
+
+A device that the scheduler suspects is tried with the pass of a text that is known to be good. It alone tells a device
+that is broken from callers who send nothing but poison.
 """
 
 from __future__ import annotations
@@ -13,43 +16,38 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from embedserve.engine.observer import BatchRecord, EngineObserver, Member
+from embedserve.engine.observer import EngineObserver
 from embedserve.engine.pending import Pending
+from embedserve.engine.record import Flight, batch_record
 from embedserve.engine.stages import Ride
-from embedserve.engine.worker import Part, Pass, PassResult
-from embedserve.scheduling.item import (
-    Admitted,
-    Batch,
-    Failed,
-    Fatal,
-    Outcome,
-    OutOfMemory,
-    Rejection,
-    Settled,
-    Shape,
-    Succeeded,
-)
+from embedserve.engine.wall import sentence, walled
+from embedserve.engine.worker import Part, Pass, PassResult, Riders
+from embedserve.errors import EngineFailed, InvariantBroken
+from embedserve.scheduling.item import Admitted, Batch, Rejection, Settled, Shape, Succeeded
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "PassWatch"]
 
-SWEEP_S = 1.0
-"""How often running requests are looked at for deadlines that have passed, while there are any. Queued ones are dropped
-on time by the scheduler; this is for a device that hangs, and a timer for each request would cost 4 us of the loop."""
+TRIAL_ID: Final = 0
+"""The batch id of a pass that tries a suspect device; the scheduler's begin at 1."""
 
 
-class _Flight(NamedTuple):
-    """A batch that the worker has."""
+class PassWatch(Protocol):
+    """Is told when the device begins and ends a pass: ``engine/watchdog.py``."""
 
-    batch: Batch
-    riders: tuple[Pending, ...]
-    dispatched_ns: int
-    predicted_ns: int
+    def begun(self, now_ns: int, predicted_ns: int) -> None:
+        """The device has turned to a pass."""
+
+    def ended(self, now_ns: int) -> None:
+        """A pass has ended, well or not."""
+
+    def stop(self) -> None:
+        """No more passes."""
 
 
 class Driver:
@@ -60,33 +58,51 @@ class Driver:
         scheduler: Scheduler,
         submit_pass: Callable[[Pass], None],
         observer: EngineObserver,
+        watch: PassWatch,
         *,
         batches_in_flight: int,
         prepare_ahead_ns: int,
+        judge_probe: Callable[[npt.NDArray[np.float32]], str | None],
         on_fatal: Callable[[str], None],
     ) -> None:
-        """``on_fatal`` is called once, with a sentence, when nothing more will run."""
+        """``judge_probe`` says what is wrong with the vector of the known text.
+
+        ``on_fatal`` is called once, with a sentence, when nothing more will run, before anybody who waits is told.
+        """
         self._scheduler = scheduler
         self._submit_pass = submit_pass
         self._observer = observer
+        self._watch = watch
         self._batches_in_flight = batches_in_flight
         self._prepare_ahead_ns = prepare_ahead_ns
+        self._judge_probe = judge_probe
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, Pending] = {}
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
+        self._known_good: Pass | None = None
+        self._on_trial = False
         self._device_free_ns = 0
         self._pump_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
-        self._sweep: asyncio.TimerHandle | None = None
-        self._fatal: str | None = None
         self._changed = asyncio.Event()
+        self._pump_walled = walled(self._pump, self.broken)
+        self._fired_walled = walled(self._fired, self.broken)
+        self._tell_walled = walled(self._tell, self.broken)
+        self.failure: str | None = None
+        """Why nothing more will run."""
+        self.streams: set[Callable[[], None]] = set()
+        """Called when nothing more will run: a stream may be waiting for its reader or a tokenizer, not for a batch."""
+        self.last_good_ns = 0
+        """When a pass last gave a vector."""
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return not self._waiting and not self._flights
+        """No caller's item waits or runs."""
+        return all(pending.probe for pending in self._waiting.values()) and all(
+            flight.probe for flight in self._flights.values()
+        )
 
     def submit(self, pending: Pending) -> Rejection | None:
         """Let the submission join its buckets, or say why not."""
@@ -94,7 +110,11 @@ class Driver:
         stages = pending.call.stages
         # Only a span shows what was waiting, and counting it by bucket costs 3 us.
         depth = self._scheduler.depth if pending.call.trace is not None else None
-        answer = self._scheduler.submit(pending.submission, now)
+        try:
+            answer = self._scheduler.submit(pending.submission, now)
+        except AssertionError as broken:
+            self.broken(broken)
+            raise InvariantBroken(sentence(broken)) from broken
         if isinstance(answer, Rejection):
             return answer
         assert isinstance(answer, Admitted)
@@ -105,29 +125,29 @@ class Driver:
             stages.waiting_items = depth.waiting_items
             stages.waiting_tokens = depth.waiting_tokens
         self._waiting[pending.submission.id] = pending
-        self._observer.admitted(len(pending.lengths), len(pending.ids))
-        if self._sweep is None:
-            self._sweep = self._loop.call_later(SWEEP_S, self._sweep_overdue)
+        if not pending.probe:
+            self._observer.admitted(len(pending.lengths), len(pending.ids))
         self._pump_soon()
         return None
 
     def cancel(self, pending: Pending) -> None:
-        """The caller has gone: queued items leave at once, running ones are dropped when they come back."""
+        """The caller has gone: queued items leave at once, running ones are dropped when they come back.
+
+        A pass that nobody else rides in and that the device has not begun with is not run.
+        """
         if self._waiting.pop(pending.submission.id, None) is None:
             return
-        self._scheduler.cancel(pending.submission.id, time.monotonic_ns())
-        self._observer.settled("cancelled", pending.remaining)
+        for flight in self._flights.values():
+            if pending in flight.riders:
+                flight.wanted.left -= 1
+        try:
+            self._scheduler.cancel(pending.submission.id, time.monotonic_ns())
+        except AssertionError as broken:
+            self.broken(broken)
+        if not pending.probe:
+            self._observer.settled("cancelled", pending.remaining)
         self._pump_soon()
         self.notify()
-
-    def _sweep_overdue(self) -> None:
-        """Tell those whose time is up that it is, whatever the device does with their texts."""
-        now = time.monotonic_ns()
-        for pending in list(self._waiting.values()):
-            deadline = pending.call.deadline_ns
-            if deadline is not None and now >= deadline and pending.expire():
-                self.cancel(pending)
-        self._sweep = self._loop.call_later(SWEEP_S, self._sweep_overdue) if self._waiting else None
 
     async def change(self) -> None:
         """Wait until something has left the queue or the device."""
@@ -135,63 +155,89 @@ class Driver:
 
     def take_result(self, result: PassResult) -> None:
         """The worker is done with a pass."""
+        if self.failure is not None:
+            return
         now = time.monotonic_ns()
+        self._watch.ended(now)
+        if result.batch_id == TRIAL_ID:
+            self._end_trial(result, now)
+            return
         flight = self._flights.pop(result.batch_id)
-        settlement = self._scheduler.complete(result.batch_id, result.outcome, now)
+        for first in self._flights.values():
+            self._watch.begun(now, first.predicted_ns)
+            break
+        outcome = result.outcome
+        if isinstance(outcome, Succeeded) and len(outcome.non_finite) < flight.batch.rows:
+            self.last_good_ns = now
+        settlement = self._scheduler.complete(result.batch_id, outcome, now)
         # What was predicted when the next pass was prepared is out of date: the pass before it has ended just now.
         self._device_free_ns = now + sum(other.predicted_ns for other in self._flights.values())
         if settlement.fatal is None and self._scheduler.waiting_items:
             self._pump()  # first the next pass, then the answers: the device must not wait for us
-        if any(rider.call.trace is not None for rider in flight.riders):
-            trace = self._observer.batch_finished(self._record(flight, result, now))
+        if flight.probe:
+            trace = None
+        elif any(rider.call.trace is not None for rider in flight.riders):
+            trace = self._observer.batch_finished(batch_record(flight, result, now))
         else:
             # No answer needs the batch's trace, so the answers go first: this runs after the tasks that wait for them.
             trace = None
-            self._loop.call_soon(self._tell, flight, result, now)
-        self._settle(settlement.settled, flight, result, trace, now)
+            self._loop.call_soon(self._tell_walled, flight, result, now)
         if settlement.fatal is not None:
-            self.fail(settlement.fatal)
+            self.fail(settlement.fatal, settlement.settled)
+        else:
+            self._settle(settlement.settled, flight, result, trace, now)
         self.notify()
 
-    def _tell(self, flight: _Flight, result: PassResult, now: int) -> None:
-        self._observer.batch_finished(self._record(flight, result, now))
-
-    def fail(self, why: str) -> None:
-        """Nothing more will run: everybody who waits is told, once."""
-        if self._fatal is not None:
+    def fail(self, why: str, settled: Iterable[Settled] | None = None) -> None:
+        """Nothing more will run: everybody who waits is told, once. ``settled`` is what the scheduler has given up."""
+        if self.failure is not None:
             return
-        self._fatal = why
-        now = time.monotonic_ns()
-        self._scheduler.drain()
-        self._settle(self._scheduler.fail(why), None, None, None, now)
-        self._flights.clear()
+        self.failure = why
+        self._on_fatal(why)
+        self._watch.stop()
         if self._timer is not None:
             self._timer.cancel()
-        if self._sweep is not None:
-            self._sweep.cancel()
-        self._on_fatal(why)
+        for pending in self._waiting.values():
+            pending.abort(EngineFailed(why))
+        for tell in tuple(self.streams):
+            tell()
         self.notify()
+        self._count(self._give_up(why) if settled is None else settled)
+        self._waiting.clear()
+        self._flights.clear()
+
+    def broken(self, error: Exception) -> None:
+        """A promise of our own code does not hold: whatever it was, nobody may be left waiting."""
+        self.fail(f"broken invariant: {sentence(error)}")
 
     def notify(self) -> None:
         """Wake whoever waits for a change."""
         self._changed.set()
         self._changed.clear()
 
+    # ------------------------------------------------------------------------------------------------------ the crank
+
     def _pump_soon(self) -> None:
         """Once an iteration of the loop: everything that has arrived by then joins the same decision."""
-        if not self._pump_due and self._fatal is None:
+        if not self._pump_due and self.failure is None:
             self._pump_due = True
-            self._loop.call_soon(self._pump)
+            self._loop.call_soon(self._pump_walled)
 
     def _pump(self) -> None:
         self._pump_due = False
-        if self._fatal is not None:
+        if self.failure is not None:
             return
         now = time.monotonic_ns()
         expired = self._scheduler.expire(now)
         if expired:
             self._settle(expired, None, None, None, now)
             self.notify()
+        for submission_id in self._scheduler.overdue():
+            overdue = self._waiting.get(submission_id)
+            if overdue is not None and overdue.expire():
+                self.cancel(overdue)
+        if self._scheduler.suspect is not None:
+            self._begin_trial(now)
         early = False
         while len(self._flights) < self._batches_in_flight:
             early = bool(self._flights) and now < self._device_free_ns - self._prepare_ahead_ns
@@ -204,21 +250,28 @@ class Driver:
         self._arm(now, early=early)
 
     def _dispatch(self, batch: Batch, now: int) -> None:
-        riders = tuple(self._waiting[piece.submission_id] for piece in batch.slices)
+        riders = tuple([self._waiting[piece.submission_id] for piece in batch.slices])
         predicted = self._scheduler.cost.predict_ns(batch.padded_tokens)
-        self._flights[batch.id] = _Flight(batch, riders, now, predicted)
+        deadlines = [rider.call.deadline_ns for rider in riders]
+        wanted = Riders(len(riders), None if None in deadlines else max(deadlines))  # type: ignore[type-var]
+        if not self._flights:
+            self._watch.begun(now, predicted)
+        self._flights[batch.id] = Flight(batch, riders, now, predicted, wanted)
         self._device_free_ns = max(now, self._device_free_ns) + predicted
         parts = [
             Part(rider.ids, rider.offsets, piece.indexes, rider.normalize_on_device, rider.skip)
             for rider, piece in zip(riders, batch.slices, strict=True)
         ]
         pad_to = batch.edge if batch.shape is Shape.BUCKETED else None
-        self._submit_pass(Pass(batch.id, parts, batch.rows, pad_to))
+        if self._known_good is None and riders[0].probe and batch.rows == 1:
+            self._known_good = Pass(TRIAL_ID, parts, 1, pad_to)
+        self._submit_pass(Pass(batch.id, parts, batch.rows, pad_to, wanted))
 
     def _arm(self, now: int, *, early: bool) -> None:
         """Sleep until the scheduler's answer may change by time alone, or it is no longer too ``early`` to ask.
 
-        A timer that is set earlier is kept: it re-arms when it fires, which is cheaper than moving it each time.
+        A timer that is set earlier is kept: it re-arms when it fires, which is cheaper than moving it each time. That
+        one timer also tells those whose deadline comes while the device is at work on their texts.
         """
         wake = self._scheduler.wake_at(now)
         if early and self._scheduler.waiting_items:
@@ -231,24 +284,51 @@ class Driver:
                 return
             self._timer.cancel()
         self._timer_ns = wake
-        self._timer = self._loop.call_later(max(0, wake - now) / 1e9, self._fired)
+        self._timer = self._loop.call_later(max(0, wake - now) / 1e9, self._fired_walled)
 
     def _fired(self) -> None:
         self._timer = None
         self._pump()
 
+    # ------------------------------------------------------------------------------------------------ a suspect device
+
+    def _begin_trial(self, now: int) -> None:
+        """Run the known text alone, once what the device has is back."""
+        if self._flights or self._on_trial:
+            return
+        assert self._known_good is not None, "the device is suspect before it was found to be good"
+        self._on_trial = True
+        self._watch.begun(now, 0)
+        self._submit_pass(self._known_good)
+
+    def _end_trial(self, result: PassResult, now: int) -> None:
+        self._on_trial = False
+        wrong: str | None = f"it ended as {type(result.outcome).__name__}: {result.error}"
+        if isinstance(result.outcome, Succeeded):
+            assert result.vectors is not None
+            wrong = self._judge_probe(result.vectors[0])
+        if wrong is not None:
+            self.fail(f"{self._scheduler.suspect}, and so did a text that is known to be good: {wrong}")
+            return
+        self.last_good_ns = now
+        self._scheduler.acquit(now)
+        self._pump()
+
+    # -------------------------------------------------------------------------------------------------------- settling
+
     def _settle(
         self,
         settlement: Iterable[Settled],
-        flight: _Flight | None,
+        flight: Flight | None,
         result: PassResult | None,
         trace: object | None,
         now: int,
     ) -> None:
-        counts: dict[str, int] = {}
+        counted = []
         for settled in settlement:
-            counts[settled.verdict.value] = counts.get(settled.verdict.value, 0) + len(settled.indexes)
             pending = self._waiting.get(settled.submission_id)
+            if pending is None or not pending.probe:
+                counted.append(settled)
             if pending is None:
                 continue
             useless = False
@@ -263,6 +343,12 @@ class Driver:
                 del self._waiting[settled.submission_id]
             elif useless:
                 self.cancel(pending)
+        self._count(counted)
+
+    def _count(self, settlement: Iterable[Settled]) -> None:
+        counts: dict[str, int] = {}
+        for settled in settlement:
+            counts[settled.verdict.value] = counts.get(settled.verdict.value, 0) + len(settled.indexes)
         for verdict, items in counts.items():
             self._observer.settled(verdict, items)
 
@@ -270,7 +356,7 @@ class Driver:
         self,
         pending: Pending,
         settled: Settled,
-        flight: _Flight,
+        flight: Flight,
         result: PassResult,
         vectors: npt.NDArray[np.float32],
         trace: object | None,
@@ -286,37 +372,13 @@ class Driver:
         ride = Ride(batch.id, batch.rows, batch.edge, len(settled.rows), stages.dequeued_ns, now, trace)
         pending.deliver(settled, vectors, ride)
 
-    def _record(self, flight: _Flight, result: PassResult, now: int) -> BatchRecord:
-        batch = flight.batch
-        members = [
-            Member(
-                trace=rider.call.trace,
-                first_index=piece.indexes[0],
-                rows=len(piece.indexes),
-                tokens=sum([rider.lengths[i] for i in piece.indexes]) if rider.call.trace is not None else 0,
-                queued_ns=rider.queued_ns,
-            )
-            for rider, piece in zip(flight.riders, batch.slices, strict=True)
-        ]
-        return BatchRecord(
-            batch=batch,
-            members=members,
-            outcome=_outcome_name(result.outcome),
-            dispatched_ns=flight.dispatched_ns,
-            times=result.times,
-            returned_ns=now,
-            predicted_ns=flight.predicted_ns,
-            error=result.error,
-        )
+    def _give_up(self, why: str) -> Iterable[Settled]:
+        """What the scheduler loses; nothing where it is the scheduler that broke, since all callers were told."""
+        self._scheduler.drain()
+        try:
+            return self._scheduler.fail(why)
+        except Exception:  # noqa: BLE001 - the process ends with the first failure's reason; this one only miscounts
+            return ()
 
-
-def _outcome_name(outcome: Outcome) -> str:
-    match outcome:
-        case Succeeded(non_finite=bad):
-            return "non_finite" if bad else "ok"
-        case OutOfMemory():
-            return "out_of_memory"
-        case Failed():
-            return "failed"
-        case Fatal():
-            return "fatal"
+    def _tell(self, flight: Flight, result: PassResult, now: int) -> None:
+        self._observer.batch_finished(batch_record(flight, result, now))

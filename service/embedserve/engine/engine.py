@@ -11,24 +11,29 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from embedserve.engine.call import Call, Embedded, Portion
+from embedserve.engine.canary import CANARY_TEXT, Canary, CanarySettings
 from embedserve.engine.driver import Driver
-from embedserve.engine.intake import Intake, not_serving
+from embedserve.engine.intake import Intake, not_serving, stalled
 from embedserve.engine.load import LoadReport, report_load
 from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.pending import WholeRequest
+from embedserve.engine.probe import send_probe
 from embedserve.engine.stream import piece_items, stream_portions
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
-from embedserve.engine.worker import PassResult, Worker, WorkerReady
+from embedserve.engine.wall import walled
+from embedserve.engine.watchdog import StallLimits, Watchdog
+from embedserve.engine.worker import Worker, WorkerReady
 from embedserve.errors import (
     DeadlineExpired,
     EmbedServeError,
+    EngineFailed,
     NotServing,
     Overloaded,
     StartupError,
@@ -60,6 +65,8 @@ class EngineSettings:
     warm_up_tokens: int
     stream_window_items: int
     """Items of one stream that are admitted and not yet taken by its reader."""
+    stall: StallLimits = field(default_factory=StallLimits)
+    canary: CanarySettings = field(default_factory=CanarySettings)
 
 
 class Engine:
@@ -75,64 +82,107 @@ class Engine:
         settings: EngineSettings,
         observer: EngineObserver | None = None,
         on_fatal: Callable[[str], None] = lambda _why: None,
+        on_stall: Callable[[int], None] = lambda _age_ns: None,
+        on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
         include_prompt: bool = True,
     ) -> None:
         """Nothing runs before ``start``.
 
-        ``on_fatal`` is called once when nothing more will run: end the process then. ``include_prompt`` says whether
-        the checkpoint pools a prompt's tokens.
+        ``on_fatal`` is called once when nothing more will run: end the process then. ``on_stall`` is told how long the
+        device has been silent when that is too long, ``on_recovery`` how long the stall was; between the two calls are
+        refused. ``include_prompt`` says whether the checkpoint pools a prompt's tokens.
         """
         self._factory = factory
         self._scheduler = scheduler
         self._settings = settings
         self._observer: EngineObserver = observer or SilentObserver()
         self._on_fatal = on_fatal
-        self._pool = TokenizerPool(tokenizer, settings.tokenizer, self._observer.tokenized)
+        self._on_stall = on_stall
+        self._on_recovery = on_recovery
+        self._pool = TokenizerPool(tokenizer, settings.tokenizer, self._observer.tokenized, self._lose_tokenizer)
         self._intake = Intake(scheduler, self._pool, self._observer, max_input_length, include_prompt=include_prompt)
+        self._finish_walled = walled(self._finish, self._break)
         self._started_ns = 0
         self._draining = False
         self._requests = 0
         self._worker: Worker | None = None
         self._driver: Driver | None = None
+        self._watchdog: Watchdog | None = None
+        self._canary: Canary | None = None
+        self._serving = False
         self._ready: WorkerReady | None = None
 
     # ---------------------------------------------------------------------------------------------------- lifecycle
 
     async def start(self) -> ModelIdentity:
-        """Load and warm up the model in the worker thread. Raises ``StartupError``."""
+        """Load and warm up the model in the worker thread, and see one text answered. Raises ``StartupError``."""
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[WorkerReady | BaseException] = loop.create_future()
-        self._worker = Worker(
-            self._factory,
-            warm_up_tokens=self._settings.warm_up_tokens,
-            on_ready=lambda outcome: _post(loop, ready.set_result, outcome),
-            on_result=lambda result: _post(loop, self._take_result, result),
-            on_death=lambda death: _post(loop, self._die, death),
-        )
-        self._driver = Driver(
-            self._scheduler,
-            self._worker.submit,
-            self._observer,
-            batches_in_flight=self._settings.batches_in_flight,
-            prepare_ahead_ns=self._settings.prepare_ahead_ns,
-            on_fatal=self._on_fatal,
-        )
+        driver = self._driver = self._assemble(loop, ready)
+        assert self._worker is not None
         self._worker.start()
         outcome = await ready
         if isinstance(outcome, EmbedServeError):
             raise outcome
         if isinstance(outcome, BaseException):
             raise StartupError(f"the model could not be loaded: {type(outcome).__name__}: {outcome}") from outcome
-        self._ready = outcome
-        self._started_ns = time.monotonic_ns()
+        now = time.monotonic_ns()
         # The first burst must not be admitted on a guess.
         for sample in outcome.passes:
-            self._scheduler.cost.learn(sample.tokens, sample.padded_tokens, sample.elapsed_ns, self._started_ns)
+            self._scheduler.cost.learn(sample.tokens, sample.padded_tokens, sample.elapsed_ns, now)
+        canary = self._canary = self._make_canary(driver)
+        await canary.first(outcome.identity.dimension, self._settings.stall.hang_ns)
+        self._ready = outcome
+        self._started_ns = time.monotonic_ns()
+        self._serving = True
+        canary.start()
         return outcome.identity
+
+    def _assemble(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Future[WorkerReady | BaseException]) -> Driver:
+        """Worker, watchdog and driver, each of which calls another."""
+        watchdog = self._watchdog = Watchdog(
+            self._settings.stall,
+            call_later=lambda delay_s, look: loop.call_later(delay_s, walled(look, self._break)),
+            on_stall=self._stall,
+            on_recovery=self._recover,
+            on_hang=lambda age_ns: driver.fail(f"a pass has been at work for {age_ns / 1e9:.1f} s (health.hang_ms)"),
+        )
+        worker = self._worker = Worker(
+            self._factory,
+            warm_up_tokens=self._settings.warm_up_tokens,
+            on_ready=lambda outcome: _post(loop, _set, ready, outcome),
+            on_result=lambda result: _post(loop, self._take_result_walled, result),
+            on_death=lambda death: _post(loop, self._die, death),
+        )
+        driver = Driver(
+            self._scheduler,
+            worker.submit,
+            self._observer,
+            watchdog,
+            batches_in_flight=self._settings.batches_in_flight,
+            prepare_ahead_ns=self._settings.prepare_ahead_ns,
+            judge_probe=lambda vector: None if self._canary is None else self._canary.judge(vector),
+            on_fatal=self._fail,
+        )
+        self._take_result_walled = walled(driver.take_result, self._break)
+        return driver
+
+    def _make_canary(self, driver: Driver) -> Canary:
+        assert self._watchdog is not None
+        return Canary(
+            self._settings.canary,
+            send=lambda: send_probe(CANARY_TEXT, self._pool, self._intake, driver),
+            last_good_ns=lambda: driver.last_good_ns,
+            on_outcome=self._observer.canary,
+            on_wrong=driver.fail,
+            on_overdue=self._watchdog.overdue,
+        )
 
     def drain(self) -> None:
         """Admit nothing more; what was admitted goes on."""
         self._draining = True
+        if self._canary is not None:
+            self._canary.stop()
 
     async def idle(self) -> None:
         """Wait until no request is in the engine."""
@@ -144,12 +194,24 @@ class Engine:
     async def stop(self, timeout_s: float) -> bool:
         """End the worker and the tokenizer threads; whether they ended in time."""
         loop = asyncio.get_running_loop()
-        self._draining = True
+        self.drain()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         ended = True
         if self._worker is not None:
             ended = await loop.run_in_executor(None, self._worker.stop, timeout_s)
         self._pool.close()
         return ended
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the device is silent for longer than a pass may take."""
+        return self._watchdog is not None and self._watchdog.stalled
+
+    @property
+    def pass_age_ns(self) -> int:
+        """How long the running pass has been at work; 0 while none runs."""
+        return 0 if self._watchdog is None else self._watchdog.age_ns(time.monotonic_ns())
 
     @property
     def loaded(self) -> bool:
@@ -194,11 +256,31 @@ class Engine:
         assert self._driver is not None, "the engine was not started"
         return self._driver
 
-    def _take_result(self, result: PassResult) -> None:
-        self._running.take_result(result)
+    def _break(self, error: Exception) -> None:
+        self._running.broken(error)
 
     def _die(self, death: BaseException) -> None:
         self._running.fail(f"the worker thread died: {type(death).__name__}: {death}")
+
+    def _lose_tokenizer(self, death: BaseException) -> None:
+        self._running.fail(f"a tokenizer thread died: {type(death).__name__}: {death}")
+
+    def _fail(self, why: str) -> None:
+        """Nothing more will run. Health says so before anybody is told, those who wait for a tokenizer too."""
+        self.drain()
+        if self._serving:
+            self._serving = False
+            self._on_fatal(why)
+        self._pool.fail(EngineFailed(why))
+
+    def _stall(self, age_ns: int) -> None:
+        if self._serving:
+            self._observer.stalled()
+            self._on_stall(age_ns)
+
+    def _recover(self, lasted_ns: int) -> None:
+        if self._serving:
+            self._on_recovery(lasted_ns)
 
     # ----------------------------------------------------------------------------------------------------- requests
 
@@ -239,7 +321,7 @@ class Engine:
         finally:
             self._requests -= 1
             # What is told of the end is of no use to the caller: after its answer.
-            asyncio.get_running_loop().call_soon(self._finish, call, verdict, time.monotonic_ns())
+            asyncio.get_running_loop().call_soon(self._finish_walled, call, verdict, time.monotonic_ns())
 
     async def embed_stream(self, call: Call) -> AsyncGenerator[Portion, None]:
         """Portions of one request as their batches finish, failed texts among them; every index exactly once.
@@ -267,6 +349,9 @@ class Engine:
     def _admit(self, call: Call, texts: int | None = None) -> None:
         if self._draining or self._ready is None:
             raise not_serving()
+        assert self._watchdog is not None
+        if self._watchdog.stalled:
+            raise stalled()
         limit = self._settings.max_requests_in_flight
         if self._requests > limit:
             figures = {"in_flight": float(limit)}
@@ -282,7 +367,7 @@ class Engine:
 
     def load(self) -> LoadReport:
         """The load now, in well under 100 us."""
-        serving = self._ready is not None and not self._draining
+        serving = self._ready is not None and not self._draining and not self.stalled
         return report_load(self._scheduler, serving=serving, started_ns=self._started_ns)
 
     def _finish(self, call: Call, verdict: str, now: int) -> None:
@@ -308,7 +393,12 @@ def _verdict_of(error: BaseException) -> str:
             return "failed"
 
 
-def _post(loop: asyncio.AbstractEventLoop, callback: Callable[[_T], object], argument: _T) -> None:
+def _post(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
     """Hand over to the loop from the worker thread; a loop that is closed has nobody left to tell."""
     if not loop.is_closed():
-        loop.call_soon_threadsafe(callback, argument)
+        loop.call_soon_threadsafe(callback, *arguments)
+
+
+def _set(future: asyncio.Future[_T], outcome: _T) -> None:
+    if not future.done():  # a stop while the model loads
+        future.set_result(outcome)

@@ -16,12 +16,20 @@ import numpy as np
 from embedserve.engine.call import Call
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerPool
-from embedserve.errors import DeadlineExpired, InvalidRequest, NotServing, Overloaded, Violation
+from embedserve.errors import (
+    DeadlineExpired,
+    EngineFailed,
+    EngineStalled,
+    InvalidRequest,
+    NotServing,
+    Overloaded,
+    Violation,
+)
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Rejection, Submission
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Intake", "not_serving"]
+__all__ = ["Intake", "not_serving", "stalled"]
 
 CHARS_PER_TOKEN_GUESS = 4.0
 """Where the estimate for early admission starts; English text in WordPiece has 4 to 5."""
@@ -50,6 +58,15 @@ NOT_SERVING_RETRY_MS = 1000
 def not_serving() -> NotServing:
     """What a caller is told before start-up has ended and after the drain has begun."""
     return NotServing("the server is starting or draining", reason="NOT_SERVING", retry_after_ms=NOT_SERVING_RETRY_MS)
+
+
+def stalled() -> EngineStalled:
+    """What a caller is told while the device is silent."""
+    return EngineStalled(
+        "the device has been silent for longer than health.stall_ms",
+        reason="ENGINE_STALLED",
+        retry_after_ms=NOT_SERVING_RETRY_MS,
+    )
 
 
 class Intake:
@@ -108,6 +125,8 @@ class Intake:
         """Raise what a rejection means to the caller."""
         self._observer.rejected(rejection, stage=stage)
         if rejection.policy == "draining":
+            if stage == "exact" and rejection.reason == "ENGINE_FAILED":
+                raise EngineFailed("the engine failed while this request was in flight")
             raise not_serving()
         message = f"shed by {rejection.policy}: {rejection.reason.lower().replace('_', ' ')}"
         limit = LIMITS.get(rejection.reason)
@@ -131,7 +150,14 @@ class Intake:
         texts: Sequence[str] = call.texts if stop is None else call.texts[first:stop]
         chars = sum(map(len, texts))
         try:
-            tokenized = await self._pool.encode(texts, chars, truncation=call.truncation, prompt=call.prompt)
+            tokenized = await self._pool.encode(
+                texts,
+                chars,
+                truncation=call.truncation,
+                prompt=call.prompt,
+                deadline_ns=call.deadline_ns,
+                meter=call.meter,
+            )
         except Overloaded as full:
             rejection = Rejection(full.policy, full.reason, full.retry_after_ms, full.figures)
             self._observer.rejected(rejection, stage="estimate")

@@ -36,7 +36,7 @@ class BatchRecord(NamedTuple):
     batch: Batch
     members: Sequence[Member]
     outcome: str
-    """``ok``, ``out_of_memory``, ``failed``, ``non_finite`` or ``fatal``."""
+    """``ok``, ``out_of_memory``, ``failed``, ``non_finite``, ``fatal``, or ``skipped``: nobody wanted it any more."""
     dispatched_ns: int
     """The loop handed it to the worker."""
     times: PassTimes | None
@@ -70,6 +70,12 @@ class EngineObserver(Protocol):
     def settled(self, verdict: str, items: int) -> None:
         """Items ended; ``verdict`` is a ``scheduling.item.Verdict`` value or ``cancelled``."""
 
+    def stalled(self) -> None:
+        """The device is silent for longer than a pass may take."""
+
+    def canary(self, outcome: str) -> None:
+        """A known text was sent through: ``ok``, ``timed_out``, ``refused`` (the queue was full) or ``wrong``."""
+
     def request_finished(self, stages: Stages, *, verdict: str) -> None:
         """A request left the engine: ``done``, ``expired``, ``cancelled``, ``failed`` or ``rejected``."""
 
@@ -91,6 +97,12 @@ class SilentObserver:
         return None
 
     def settled(self, verdict: str, items: int) -> None:
+        """Nothing."""
+
+    def stalled(self) -> None:
+        """Nothing."""
+
+    def canary(self, outcome: str) -> None:
         """Nothing."""
 
     def request_finished(self, stages: Stages, *, verdict: str) -> None:

@@ -26,7 +26,7 @@ from embedserve.errors import (
 )
 from embedserve.scheduling.item import Settled, Submission, Verdict
 
-__all__ = ["Pending", "Portions", "WholeRequest", "error_of"]
+__all__ = ["Pending", "Portions", "Probe", "WholeRequest", "error_of"]
 
 _ERRORS: Final[dict[Verdict, Callable[[str], EmbedServeError]]] = {
     Verdict.EXPIRED: lambda where: DeadlineExpired(f"the deadline passed before {where} could be run"),
@@ -56,6 +56,9 @@ def finish(vectors: npt.NDArray[np.float32], call: Call) -> npt.NDArray[np.float
 
 class Pending:
     """Items of one submission that wait or run."""
+
+    probe = False
+    """The engine's own, to see whether all is well: it moves no figure of the callers'."""
 
     def __init__(
         self,
@@ -94,6 +97,9 @@ class Pending:
     def expire(self) -> bool:
         """The deadline has passed while items run. Returns whether the submission is over, for its caller was told."""
         return False
+
+    def abort(self, error: EmbedServeError) -> None:
+        """Nothing more will run. A stream is told as a whole, not by its windows."""
 
 
 class WholeRequest(Pending):
@@ -150,6 +156,11 @@ class WholeRequest(Pending):
             self.future.set_exception(DeadlineExpired("the deadline passed while the device was at work"))
         return True
 
+    def abort(self, error: EmbedServeError) -> None:
+        """Tell the caller."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
     def _settle(self, vectors: npt.NDArray[np.float32], batch_sizes: Sequence[int]) -> None:
         self.remaining = 0
         if self.future.done():  # the caller has gone
@@ -164,6 +175,12 @@ class WholeRequest(Pending):
                 batches=len(self.call.stages.rides),
             )
         )
+
+
+class Probe(WholeRequest):
+    """The engine's own text."""
+
+    probe = True
 
 
 class Portions(Pending):

@@ -18,7 +18,7 @@ from embedserve.engine.call import Call, Portion, Refused
 from embedserve.engine.driver import Driver
 from embedserve.engine.intake import Intake
 from embedserve.engine.pending import Portions
-from embedserve.errors import InvalidRequest
+from embedserve.errors import EngineFailed, InvalidRequest
 from embedserve.scheduling.item import Rejection
 
 __all__ = ["piece_items", "stream_portions"]
@@ -46,6 +46,7 @@ class _Stream:
         """Items that are submitted, or finished and not yet taken."""
         self.wake_reader = asyncio.Event()
         self.wake_feeder = asyncio.Event()
+        self.broken_off = False
 
     def post(self, portion: Portion) -> None:
         self.outbox.append(portion)
@@ -100,6 +101,17 @@ class _Stream:
     def _refusal(self, index: int, length: int) -> Refused:
         return Refused(index, InvalidRequest([self.intake.violation(index, length)]))
 
+    def fed(self, feeder: asyncio.Task[None]) -> None:
+        """The feeder has ended, well or not."""
+        if not feeder.cancelled():
+            feeder.exception()  # marks it as seen: a reader that is told of a broken engine first does not ask
+        self.wake_reader.set()
+
+    def break_off(self) -> None:
+        """Nothing more will run."""
+        self.broken_off = True
+        self.wake_reader.set()
+
     def cancel(self) -> None:
         for pending in self.unsettled:
             self.driver.cancel(pending)
@@ -109,10 +121,13 @@ async def stream_portions(call: Call, intake: Intake, driver: Driver, window: in
     """Yield each portion as its batch finishes, until every item of the call has had its portion."""
     stream = _Stream(call, intake, driver, window)
     feeder = asyncio.get_running_loop().create_task(stream.feed())
-    feeder.add_done_callback(lambda _task: stream.wake_reader.set())
+    feeder.add_done_callback(stream.fed)
     left = call.count
+    driver.streams.add(stream.break_off)
     try:
         while left:
+            if stream.broken_off:
+                raise EngineFailed("the engine failed while this stream was in flight")
             while stream.outbox:
                 portion = stream.outbox.popleft()
                 left -= len(portion.indexes) + len(portion.refused)
@@ -120,9 +135,10 @@ async def stream_portions(call: Call, intake: Intake, driver: Driver, window: in
                 stream.taken(portion)
             if feeder.done() and (error := feeder.exception()) is not None:
                 raise error
-            if left and not stream.outbox:
+            if left and not stream.outbox and not stream.broken_off:
                 stream.wake_reader.clear()
                 await stream.wake_reader.wait()
     finally:
+        driver.streams.discard(stream.break_off)
         feeder.cancel()
         stream.cancel()

@@ -14,17 +14,17 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from embedserve.errors import Overloaded
+from embedserve.errors import DeadlineExpired, EmbedServeError, EngineFailed, Overloaded
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts, Truncation
 
-__all__ = ["TokenizerPool", "TokenizerSettings"]
+__all__ = ["Meter", "TokenizerPool", "TokenizerSettings"]
 
 _T = TypeVar("_T")
 
@@ -41,14 +41,37 @@ class TokenizerSettings:
     characters about as much."""
     chunk_texts: int
     """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
+    chunk_chars: int = 65536
+    """Characters of one request that a thread takes at a time, or one text."""
+    max_request_ns: int = 30_000_000_000
+    """Processor time of the threads for one request; by wall time a busy or a stopped machine would refuse callers."""
+
+
+class Meter:
+    """What one request has used of the tokenizer, over all its pieces."""
+
+    __slots__ = ("spent_ns",)
+
+    def __init__(self) -> None:
+        self.spent_ns = 0
+
+
+class _Done(NamedTuple):
+    """What a thread gives back."""
+
+    begun_ns: int
+    ended_ns: int
+    worked_ns: int
+    """Processor time."""
+    result: Any
 
 
 class _Job(NamedTuple):
     """Work for a thread, and who waits for it."""
 
     work: Callable[[TextTokenizer], Any]
-    done: asyncio.Future[tuple[int, int, Any]]
-    """Begin and end in monotonic nanoseconds, and the result."""
+    done: asyncio.Future[_Done]
+    deadline_ns: int | None
 
 
 class TokenizerPool:
@@ -59,11 +82,22 @@ class TokenizerPool:
         tokenizer: TextTokenizer,
         settings: TokenizerSettings,
         on_tokenized: Callable[[int, int, int, int], None],
+        on_death: Callable[[BaseException], None] = lambda _death: None,
+        *,
+        work_clock: Callable[[], int] = time.thread_time_ns,
     ) -> None:
-        """``on_tokenized(texts, tokens, waited_ns, elapsed_ns)`` is called on the event loop for each piece of work."""
+        """``on_tokenized(texts, tokens, waited_ns, elapsed_ns)`` is called on the event loop for each piece of work.
+
+        ``on_death`` is called there once a thread has ended of itself: nothing more may be expected of this pool then.
+        ``work_clock`` reads the processor time of the thread that calls it.
+        """
         self._inline = tokenizer
         self._settings = settings
         self._on_tokenized = on_tokenized
+        self._on_death = on_death
+        self._work_clock = work_clock
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._failure: EmbedServeError | None = None
         self._pending = 0
         self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -80,30 +114,39 @@ class TokenizerPool:
         return self._pending
 
     async def encode(
-        self, texts: Sequence[str], chars: int, *, truncation: Truncation, prompt: str = ""
+        self,
+        texts: Sequence[str],
+        chars: int,
+        *,
+        truncation: Truncation,
+        prompt: str = "",
+        deadline_ns: int | None = None,
+        meter: Meter | None = None,
     ) -> TokenizedTexts:
         """Token ids of ``texts``, which hold ``chars`` characters in all.
 
-        Raises ``Overloaded`` when ``max_pending`` requests are waiting already.
+        Raises ``Overloaded`` when ``max_pending`` requests are waiting already or ``meter`` is over ``max_request_ns``,
+        ``DeadlineExpired`` when ``deadline_ns`` comes before a piece was begun.
         """
-        step = self._settings.chunk_texts
-        if chars + len(prompt) * len(texts) <= self._settings.inline_chars:
+        chars += len(prompt) * len(texts)
+        if chars <= self._settings.inline_chars:
             begun = time.monotonic_ns()
             result = self._inline.encode(texts, truncation=truncation, prompt=prompt)
             self._on_tokenized(len(texts), len(result.ids), 0, time.monotonic_ns() - begun)
             return result
-        if len(texts) <= step:
-            return await self._in_thread(
-                len(texts), lambda t: t.encode(texts, truncation=truncation, prompt=prompt), lambda r: len(r.ids)
-            )
         pieces = [
             await self._in_thread(
                 len(part),
                 lambda t, part=part: t.encode(part, truncation=truncation, prompt=prompt),  # type: ignore[misc]
                 lambda r: len(r.ids),
+                deadline_ns,
+                meter or Meter(),
             )
-            for part in (texts[i : i + step] for i in range(0, len(texts), step))
+            for part in self._parts(texts, chars, len(prompt))
         ]
+        if len(pieces) == 1:
+            only: TokenizedTexts = pieces[0]
+            return only
         return TokenizedTexts(
             ids=np.concatenate([piece.ids for piece in pieces]),
             lengths=np.concatenate([piece.lengths for piece in pieces]),
@@ -113,18 +156,55 @@ class TokenizerPool:
 
     async def count(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` as ``encode`` does."""
-        step = self._settings.chunk_texts
+        meter = Meter()
+        chars = sum(map(len, texts)) + len(prompt) * len(texts)
         counts = [
             await self._in_thread(
                 len(part),
                 lambda t, part=part: t.count(part, prompt=prompt),  # type: ignore[misc]
                 lambda r: int(r.sum()),
+                None,
+                meter,
             )
-            for part in (texts[i : i + step] for i in range(0, len(texts), step))
+            for part in self._parts(texts, chars, len(prompt))
         ]
         return np.concatenate(counts)
 
-    async def _in_thread(self, texts: int, work: Callable[[TextTokenizer], _T], tokens: Callable[[_T], int]) -> _T:
+    async def probe(self, text: str) -> TokenizedTexts:
+        """Token ids of one text from a thread, past the limit and past every figure: to see whether one answers."""
+        done = await self._hand_over(lambda t: t.encode([text], truncation=Truncation.END), None)
+        tokenized: TokenizedTexts = done.result
+        return tokenized
+
+    def fail(self, error: EmbedServeError) -> None:
+        """Everybody who waits, and who comes from now on, is told ``error``."""
+        self._failure = error
+        for done in tuple(self._waiting):
+            _fail(done, error)
+
+    def _parts(self, texts: Sequence[str], chars: int, prompt_chars: int) -> Iterator[Sequence[str]]:
+        """``texts`` in pieces of at most ``chunk_texts`` and ``chunk_chars``, or of one text."""
+        step, most = self._settings.chunk_texts, self._settings.chunk_chars
+        if len(texts) <= step and chars <= most:
+            yield texts
+            return
+        first = held = 0
+        for place, text in enumerate(texts):
+            size = len(text) + prompt_chars
+            if place > first and (place - first >= step or held + size > most):
+                yield texts[first:place]
+                first, held = place, 0
+            held += size
+        yield texts[first:]
+
+    async def _in_thread(
+        self,
+        texts: int,
+        work: Callable[[TextTokenizer], _T],
+        tokens: Callable[[_T], int],
+        deadline_ns: int | None,
+        meter: Meter,
+    ) -> _T:
         if self._pending >= self._settings.max_pending:
             raise Overloaded(
                 f"{self._pending} requests wait for a tokenizer thread (tokenizer.max_pending)",
@@ -133,31 +213,59 @@ class TokenizerPool:
                 retry_after_ms=50,
                 figures={"pending": float(self._pending)},
             )
+        if meter.spent_ns >= self._settings.max_request_ns:
+            # Not INVALID_ARGUMENT: the same request may pass on a faster machine. Nor worth a retry on this one.
+            raise Overloaded(
+                f"the request has used {meter.spent_ns // 1_000_000} ms of the tokenizer and has texts left "
+                "(tokenizer.max_request_ms); send them in several requests",
+                reason="TOKENIZER_TIME_EXCEEDED",
+                policy="tokenizer",
+                retry_after_ms=None,
+                figures={"spent_ms": meter.spent_ns / 1e6},
+            )
         self._pending += 1
         asked = time.monotonic_ns()
         try:
-            begun, ended, result = await self._hand_over(work)
+            done = await self._hand_over(work, deadline_ns)
         finally:
             self._pending -= 1
-        self._on_tokenized(texts, tokens(result), begun - asked, ended - begun)
+        meter.spent_ns += done.worked_ns
+        self._on_tokenized(texts, tokens(done.result), done.begun_ns - asked, done.ended_ns - done.begun_ns)
+        result: _T = done.result
         return result
 
-    def _hand_over(self, work: Callable[[TextTokenizer], _T]) -> asyncio.Future[tuple[int, int, _T]]:
-        done: asyncio.Future[tuple[int, int, _T]] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(work, done))
-        return done
+    async def _hand_over(self, work: Callable[[TextTokenizer], Any], deadline_ns: int | None) -> _Done:
+        if self._failure is not None:
+            raise self._failure
+        done: asyncio.Future[_Done] = asyncio.get_running_loop().create_future()
+        self._waiting.add(done)
+        self._jobs.put(_Job(work, done, deadline_ns))
+        try:
+            return await done
+        finally:
+            self._waiting.discard(done)
 
     def _run(self, tokenizer: TextTokenizer) -> None:
         while (job := self._jobs.get()) is not None:
             if self._closed or job.done.cancelled():
                 continue
             begun = time.monotonic_ns()
+            if job.deadline_ns is not None and begun >= job.deadline_ns:
+                late = DeadlineExpired("the deadline passed before the texts were tokenised")
+                _post(job.done.get_loop(), _fail, job.done, late)
+                continue
+            work_begun = self._work_clock()
             try:
                 result = job.work(tokenizer)
-            except BaseException as error:  # noqa: BLE001 - raised where it is waited for, as an executor would
-                _post(job.done, _fail, error)
+            except Exception as error:  # noqa: BLE001 - raised where it is waited for, as an executor would
+                _post(job.done.get_loop(), _fail, job.done, error)
+            except BaseException as death:  # noqa: BLE001 - the outermost frame of the thread: its death must be loud
+                _post(job.done.get_loop(), self._on_death, death)
+                _post(job.done.get_loop(), _fail, job.done, EngineFailed(f"a tokenizer thread died: {death}"))
+                return
             else:
-                _post(job.done, _succeed, (begun, time.monotonic_ns(), result))
+                worked = self._work_clock() - work_begun
+                _post(job.done.get_loop(), _succeed, job.done, _Done(begun, time.monotonic_ns(), worked, result))
                 del result
             del job  # the texts, and who waits, must not live until the next job
 
@@ -170,10 +278,9 @@ class TokenizerPool:
             thread.join()
 
 
-def _post(done: asyncio.Future[Any], settle: Callable[[asyncio.Future[Any], Any], None], outcome: Any) -> None:
-    loop = done.get_loop()
+def _post(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *arguments: Any) -> None:
     if not loop.is_closed():
-        loop.call_soon_threadsafe(settle, done, outcome)
+        loop.call_soon_threadsafe(tell, *arguments)
 
 
 def _succeed(done: asyncio.Future[Any], outcome: Any) -> None:

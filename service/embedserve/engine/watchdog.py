@@ -1,7 +1,7 @@
 """How long the running pass has been at work, and when that is too long.
 
-Decides when a device is stalled (``stall_ns``), well again, or broken (``hang_ns``). Must never know batches, callers or
-health: it is told of passes and calls back. The thread that computes cannot be asked, so its silence is all there is.
+Decides when a device is stalled (``stall_ns``), well again, or broken (``hang_ns``). Must never know batches, callers
+or health: it is told of passes and calls back. The thread that computes cannot be asked: its silence is all there is.
 
 A process that is stopped (SIGSTOP, a debugger, a frozen container, a laptop's lid) wakes up to a monotonic clock that
 went on. The pass was stopped with it and needs a moment to end. So the age of a pass is looked at in steps: a step that
@@ -24,16 +24,16 @@ STEPS: Final = 4
 FREEZE_MIN_NS: Final = 100_000_000
 """A timer that is less late than this is an ordinary busy event loop."""
 OVERRUN: Final = 4
-"""A pass may take so many times what the cost model predicts, where that is longer than ``stall_ns``: a large model on a
-small machine is slow, not stalled."""
+"""A pass may take so many times what the cost model predicts, where that is longer than ``stall_ns``: a large model on
+a small machine is slow, not stalled."""
 
 
 @dataclass(frozen=True, slots=True)
 class StallLimits:
     """``config.Health``'s, in nanoseconds."""
 
-    stall_ns: int
-    hang_ns: int
+    stall_ns: int = 5_000_000_000
+    hang_ns: int = 60_000_000_000
 
 
 class Timer(Protocol):

@@ -30,9 +30,9 @@ from embedserve.model.backend import (
     TokenBatch,
     WarmPass,
 )
-from embedserve.scheduling.item import Failed, Fatal, Outcome, OutOfMemory, Succeeded
+from embedserve.scheduling.item import Failed, Fatal, Outcome, OutOfMemory, Skipped, Succeeded
 
-__all__ = ["Part", "Pass", "PassResult", "Worker", "WorkerReady"]
+__all__ = ["Part", "Pass", "PassResult", "Riders", "Worker", "WorkerReady"]
 
 
 class Part(NamedTuple):
@@ -49,6 +49,22 @@ class Part(NamedTuple):
     """Leading tokens that pooling leaves out."""
 
 
+class Riders:
+    """Who still wants a pass. The event loop writes, the worker reads once: each field is one atomic read."""
+
+    __slots__ = ("last_deadline_ns", "left")
+
+    def __init__(self, left: int, last_deadline_ns: int | None) -> None:
+        """``last_deadline_ns`` is ``None`` where one of them has no deadline."""
+        self.left = left
+        """Submissions in it whose caller has not gone."""
+        self.last_deadline_ns = last_deadline_ns
+
+    def want(self, now_ns: int) -> bool:
+        """Whether one of them is still there and in time."""
+        return self.left > 0 and (self.last_deadline_ns is None or now_ns < self.last_deadline_ns)
+
+
 class Pass(NamedTuple):
     """One batch on its way to the device."""
 
@@ -56,6 +72,9 @@ class Pass(NamedTuple):
     parts: Sequence[Part]
     rows: int
     pad_to: int | None
+    riders: Riders | None = None
+    """Asked when the device takes it up. A pass that somebody wants runs whole: to leave out the rows of the others
+    would cost a new plan of the batch, at the very moment in which the device waits."""
 
 
 class PassResult(NamedTuple):
@@ -169,6 +188,8 @@ class Worker:
 
     def _run(self, backend: Backend, work: Pass) -> PassResult:
         picked_up = time.monotonic_ns()
+        if work.riders is not None and not work.riders.want(picked_up):
+            return PassResult(work.batch_id, Skipped(), None, None, None, None)
         error: Exception
         outcome: Outcome
         try:

@@ -31,6 +31,7 @@ _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
     (table.QUEUE_OLDEST, lambda load: load.oldest_age_s),
     (table.RUNNING_ITEMS, lambda load: load.running_items),
     (table.RUNNING_TOKENS, lambda load: load.running_tokens),
+    (table.PASS_AGE, lambda load: load.pass_age_s),
     (table.SERVICE_RATE, lambda load: load.service_rate_tokens_per_s),
     (table.DRAIN_TIME, lambda load: load.drain_s),
     (table.LATENCY_P95, lambda load: load.p95_s),

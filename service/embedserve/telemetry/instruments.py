@@ -91,10 +91,11 @@ _METHOD: Final = Label(semconv.RPC_METHOD, semconv.METHODS)
 
 STAGES: Final = ("validate", "admit", "tokenize", "queue", "assemble", "forward", "respond")
 PASS_STAGES: Final = ("assemble", "copy_in", "forward", "pool", "copy_out")
-OUTCOMES: Final = ("ok", "out_of_memory", "failed", "non_finite", "fatal")
+OUTCOMES: Final = ("ok", "out_of_memory", "failed", "non_finite", "fatal", "skipped")
+CANARY_OUTCOMES: Final = ("ok", "timed_out", "refused", "wrong")
 VERDICTS: Final = tuple(verdict.value for verdict in Verdict)
 REQUEST_VERDICTS: Final = ("done", "expired", "cancelled", "failed", "rejected")
-STATES: Final = ("starting", "warming", "serving", "draining", "stopped", "failed")
+STATES: Final = ("starting", "warming", "serving", "stalled", "draining", "stopped", "failed")
 POLICIES: Final = ("throughput", "latency_p95")
 REFUSALS: Final = (
     *product(("queue",), ("QUEUE_FULL",), ("estimate", "exact")),
@@ -104,6 +105,7 @@ REFUSALS: Final = (
     *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ("estimate", "exact")),
     ("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", "estimate"),
     ("tokenizer", "TOKENIZER_QUEUE_FULL", "estimate"),
+    ("tokenizer", "TOKENIZER_TIME_EXCEEDED", "estimate"),
     *product(("draining",), ("DRAINING", "ENGINE_FAILED"), ("estimate", "exact")),
 )
 """Policy, reason and stage of every refusal that the scheduler knows; the tally takes a few that are not here."""
@@ -215,11 +217,21 @@ DEVICE_BUSY: Final = _counter(
     "embedserve.device.busy", "s", "Time in which the device worked; its rate is the busy fraction."
 )
 
+STALLS: Final = _counter(
+    "embedserve.stalls", "{stall}", "Times that the device was silent for longer than a pass may take."
+)
+CANARIES: Final = _counter(
+    "embedserve.canaries", "{canary}",
+    "Known texts that were sent through the whole path, by what came back. refused: the queue was full.",
+    Label("outcome", CANARY_OUTCOMES),
+)  # fmt: skip
+
 QUEUE_ITEMS: Final = _gauge("embedserve.queue.items", "{item}", "Texts that wait, by length bucket.", Label("bucket"))
 QUEUE_TOKENS: Final = _gauge("embedserve.queue.tokens", "{token}", "Tokens that wait.")
 QUEUE_OLDEST: Final = _gauge("embedserve.queue.oldest_age", "s", "Age of the oldest text that waits; 0 when none does.")
 RUNNING_ITEMS: Final = _gauge("embedserve.running.items", "{item}", "Texts in passes that run or are prepared.")
 RUNNING_TOKENS: Final = _gauge("embedserve.running.tokens", "{token}", "Tokens in passes that run or are prepared.")
+PASS_AGE: Final = _gauge("embedserve.pass.age", "s", "How long the running pass has been at work; 0 while none runs.")
 SERVICE_RATE: Final = _gauge(
     "embedserve.service.rate", "{token}/s", "Tokens that the device computes in a second of work, smoothed."
 )

@@ -21,7 +21,7 @@ class LoadSnapshot:
     """The load, the policies and the device now. The defaults are those of a process that has only just begun."""
 
     lifecycle_state: str = "starting"
-    """``starting``, ``warming``, ``serving``, ``draining``, ``stopped`` or ``failed``."""
+    """``starting``, ``warming``, ``serving``, ``stalled``, ``draining``, ``stopped`` or ``failed``."""
     accepting: bool = False
     waiting_items_by_bucket: Mapping[int, int] = field(default_factory=dict)
     """Bucket edge to texts that wait, all edges present; ``scheduling.item.Depth.waiting_by_bucket``."""
@@ -29,6 +29,7 @@ class LoadSnapshot:
     oldest_age_s: float = 0.0
     running_items: int = 0
     running_tokens: int = 0
+    pass_age_s: float = 0.0
     service_rate_tokens_per_s: float = 0.0
     drain_s: float = 0.0
     p95_s: float = 0.0

@@ -70,6 +70,8 @@ class TelemetryEngineObserver:
         self._batch_efficiency = histogram(table.BATCH_EFFICIENCY).cell()
         self._batch_prediction = histogram(table.BATCH_PREDICTION).cell()
         self._device_busy = counter(table.DEVICE_BUSY).cell()
+        self._stalls = counter(table.STALLS).cell()
+        self._canaries = counter(table.CANARIES)
 
     def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
         """A tokenizer thread has finished some texts."""
@@ -93,6 +95,8 @@ class TelemetryEngineObserver:
         """A pass ended; the context of its span when a request in it is sampled."""
         batch = record.batch
         self._batch_duration.cell(record.outcome).observe((record.returned_ns - record.dispatched_ns) * _S_PER_NS)
+        if record.outcome == "skipped":  # nothing was computed
+            return None
         self._batch_items.observe(batch.rows)
         self._batch_tokens.observe(batch.tokens)
         self._batch_padded_tokens.observe(batch.padded_tokens)
@@ -114,6 +118,14 @@ class TelemetryEngineObserver:
     def settled(self, verdict: str, items: int) -> None:
         """Items ended."""
         self._settled.cell(verdict).value += items
+
+    def stalled(self) -> None:
+        """The device is silent."""
+        self._stalls.value += 1
+
+    def canary(self, outcome: str) -> None:
+        """A known text has come back, or has not."""
+        self._canaries.cell(outcome).value += 1
 
     def request_finished(self, stages: Stages, *, verdict: str) -> None:
         """A request left the engine."""

@@ -77,7 +77,8 @@ class FakeBackend:
         self._identity = identity or fake_identity()
         self._pass_ns = pass_ns
         self.passes: list[tuple[int, int]] = []
-        """Rows and tokens of every pass, in order."""
+        """Rows and tokens of every pass, in order, but for the one by which an engine checks its warm-up."""
+        self._checked = True
 
     @property
     def identity(self) -> ModelIdentity:
@@ -85,20 +86,23 @@ class FakeBackend:
         return self._identity
 
     def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
-        """Nothing to do."""
+        """Nothing to do. The pass after it is the engine's check of the start: it is not listed and takes no time."""
+        self._checked = False
         return ()
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One row a text."""
         start = time.monotonic_ns()
         rows = len(batch.offsets) - 1
-        self.passes.append((rows, len(batch.ids)))
+        check, self._checked = not self._checked, True
+        if not check:
+            self.passes.append((rows, len(batch.ids)))
         vectors = np.empty((rows, self._identity.dimension), dtype=np.float32)
         for r in range(rows):
             ids = batch.ids[batch.offsets[r] : batch.offsets[r + 1]]
             vectors[r] = fake_vector(ids, self._identity.dimension, normalize=bool(batch.normalize[r]))
         assembled = time.monotonic_ns()
-        if (pause := self._pass_ns(batch)) > 0:
+        if not check and (pause := self._pass_ns(batch)) > 0:
             time.sleep(pause / 1e9)
         end = time.monotonic_ns()
         return BatchResult(vectors, PassTimes(start, assembled, assembled, end, end, end))
@@ -128,7 +132,13 @@ class FaultPlan:
     """Return one row too few."""
     die: type[BaseException] | None = None
     """The thread ends with this."""
+    fail_every: bool = False
+    """Every pass raises, whatever is in it."""
+    corrupt: bool = False
+    """Every vector is another one: finite, of unit length and wrong."""
     fail_warm_up: str | None = None
+    fail_check: bool = False
+    """The pass by which an engine checks its warm-up fails as the rest of the plan says; it is spared otherwise."""
     gate: threading.Event = field(default_factory=threading.Event)
     """A pass waits until this is set; it is set at first."""
 
@@ -146,15 +156,17 @@ class FaultyBackend(FakeBackend):
         self.released = 0
         """How often memory was given back."""
 
-    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
         """Fail, if the plan says so."""
         if self.plan.fail_warm_up is not None:
             raise RuntimeError(self.plan.fail_warm_up)
-        return ()
+        return super().warm_up(max_batch_tokens)
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """Fail as planned, or answer."""
         plan = self.plan
+        if not self._checked and not plan.fail_check:
+            return super().embed(batch)
         plan.gate.wait()
         if plan.die is not None:
             raise plan.die("the plan says so")
@@ -162,6 +174,8 @@ class FaultyBackend(FakeBackend):
             raise DeviceLost("CUDA error: device-side assert triggered")
         if plan.memory_tokens is not None and len(batch.ids) > plan.memory_tokens:
             raise DeviceOutOfMemory(f"{len(batch.ids)} tokens")
+        if plan.fail_every:
+            raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
         if plan.raise_on_id is not None and (batch.ids == plan.raise_on_id).any():
             raise ValueError("a kernel does not like this text")
         result = super().embed(batch)
@@ -173,6 +187,8 @@ class FaultyBackend(FakeBackend):
                 plan.nan_once_on_id is not None and not alone and (ids == plan.nan_once_on_id).any()
             ):
                 vectors[r] = np.nan
+        if plan.corrupt:
+            vectors[:] = vectors[:, ::-1]
         if plan.wrong_rows:
             return BatchResult(vectors[:-1], result.times)
         return result

@@ -26,6 +26,7 @@ def raised(kind: type[EmbedServeError]) -> EmbedServeError:
         errors.UnknownModel: lambda: errors.UnknownModel("asked", ["served"]),
         errors.Refusal: lambda: errors.Refusal("later", reason="LATER", retry_after_ms=100),
         errors.NotServing: lambda: errors.NotServing("draining", reason="DRAINING", retry_after_ms=100),
+        errors.EngineStalled: lambda: errors.EngineStalled("silent", reason="ENGINE_STALLED", retry_after_ms=100),
         errors.Overloaded: lambda: errors.Overloaded(
             "busy", reason="QUEUE_FULL", policy="queue", retry_after_ms=1500, figures={"queued_tokens": 1e6}
         ),

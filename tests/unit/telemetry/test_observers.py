@@ -53,16 +53,25 @@ class TestEngineObserver:
 
         computed = outcome in {"ok", "non_finite"}
         assert (1, pytest.approx(0.007)) == histogram(pipeline, table.BATCH_DURATION, outcome)
-        assert histogram(pipeline, table.BATCH_ITEMS) == (1, 2)
-        assert histogram(pipeline, table.BATCH_TOKENS) == (1, 20)
-        assert histogram(pipeline, table.BATCH_PADDED_TOKENS) == (1, 32)
-        assert (1, pytest.approx(20 / 32)) == histogram(pipeline, table.BATCH_EFFICIENCY)
+        ran = int(outcome != "skipped")
+        assert histogram(pipeline, table.BATCH_ITEMS) == (ran, 2 * ran)
+        assert histogram(pipeline, table.BATCH_TOKENS) == (ran, 20 * ran)
+        assert histogram(pipeline, table.BATCH_PADDED_TOKENS) == (ran, 32 * ran)
+        assert (ran, pytest.approx(ran * 20 / 32)) == histogram(pipeline, table.BATCH_EFFICIENCY)
         assert pytest.approx(0.005 if computed else 0) == count(pipeline, table.DEVICE_BUSY)
         assert (int(computed), pytest.approx(0.5 * computed)) == histogram(pipeline, table.BATCH_PREDICTION)
         for stage in table.PASS_STAGES:
             assert (int(computed), pytest.approx(0.001 * computed)) == histogram(
                 pipeline, table.BATCH_STAGE_DURATION, stage
             )
+
+    def test_stalls_and_canaries(self, pipeline: Pipeline) -> None:
+        pipeline.engine.stalled()
+        for outcome in table.CANARY_OUTCOMES:
+            pipeline.engine.canary(outcome)
+
+        assert count(pipeline, table.STALLS) == 1
+        assert [count(pipeline, table.CANARIES, outcome) for outcome in table.CANARY_OUTCOMES] == [1, 1, 1, 1]
 
     @pytest.mark.parametrize("verdict", [verdict.value for verdict in Verdict])
     def test_verdicts(self, pipeline: Pipeline, verdict: str) -> None:
