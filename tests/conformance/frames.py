@@ -142,3 +142,9 @@ def data(stream_id: int, body: bytes, *, end: bool = True) -> DataFrame:
 def reset(stream_id: int, code: int = CANCEL) -> RstStreamFrame:
     """A RST_STREAM frame."""
     return RstStreamFrame(stream_id, code)
+
+
+def pieces(stream_id: int, body: bytes) -> list[DataFrame]:
+    """``body`` in DATA frames of 16 KiB, the largest that a peer takes before it has said more."""
+    starts = range(0, len(body), 16_384)
+    return [data(stream_id, body[i : i + 16_384], end=i == starts[-1]) for i in starts]
