@@ -13,6 +13,7 @@ from embedserve.engine.engine import Engine, EngineSettings
 from embedserve.engine.observer import BatchRecord, SilentObserver
 from embedserve.engine.stages import Stages
 from embedserve.engine.tokenization import TokenizerSettings
+from embedserve.model.tokenizer import TextTokenizer
 from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.scheduler import Scheduler
 from embedserve.scheduling.settings import SchedulerSettings
@@ -26,7 +27,23 @@ class RecordingObserver(SilentObserver):
         self.batches: list[BatchRecord] = []
         self.rejections: list[tuple[str, Rejection]] = []
         self.finished: list[tuple[str, Stages]] = []
+        self.admissions: list[tuple[int, int]] = []
+        self.tokenizations = 0
+        self.stalls = 0
+        self.canaries: list[str] = []
         self.verdicts: dict[str, int] = {}
+
+    def admitted(self, items: int, tokens: int) -> None:
+        self.admissions.append((items, tokens))
+
+    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:  # noqa: ARG002
+        self.tokenizations += 1
+
+    def stalled(self) -> None:
+        self.stalls += 1
+
+    def canary(self, outcome: str) -> None:
+        self.canaries.append(outcome)
 
     def batch_finished(self, record: BatchRecord) -> object | None:
         self.batches.append(record)
@@ -49,6 +66,8 @@ class Bench:
         self.engine = engine
         self.observer = observer
         self.fatal = fatal
+        self.health: list[str] = []
+        """``stall``, ``recovery``: what the engine told of its health."""
 
 
 def call(*texts: str, **options: object) -> Call:
@@ -65,6 +84,7 @@ def engine_settings(**changes: object) -> EngineSettings:
         "stream_window_items": 64,
         **changes,
     }
+    values["tokenizer"] = values.pop("tokenizing", values["tokenizer"])
     return EngineSettings(**values)  # type: ignore[arg-type]
 
 
@@ -74,23 +94,30 @@ async def running(
     *,
     scheduler: SchedulerSettings | None = None,
     policies: tuple[object, ...] = (),
+    tokenizer: TextTokenizer | None = None,
+    observer: RecordingObserver | None = None,
     **changes: object,
 ) -> AsyncIterator[Bench]:
-    observer = RecordingObserver()
+    observer = observer or RecordingObserver()
+    health: list[str] = []
     fatal: list[str] = []
     made = backend or FakeBackend()
     engine = Engine(
         factory=made if not isinstance(made, FakeBackend) else lambda: made,
-        tokenizer=tiny_tokenizer(),
+        tokenizer=tokenizer or tiny_tokenizer(),
         max_input_length=128,
         scheduler=Scheduler(scheduler or SchedulerSettings(bucket_edges=(16, 32, 64, 128)), policies),  # type: ignore[arg-type]
         settings=engine_settings(**changes),
         observer=observer,
         on_fatal=fatal.append,
+        on_stall=lambda _age: health.append("stall"),
+        on_recovery=lambda _lasted: health.append("recovery"),
     )
     await engine.start()
     try:
-        yield Bench(engine, observer, fatal)
+        bench = Bench(engine, observer, fatal)
+        bench.health = health
+        yield bench
     finally:
         assert await engine.stop(5.0)
 

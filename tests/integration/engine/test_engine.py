@@ -390,7 +390,7 @@ class TestRoom:
 
     async def test_a_full_tokenizer_queue_is_counted(self) -> None:
         settings = TokenizerSettings(threads=1, max_pending=0, inline_chars=0, chunk_texts=8)
-        async with running(tokenizer=settings) as bench:
+        async with running(tokenizing=settings) as bench:
             with pytest.raises(Overloaded):
                 await bench.engine.embed(call("hello"))
 
