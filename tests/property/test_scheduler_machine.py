@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from embedserve.scheduling.admission.gradient import GradientPolicy
 from embedserve.scheduling.admission.latency_p95 import LatencyP95Policy
 from embedserve.scheduling.admission.throughput import ThroughputPolicy
 from embedserve.scheduling.item import Failed, Fatal, OutOfMemory, Priority, Shape, Submission, Succeeded
-from embedserve.scheduling.settings import LatencyP95Settings, SchedulerSettings, ThroughputSettings
+from embedserve.scheduling.settings import GradientSettings, LatencyP95Settings, SchedulerSettings, ThroughputSettings
 from tests.simulation.checkers import CheckedScheduler
 
 MS = 1_000_000
@@ -32,13 +33,16 @@ def policies(which):
             )
         ),
     }
+    made["gradient"] = lambda: GradientPolicy(GradientSettings(max_batch_tokens=40, max_batches=4))
     return [made[name]() for name in which]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         shape=st.sampled_from(Shape),
-        which=st.sampled_from([(), (), ("throughput",), ("latency_p95",), ("throughput", "latency_p95")]),
+        which=st.sampled_from(
+            [(), (), ("throughput",), ("latency_p95",), ("gradient",), ("throughput", "latency_p95", "gradient")]
+        ),
         hold=st.sampled_from([0, 0, 3 * MS]),
         sizes=st.sampled_from([(), (), (1, 2, 4)]),
         items=st.integers(1, 9),

@@ -5,12 +5,27 @@ nothing swings. Method: a device like two slow cores (``CPU``: 110 texts of 128 
 2 % of them take twice as long), an engine that prepares a pass 1 ms ahead, three seeds.
 """
 
+from dataclasses import replace
 from statistics import mean, pstdev
 
 import pytest
 
+from embedserve.scheduling.admission.gradient import GradientPolicy
+from embedserve.scheduling.settings import GradientSettings
 from tests.simulation.simulator import Simulator
-from tests.simulation.workloads import BURSTS, CPU_TEXTS_PER_S, MS, OVERLOADS, S
+from tests.simulation.workloads import (
+    BURSTS,
+    CPU_TEXTS_PER_S,
+    MS,
+    OVERLOADS,
+    SCENARIOS,
+    Request,
+    S,
+    cpu,
+    length,
+    on_cpu,
+    poisson,
+)
 
 SEEDS = (1, 2, 3)
 
@@ -59,11 +74,58 @@ class TestOverload:
 
         assert variation(simulator, 100 * MS, 500 * MS, 3 * S) <= 0.1
 
-    @pytest.mark.parametrize("name", [name for name in OVERLOADS if "latency_p95" in name])
+    @pytest.mark.parametrize("name", [name for name in OVERLOADS if "latency_p95" in name or name.endswith("all")])
     def test_the_latency_policy_keeps_its_objective(self, name):
         """P95 of those who were served is under the objective of 500 ms."""
         for seed in SEEDS:
             assert p95_ns(done_between(run(name, seed), 2 * S, 20 * S)) <= 500 * MS
+
+
+class TestGradient:
+    """Callers who would wait for ever, so that only the limit holds them."""
+
+    @staticmethod
+    def run(times, seed=1):
+        return Simulator(
+            seed,
+            cpu(on_cpu(times, None), "gradient"),
+            slots=2,
+            prepare_ahead_ns=1 * MS,
+            checked=False,
+            trace=False,
+        ).run()
+
+    @pytest.mark.parametrize("times", [2, 4])
+    def test_it_bounds_the_wait_to_a_few_passes_and_keeps_the_device_full(self, times):
+        """A full pass takes 283 ms; slow ones are among them."""
+        for seed in SEEDS:
+            simulator = self.run(times, seed)
+            served = done_between(simulator, 2 * S, 20 * S)
+
+            assert p95_ns(served) <= 4 * 283 * MS
+            assert len(served) / 18 >= 0.95 * CPU_TEXTS_PER_S
+
+    @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+    def test_it_refuses_nobody_whom_the_device_can_serve(self, share):
+        """No limit was set: on a device 20 times as fast, and at any load, it finds its own."""
+
+        def requests(rng):
+            for at in poisson(rng, share * 2_850, 5 * S):
+                yield Request(at, (length(rng),))
+
+        def policies():
+            return [GradientPolicy(GradientSettings(max_batch_tokens=1_024))]
+
+        scenario = replace(SCENARIOS["steady"], requests=requests, policies=policies)
+        simulator = Simulator(1, scenario, checked=False, trace=False).run()
+
+        assert simulator.outcomes() == {"done": len(simulator.stories)}
+
+    def test_the_limit_is_raised_by_load_alone(self):
+        limits = [self.run(times).scheduler.figures(0)["gradient"]["limit_tokens"] / 4_096 for times in (0.3, 2)]
+
+        assert limits[0] == 2
+        assert 2.4 <= limits[1] <= 4
 
 
 class TestBurst:

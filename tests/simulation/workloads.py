@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 
+from embedserve.scheduling.admission.gradient import GradientPolicy
 from embedserve.scheduling.admission.latency_p95 import LatencyP95Policy
 from embedserve.scheduling.admission.throughput import ThroughputPolicy
 from embedserve.scheduling.item import Priority, Shape
-from embedserve.scheduling.settings import LatencyP95Settings, SchedulerSettings, ThroughputSettings
+from embedserve.scheduling.settings import GradientSettings, LatencyP95Settings, SchedulerSettings, ThroughputSettings
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -225,11 +226,17 @@ def service_latency():
     return [LatencyP95Policy(LatencyP95Settings(slo_ns=500 * MS, soft_ns=250 * MS, hard_ns=500 * MS, window_ns=10 * S))]
 
 
+def service_gradient():
+    return [GradientPolicy(GradientSettings(max_batch_tokens=4_096))]
+
+
 POLICIES: dict[str, Callable[[], list]] = {
     "none": list,
     "throughput": service_throughput,
     "latency_p95": service_latency,
+    "gradient": service_gradient,
     "throughput+latency_p95": lambda: service_throughput() + service_latency(),
+    "all": lambda: service_throughput() + service_latency() + service_gradient(),
 }
 """As a service has them by default, and combined."""
 

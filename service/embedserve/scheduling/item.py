@@ -83,7 +83,7 @@ class Rejection(NamedTuple):
     """None of the items was taken."""
 
     policy: str
-    """``queue``, ``deadline``, ``throughput``, ``latency_p95``, ``draining`` or ``too_large``."""
+    """``queue``, ``deadline``, ``throughput``, ``latency_p95``, ``gradient``, ``draining`` or ``too_large``."""
     reason: str
     """Stable SCREAMING_SNAKE word, such as ``DRAIN_TIME_EXCEEDED``."""
     retry_after_ms: int | None

@@ -62,7 +62,7 @@ class Ledger:
                 if indexes:
                     self._expired[ticket.id] = Settled(ticket.id, tuple(indexes), Verdict.EXPIRED)
                     if not ticket.probe:
-                        self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns, at_least=True)
+                        self._gate.observe_expired(now_ns - ticket.submitted_ns, ticket.predicted_ns)
                 if ticket.running:
                     self._overdue[ticket.id] = None
                 self.release(ticket)

@@ -325,7 +325,8 @@ class Scheduler:
                 if good_indexes:
                     settled.append(Settled(ticket.id, good_indexes, Verdict.DONE, good_rows))
             if self._ledger.release(ticket) and not ticket.cancelled and not ticket.probe:
-                self._gate.observe_wait(now_ns - ticket.submitted_ns, ticket.predicted_ns)
+                wait_ns = now_ns - ticket.submitted_ns
+                self._gate.observe_done(wait_ns, ticket.predicted_ns, batch.padded_tokens, now_ns)
         return self._ladder.succeeded(any_finite=len(bad) < batch.rows)
 
     def _rerun(self, indexes: list[int], ticket: Ticket, group: Group, settled: list[Settled], now_ns: int) -> None:

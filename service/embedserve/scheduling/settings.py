@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from embedserve.scheduling.item import Shape
 
-__all__ = ["LatencyP95Settings", "SchedulerSettings", "ThroughputSettings"]
+__all__ = ["GradientSettings", "LatencyP95Settings", "SchedulerSettings", "ThroughputSettings"]
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -150,3 +150,48 @@ class LatencyP95Settings:
     def release_ns(self) -> int:
         """Where shedding ends."""
         return int(self.soft_ns * self.release_fraction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSettings:
+    """Constants of the ``gradient`` policy; those of Gradient2 where nothing else is said."""
+
+    max_batch_tokens: int = 16_384
+    """The scheduler's: the unit of the limits."""
+    tolerance: float = 1.3
+    """Signal from which the limit shrinks; Gradient2 has 1.5, for a signal that is noisier."""
+    batching_ratio: float = 1.6
+    """Wait over the time of one's own pass when nothing queues in vain: 1.1 at 2 % load, 1.6 at 95 %, simulated."""
+    smoothing: float = 0.2
+    """Weight of a pass: five passes forget half and more."""
+    gradient_min: float = 0.5
+    """The most that one pass may shrink the limit, before smoothing."""
+    headroom_batches: float = 0.5
+    """What is added each time, so that the limit finds out what else is possible."""
+    min_batches: float = 2.0
+    """One that runs and one that waits: less would leave the device without work."""
+    max_batches: float = 64.0
+    """Half of what may wait by default."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_batch_tokens >= 1, "max_batch_tokens must be at least 1")
+        _require(self.tolerance >= 1 and self.batching_ratio > 0, "tolerance starts at 1, batching_ratio above 0")
+        _require(0 < self.smoothing <= 1, "smoothing must lie in (0, 1]")
+        _require(0 < self.gradient_min < 1, "gradient_min must lie between 0 and 1")
+        _require(self.headroom_batches > 0, "headroom_batches must be positive")
+        _require(1 <= self.min_batches <= self.max_batches, "needs 1 <= min_batches <= max_batches")
+
+    @property
+    def headroom_tokens(self) -> float:
+        """``headroom_batches`` in tokens."""
+        return self.headroom_batches * self.max_batch_tokens
+
+    @property
+    def floor_tokens(self) -> float:
+        """``min_batches`` in tokens."""
+        return self.min_batches * self.max_batch_tokens
+
+    @property
+    def ceiling_tokens(self) -> float:
+        """``max_batches`` in tokens."""
+        return self.max_batches * self.max_batch_tokens

@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedserve.scheduling.settings import LatencyP95Settings, SchedulerSettings, ThroughputSettings
+from embedserve.scheduling.settings import GradientSettings, LatencyP95Settings, SchedulerSettings, ThroughputSettings
 
 WRONG = [
     ({"bucket_edges": ()}, "at least one edge"),
@@ -43,3 +43,20 @@ class TestPolicySettings:
     def test_throughput_refuses(self):
         with pytest.raises(ValueError, match="max_drain_ns"):
             ThroughputSettings(max_drain_ns=0)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"tolerance": 0.9},
+            {"batching_ratio": 0},
+            {"smoothing": 0},
+            {"gradient_min": 1.0},
+            {"headroom_batches": 0},
+            {"min_batches": 0.5},
+            {"min_batches": 3, "max_batches": 2},
+            {"max_batch_tokens": 0},
+        ],
+    )
+    def test_gradient_refuses(self, changes):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            GradientSettings(**changes)

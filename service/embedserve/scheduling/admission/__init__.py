@@ -1,8 +1,7 @@
 """What an admission policy sees and says.
 
 Decides nothing. A policy judges one candidate against a snapshot in under 20 us and takes nothing; policies combine: a
-submission is refused if any of them refuses. Must never know the queue, batches or items; a later ``gradient`` policy
-needs no more than this either: it reads tokens in flight and is told each sojourn.
+submission is refused if any of them refuses. Must never know the queue, batches or items.
 """
 
 from __future__ import annotations
@@ -101,6 +100,9 @@ class Policy(Protocol):
 
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """A request ended after so long, in success or in a timeout."""
+
+    def observe_wait(self, wait_ns: int, pass_ns: int, now_ns: int) -> None:
+        """A submission was done so long after it was admitted; its last pass alone takes ``pass_ns``, predicted."""
 
     def figures(self, now_ns: int) -> Mapping[str, float]:
         """State for metrics: stable names to numbers."""

@@ -60,6 +60,9 @@ class DeadlinePolicy:
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """The scheduler keeps ``theta``."""
 
+    def observe_wait(self, wait_ns: int, pass_ns: int, now_ns: int) -> None:
+        """The scheduler keeps ``theta``."""
+
     def figures(self, now_ns: int) -> Mapping[str, float]:  # noqa: ARG002
         """Nothing of its own."""
         return {}

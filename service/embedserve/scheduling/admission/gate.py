@@ -35,6 +35,7 @@ class Gate:
         "_probe_after_ns",
         "_quantum",
         "_queue",
+        "_selected",
         "_sojourns",
         "_theta",
         "policies",
@@ -58,6 +59,7 @@ class Gate:
         self._max_batch_items = settings.max_batch_items
         self._probe_after_ns = settings.probe_after_ns
         self._hard = QueuePolicy(settings)
+        self._selected = tuple(policies)
         self.policies: tuple[Policy, ...] = (DeadlinePolicy(settings.pass_overrun_ratio), *policies)
         """In the order in which they are asked, after the hard limits."""
         self._sojourns = SojournWindow(settings.sojourn_window_ns)
@@ -120,10 +122,18 @@ class Gate:
         for policy in self.policies:
             policy.observe_sojourn(sojourn_ns, now_ns, timed_out=timed_out)
 
-    def observe_wait(self, actual_ns: int, predicted_ns: int, *, at_least: bool = False) -> None:
-        """A submission was done so long after it was admitted; ``at_least``: it expired and would have taken longer."""
-        ratio = actual_ns / max(predicted_ns, 1)
-        if not at_least or ratio > self._theta.value:
+    def observe_done(self, wait_ns: int, predicted_ns: int, padded_tokens: int, now_ns: int) -> None:
+        """A submission was done so long after it was admitted, in a pass over so many tokens."""
+        self._theta.observe(wait_ns / max(predicted_ns, 1))
+        if self._selected:
+            pass_ns = self._cost.predict_ns(padded_tokens)
+            for policy in self._selected:
+                policy.observe_wait(wait_ns, pass_ns, now_ns)
+
+    def observe_expired(self, wait_ns: int, predicted_ns: int) -> None:
+        """A submission expired after so long: it would have taken longer."""
+        ratio = wait_ns / max(predicted_ns, 1)
+        if ratio > self._theta.value:
             self._theta.observe(ratio)
 
     def p95_sojourn_ns(self, now_ns: int) -> int | None:

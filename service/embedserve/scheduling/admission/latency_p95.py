@@ -97,6 +97,9 @@ class LatencyP95Policy:
         """A timeout is at least a miss of the hard threshold: how long it would have taken, nobody knows."""
         self._window.add(max(sojourn_ns, self._settings.hard_ns) if timed_out else sojourn_ns, now_ns)
 
+    def observe_wait(self, wait_ns: int, pass_ns: int, now_ns: int) -> None:
+        """Sojourns say it all: callers see them."""
+
     def figures(self, now_ns: int) -> Mapping[str, float]:
         """P95, share shed when last asked, samples. Changes nothing: a scrape must not move a decision."""
         return {

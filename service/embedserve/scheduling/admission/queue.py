@@ -50,6 +50,9 @@ class QueuePolicy:
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """Counts need no history."""
 
+    def observe_wait(self, wait_ns: int, pass_ns: int, now_ns: int) -> None:
+        """Counts need no history."""
+
     def figures(self, now_ns: int) -> Mapping[str, float]:  # noqa: ARG002
         """The limits."""
         return {"max_queue_items": float(self._max_items), "max_queue_tokens": float(self._max_tokens)}

@@ -50,6 +50,9 @@ class ThroughputPolicy:
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """Sojourns do not enter."""
 
+    def observe_wait(self, wait_ns: int, pass_ns: int, now_ns: int) -> None:
+        """Waits do not enter."""
+
     def figures(self, now_ns: int) -> Mapping[str, float]:  # noqa: ARG002
         """The limit and the drain time when last asked."""
         return {"max_drain_ns": float(self._settings.max_drain_ns), "drain_ns": float(self._drain_ns)}
