@@ -77,7 +77,9 @@ class TestCallbacks:
         async with running(FaultyBackend(plan), canary=OFF) as bench:
             plan.gate.clear()
             loop = asyncio.get_running_loop()
-            late = asyncio.ensure_future(bench.engine.embed(call("hello", deadline_ns=int(loop.time() * 1e9) + 80 * MS)))
+            late = asyncio.ensure_future(
+                bench.engine.embed(call("hello", deadline_ns=int(loop.time() * 1e9) + 80 * MS))
+            )
             other = asyncio.ensure_future(bench.engine.embed(call("world")))
             await until(lambda: bench.engine.load().running_items + bench.engine.load().queue_depth == 2)
             break_(bench.engine.scheduler, "expire")
