@@ -154,6 +154,7 @@ class App:
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
             accepting=self._take_call,
             observer=telemetry.call_observer,
+            max_metadata_bytes=config.server.max_metadata_bytes,
         )
         server = build_server(server_options(config), [guard])
         servicer.add_to(server)

@@ -46,6 +46,10 @@ ALWAYS_ANSWERED: Final = frozenset({"GetLoad"})
 """Methods that answer while the server does not accept: a balancer must be able to ask whether it does."""
 NOT_SERVING_RETRY_MS: Final = 1000
 """A start or a drain takes seconds, and a balancer has another address."""
+MAX_METADATA_BYTES: Final = 16 << 10
+"""All metadata of one call, as Core's own limit is meant."""
+METADATA_ENTRY_BYTES: Final = 32
+"""What an entry counts beside its key and value (RFC 7541, 4.1)."""
 LAST_WORD_S: Final = 1.0
 """How long a stream's reader may take to accept its error status. The status waits behind the messages that the reader
 has not read, and a reader that has stopped reading must not keep the call in flight."""
@@ -69,6 +73,7 @@ class Call:
         "metadata",
         "method",
         "received_ns",
+        "refused",
         "stages",
         "trace",
     )
@@ -89,6 +94,8 @@ class Call:
         """What the handler wants traced and measured."""
         self.stages: Stages | None = None
         """Set by the handler once there is one."""
+        self.refused: EmbedServeError | None = None
+        """What the headers alone forbid."""
         self.ended = False
 
 
@@ -132,6 +139,7 @@ class Guard(grpc.aio.ServerInterceptor):
         observer: CallObserver | None = None,
         service: str = SERVICE,
         always_answered: frozenset[str] = ALWAYS_ANSWERED,
+        max_metadata_bytes: int = MAX_METADATA_BYTES,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Guard the methods of ``service``, of which those in ``always_answered`` do not ask ``accepting``."""
@@ -141,6 +149,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._on_fatal = on_fatal
         self._prefix = f"/{service}/"
         self._always_answered = always_answered
+        self._max_metadata_bytes = max_metadata_bytes
         self._clock = clock
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
         self._in_flight = 0
@@ -165,7 +174,7 @@ class Guard(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         if not method.startswith(self._prefix):
             return await continuation(handler_call_details)
-        _CALL.set(Call(method[1:], handler_call_details.invocation_metadata, self._clock()))
+        _CALL.set(self._arrive(method[1:], handler_call_details.invocation_metadata))
         try:
             handler = await continuation(handler_call_details)
             if handler is None:
@@ -176,6 +185,21 @@ class Guard(grpc.aio.ServerInterceptor):
         except Exception as error:  # noqa: BLE001  # an inner interceptor broke, and its text must not go out
             return grpc.unary_unary_rpc_method_handler(self._unary(_raising(error), None, method))
         return known[1]
+
+    def _arrive(self, method: str, metadata: Metadata) -> Call:
+        call = Call(method, metadata, self._clock())
+        # Core counts the bytes of the header block, in which an entry of the table takes one byte each time it is
+        # named: 4 KB become 4 MB, which would live as long as the call does.
+        size = sum([len(key) + len(value) + METADATA_ENTRY_BYTES for key, value in metadata])
+        if size > self._max_metadata_bytes:
+            call.metadata = ()
+            call.refused = Overloaded(
+                f"metadata of {size} bytes, at most {self._max_metadata_bytes} are allowed (server.max_metadata_bytes)",
+                reason="METADATA_TOO_LARGE",
+                policy="metadata",
+                retry_after_ms=None,
+            )
+        return call
 
     def _wrap(self, handler: Any, method: str) -> Handler:
         if handler.request_streaming:
@@ -249,6 +273,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _check(self, request: Any, *, always: bool) -> None:
         """Raise what forbids the call before its handler sees it."""
+        if (refused := _CALL.get().refused) is not None:
+            raise refused
         if not always and not self._accepting():
             raise NotServing(
                 "the server is starting or draining", reason="NOT_SERVING", retry_after_ms=NOT_SERVING_RETRY_MS
