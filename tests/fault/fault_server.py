@@ -15,7 +15,7 @@ import time
 
 from embedserve import app
 from embedserve.cli import main
-from embedserve.model.backend import BatchResult, DeviceLost, TokenBatch
+from embedserve.model.backend import BatchResult, DeviceLost, PassTimes, TokenBatch
 from embedserve.model.tokenizer import Truncation
 from embedserve.testing import FaultPlan, fake_checkpoint, tiny_tokenizer
 from tests.integration.server.fake_server import ObedientBackend
@@ -60,14 +60,16 @@ class FaultServerBackend(ObedientBackend):
             raise DeviceLost("CUDA error: an illegal memory access was encountered")
         if (ids == THREAD).any():
             raise KeyboardInterrupt("the worker's thread ends")  # not an Exception: the batch guard does not see it
+        begun = time.monotonic_ns()
         if (pause := self._pass_s + self._token_s * len(ids)) > 0:
             time.sleep(pause)
         if self._gil_us:
             self._usleep(self._gil_us)
-        result = super().embed(batch)
-        if (ids == SHORT).any():
-            return BatchResult(result.vectors[:-1], result.times)
-        return result
+        vectors = super().embed(batch).vectors
+        end = time.monotonic_ns()
+        # The pause is device time: the scheduler learns what a pass costs from these.
+        times = PassTimes(begun, begun, begun, end, end, end)
+        return BatchResult(vectors[:-1] if (ids == SHORT).any() else vectors, times)
 
 
 def run_fake() -> int:

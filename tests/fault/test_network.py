@@ -19,7 +19,8 @@ from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.fault.fault_server import SERVER
 from tests.fault.figures import figures, settled
 from tests.fault.sound import sound
-from tests.integration.server.calls import WORDS, expected, until, values
+from tests.fault.words import WORDS
+from tests.integration.server.calls import expected, until, values
 from tests.integration.server.process import QUICK, running
 
 CLEAN = {

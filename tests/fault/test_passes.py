@@ -14,7 +14,8 @@ from embedserve.model.device import DeviceFault, fault_of
 from embedserve.testing import FaultPlan, FaultyBackend
 from embedserve.v1 import embedding_pb2 as pb
 from tests.fault.sound import sound
-from tests.integration.server.calls import WORDS, expected, failure, poison_id, token_ids, until, values
+from tests.fault.words import WORDS
+from tests.integration.server.calls import expected, failure, poison_id, token_ids, until, values
 
 BUDGET = 2048
 SETTINGS = {"scheduling.max_batch_tokens": str(BUDGET), "admission.policies": "none"}

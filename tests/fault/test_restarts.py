@@ -22,7 +22,8 @@ from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.fault.fault_server import SERVER
 from tests.fault.figures import figures, get, settled
-from tests.integration.server.calls import WORDS, expected, values
+from tests.fault.words import WORDS
+from tests.integration.server.calls import expected, values
 from tests.integration.server.process import QUICK, running
 
 pytestmark = pytest.mark.process
