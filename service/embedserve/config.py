@@ -18,8 +18,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     model_validator,
@@ -27,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from embedserve.address import addresses_collide, listens_once, split_addresses
+from embedserve.admission import Admission, Gradient, LatencyP95, Throughput
 from embedserve.kinds import (
     DAY_MS,
     HOUR_MS,
@@ -35,7 +34,7 @@ from embedserve.kinds import (
     Addresses,
     Edges,
     LogLevel,
-    Policies,
+    Section,
     Source,
     Switch,
     Text,
@@ -44,13 +43,7 @@ from embedserve.kinds import (
 )
 from embedserve.settings import Allowed, Origin, read_settings
 
-__all__ = ["Config", "Loaded", "load_config"]
-
-
-class Section(BaseModel):
-    """A part of the tree: immutable, and nothing in it that is not a setting."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+__all__ = ["Admission", "Config", "Gradient", "LatencyP95", "Loaded", "Section", "Throughput", "load_config"]
 
 
 class Server(Section):
@@ -185,6 +178,18 @@ class Scheduling(Section):
     """A bucket whose oldest text has waited so long goes first, so that no length starves."""
     lowest_class_share: Annotated[float, between(0, 0.5)] = 0.05
     """Share of the tokens that the lowest priority always gets, so that bulk work never starves."""
+    quantum_divisor: Annotated[int, between(1, 1024)] = 4
+    """A request's turn is a full batch divided by this. Four large requests meet in one batch; small ones always do."""
+    cost_memory: Annotated[float, between(0.5, 0.999)] = 0.95
+    """Weight that a pass keeps after each later one in predictions of time. 0.95: the last 20 passes count."""
+    report_window_ms: Annotated[int, between(100, HOUR_MS)] = 10_000
+    """Window of the P95 that GetLoad and metrics report. Long enough for 20 calls at 2 calls/s."""
+    failures_alike_max: Annotated[int, between(1, 10_000)] = 16
+    """Passes in a row that fail alike before the device is tried on known inputs. 8 bad texts of 512 cause 15."""
+    oom_cut: Annotated[float, between(0.01, 0.99)] = 0.5
+    """What is left of max_batch_tokens after the device had no memory. Halving ends in few steps."""
+    oom_rise_tokens: Annotated[int, between(1, 16 * MIB)] = 32
+    """Tokens that come back with each good pass. 256 passes from half of the default on a GPU to all of it."""
 
     def batch_tokens(self, device: str, max_input_length: int) -> int:
         """``max_batch_tokens``, or what ``None`` means on ``device`` for texts of up to ``max_input_length`` tokens."""
@@ -195,37 +200,6 @@ class Scheduling(Section):
     def queue_tokens(self, batch_tokens: int) -> int:
         """``max_queue_tokens``, or what ``None`` means for batches of ``batch_tokens``."""
         return self.max_queue_tokens if self.max_queue_tokens is not None else 128 * batch_tokens
-
-
-class Throughput(Section):
-    """Admission by the time that the work already here will take."""
-
-    max_drain_ms: Annotated[int, between(1, HOUR_MS)] = 2000
-    """Refuse what would make queued and running work take longer. Few callers of an embedding wait more."""
-
-
-class LatencyP95(Section):
-    """Admission by the 95th percentile of recent latency, timeouts included."""
-
-    slo_ms: Annotated[int, between(1, HOUR_MS)] = 500
-    """Refuse what is predicted to take longer. Half a second is where an answer stops feeling prompt."""
-    soft_ms: Annotated[int, between(1, HOUR_MS)] = 250
-    """P95 at which refusals begin, more of them towards hard_ms. Half of it: a ramp needs room."""
-    hard_ms: Annotated[int, between(1, HOUR_MS)] = 500
-    """P95 at which nine in ten are refused; without the tenth nobody would see the recovery. The objective itself."""
-    window_ms: Annotated[int, between(100, HOUR_MS)] = 10_000
-    """How far back latencies count. Long enough for min_samples at 2 calls/s, short enough to forget a burst."""
-    min_samples: Annotated[int, between(1, 100_000)] = 20
-    """Fewer latencies than this decide nothing: below 20, the P95 is just the largest."""
-
-
-class Admission(Section):
-    """Which policies may refuse a request; each one alone suffices."""
-
-    policies: Policies = ("throughput",)
-    """Policies in force. Drain time needs no tuning; limits and deadlines hold with none, too."""
-    throughput: Throughput = Throughput()
-    latency_p95: LatencyP95 = LatencyP95()
 
 
 class Operations(Section):
@@ -312,7 +286,8 @@ RULES = (
     Rule("scheduling.max_batch_tokens", "scheduling.max_queue_tokens", "no full batch could wait"),
     Rule("scheduling.max_queue_delay_ms", "scheduling.max_wait_ms", "every batch would be overdue"),
     Rule("health.stall_ms", "health.hang_ms", "a stall comes before a hang", below=True),
-    Rule("admission.latency_p95.soft_ms", "admission.latency_p95.hard_ms", "refusals begin at the first"),
+    Rule("admission.latency_p95.soft_ms", "admission.latency_p95.hard_ms", "refusals begin at the first", below=True),
+    Rule("admission.gradient.min_batches", "admission.gradient.max_batches", "the limit lies between them"),
 )
 
 

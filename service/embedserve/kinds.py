@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, Strict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo
 
 from embedserve.address import listens
 from embedserve.settings import Allowed
@@ -23,6 +23,7 @@ __all__ = [
     "Edges",
     "LogLevel",
     "Policies",
+    "Section",
     "Source",
     "Switch",
     "Text",
@@ -31,6 +32,12 @@ __all__ = [
 ]
 
 KIB, MIB, HOUR_MS, DAY_MS = 1024, 1024 * 1024, 3_600_000, 86_400_000
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and nothing in it that is not a setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 def _is_source(value: str, info: ValidationInfo) -> str:
@@ -82,9 +89,9 @@ Edges = Annotated[
     Allowed("ascending integers from 1 to 1048576, by commas"),
 ]
 Policies = Annotated[
-    tuple[Literal["throughput", "latency_p95"], ...],
+    tuple[Literal["throughput", "latency_p95", "gradient"], ...],
     BeforeValidator(lambda value: () if value in ("none", ("none",), ["none"]) else value),
     AfterValidator(_differ),
-    Allowed("throughput, latency_p95, both by a comma, or none"),
+    Allowed("throughput, latency_p95, gradient, several by commas, or none"),
 ]
 UvloopSwitch = Annotated[Switch, AfterValidator(_is_here)]

@@ -23,11 +23,17 @@ from embedserve.engine.watchdog import StallLimits
 from embedserve.model.backend import Backend, BackendFactory
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.scheduling.admission import Policy
+from embedserve.scheduling.admission.gradient import GradientPolicy
 from embedserve.scheduling.admission.latency_p95 import LatencyP95Policy
 from embedserve.scheduling.admission.throughput import ThroughputPolicy
 from embedserve.scheduling.item import Shape
 from embedserve.scheduling.scheduler import Scheduler
-from embedserve.scheduling.settings import LatencyP95Settings, SchedulerSettings, ThroughputSettings
+from embedserve.scheduling.settings import (
+    GradientSettings,
+    LatencyP95Settings,
+    SchedulerSettings,
+    ThroughputSettings,
+)
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.settings import TelemetrySettings
 
@@ -35,11 +41,14 @@ __all__ = [
     "bucket_edges",
     "build_engine",
     "build_scheduler",
+    "gradient_settings",
+    "latency_p95_settings",
     "load_snapshot",
     "prepare_environment",
     "server_options",
     "servicer_settings",
     "telemetry_settings",
+    "throughput_settings",
     "torch_backend",
 ]
 
@@ -123,26 +132,53 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
             max_wait_ns=settings.max_wait_ms * MS,
             lowest_class_share=settings.lowest_class_share,
             max_tenants=config.limits.max_tenants,
+            quantum_divisor=settings.quantum_divisor,
+            failures_alike_max=settings.failures_alike_max,
+            oom_cut=settings.oom_cut,
+            oom_rise_tokens=settings.oom_rise_tokens,
+            cost_memory=settings.cost_memory,
+            sojourn_window_ns=settings.report_window_ms * MS,
+            wait_quantile=config.admission.wait_quantile,
+            wait_quantile_step=config.admission.wait_quantile_step,
+            probe_after_ns=config.admission.probe_after_ms * MS,
+            pass_overrun_ratio=config.admission.pass_overrun_ratio,
         ),
-        _policies(config),
+        _policies(config, batch_tokens),
     )
 
 
-def _policies(config: Config) -> list[Policy]:
-    admission = config.admission
+def _policies(config: Config, batch_tokens: int) -> list[Policy]:
     made: dict[str, Callable[[], Policy]] = {
-        "throughput": lambda: ThroughputPolicy(ThroughputSettings(max_drain_ns=admission.throughput.max_drain_ms * MS)),
-        "latency_p95": lambda: LatencyP95Policy(
-            LatencyP95Settings(
-                slo_ns=admission.latency_p95.slo_ms * MS,
-                soft_ns=admission.latency_p95.soft_ms * MS,
-                hard_ns=admission.latency_p95.hard_ms * MS,
-                window_ns=admission.latency_p95.window_ms * MS,
-                min_samples=admission.latency_p95.min_samples,
-            )
-        ),
+        "throughput": lambda: ThroughputPolicy(throughput_settings(config)),
+        "latency_p95": lambda: LatencyP95Policy(latency_p95_settings(config)),
+        "gradient": lambda: GradientPolicy(gradient_settings(config, batch_tokens)),
     }
-    return [made[name]() for name in admission.policies]
+    return [made[name]() for name in config.admission.policies]
+
+
+def throughput_settings(config: Config) -> ThroughputSettings:
+    """What the ``throughput`` policy takes."""
+    throughput = config.admission.throughput
+    return ThroughputSettings(max_drain_ns=throughput.max_drain_ms * MS, resume_fraction=throughput.resume_fraction)
+
+
+def latency_p95_settings(config: Config) -> LatencyP95Settings:
+    """What the ``latency_p95`` policy takes."""
+    latency = config.admission.latency_p95
+    return LatencyP95Settings(
+        slo_ns=latency.slo_ms * MS,
+        soft_ns=latency.soft_ms * MS,
+        hard_ns=latency.hard_ms * MS,
+        release_fraction=latency.release_fraction,
+        max_shed=latency.max_shed,
+        window_ns=latency.window_ms * MS,
+        min_samples=latency.min_samples,
+    )
+
+
+def gradient_settings(config: Config, batch_tokens: int) -> GradientSettings:
+    """What the ``gradient`` policy takes."""
+    return GradientSettings(max_batch_tokens=batch_tokens, **config.admission.gradient.model_dump())
 
 
 def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:

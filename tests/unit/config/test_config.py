@@ -7,6 +7,7 @@ from embedserve.config import (
     RULES,
     Admission,
     Config,
+    Gradient,
     LatencyP95,
     Limits,
     Model,
@@ -37,6 +38,7 @@ class TestTree:
     def test_a_duration_or_size_ends_with_its_unit(self, setting):
         counted = ("max_texts", "max_requests_in_flight", "max_tenants", "max_concurrent_streams", "max_input_length")
         counted += ("threads", "max_pending", "batches_in_flight", "min_samples", "span_links_max")
+        counted += ("quantum_divisor", "failures_alike_max")
         name = setting.path.rpartition(".")[2]
         assert name in counted or name.endswith(("_ms", "_us", "_bytes", "_chars", "_items", "_texts", "_tokens"))
 
@@ -139,7 +141,15 @@ class TestRules:
             ),
             (
                 {"admission": Admission(latency_p95=LatencyP95(soft_ms=501))},
-                "admission.latency_p95.soft_ms must not be above admission.latency_p95.hard_ms",
+                "admission.latency_p95.soft_ms must be below admission.latency_p95.hard_ms",
+            ),
+            (
+                {"admission": Admission(latency_p95=LatencyP95(soft_ms=500))},
+                "admission.latency_p95.soft_ms must be below admission.latency_p95.hard_ms",
+            ),
+            (
+                {"admission": Admission(gradient=Gradient(min_batches=9, max_batches=8))},
+                "admission.gradient.min_batches must not be above admission.gradient.max_batches",
             ),
             (
                 {"operations": Operations(address="0.0.0.0:50051")},

@@ -45,6 +45,12 @@ def another(setting):
         "scheduling.max_queue_items": "1000000",
         "admission.policies": "latency_p95,throughput",
         "admission.latency_p95.soft_ms": "2",
+        "scheduling.cost_memory": "0.75",
+        "admission.pass_overrun_ratio": "1.75",
+        "admission.wait_quantile": "0.75",
+        "admission.gradient.tolerance": "1.75",
+        "admission.gradient.min_batches": "3.5",
+        "admission.gradient.max_batches": "3.5",
         "operations.address": "[::]:1",
         "telemetry.log_levels": "grpc=error,embedserve.engine=debug",
     }
@@ -231,10 +237,10 @@ class TestSentences:
                 ),
             ),
             (
-                {"EMBEDSERVE_ADMISSION_POLICIES": "throughput,gradient"},
+                {"EMBEDSERVE_ADMISSION_POLICIES": "throughput,codel"},
                 (
-                    "admission.policies = throughput,gradient (environment EMBEDSERVE_ADMISSION_POLICIES): "
-                    "must be throughput, latency_p95, both by a comma, or none"
+                    "admission.policies = throughput,codel (environment EMBEDSERVE_ADMISSION_POLICIES): "
+                    "must be throughput, latency_p95, gradient, several by commas, or none"
                 ),
             ),
             (
@@ -277,7 +283,7 @@ class TestSentences:
                 {"EMBEDSERVE_ADMISSION_LATENCY_P95_SOFT_MS": "600"},
                 (
                     "admission.latency_p95.soft_ms = 600 (environment EMBEDSERVE_ADMISSION_LATENCY_P95_SOFT_MS) and "
-                    "admission.latency_p95.hard_ms = 500 (default): admission.latency_p95.soft_ms must not be above "
+                    "admission.latency_p95.hard_ms = 500 (default): admission.latency_p95.soft_ms must be below "
                     "admission.latency_p95.hard_ms: refusals begin at the first"
                 ),
             ),
