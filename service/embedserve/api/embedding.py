@@ -137,7 +137,12 @@ class EmbeddingServicer:
         rpc = guard.current_call()
         valid = served.validator.embed(request, rpc.metadata)
         call = self._call(served, rpc, valid)
-        answer = await served.engine.embed(call)
+        try:
+            answer = await served.engine.embed(call)
+        except DeadlineExpired as late:
+            if call.deadline_ns == rpc.deadline_ns:
+                raise
+            raise self._took_too_long() from late
         parts = wire.unary_parts(
             encode(answer.vectors, valid.encoding),
             answer.token_counts,
@@ -169,8 +174,7 @@ class EmbeddingServicer:
                         failed += len(portion.refused)
                         await self._send_portion(context, portion, valid)
             except TimeoutError as late:
-                limit = self._settings.max_request_ms
-                raise DeadlineExpired(f"not done within server.max_request_ms = {limit}") from late
+                raise self._took_too_long() from late
             finally:
                 await portions.aclose()
         stages = call.stages
@@ -217,6 +221,10 @@ class EmbeddingServicer:
     def _limit_s(self, rpc: guard.Call, call: Call) -> float | None:
         """How long a stream may take where gRPC does not end it: also a device that hangs ends a caller's wait."""
         return None if call.deadline_ns == rpc.deadline_ns else self._settings.max_request_ms / 1000
+
+    def _took_too_long(self) -> DeadlineExpired:
+        """What a caller is told whose own deadline had not passed."""
+        return DeadlineExpired(f"not done within server.max_request_ms = {self._settings.max_request_ms}")
 
     async def _send_portion(self, context: Any, portion: Portion, valid: ValidCall) -> None:
         place = valid.indexes

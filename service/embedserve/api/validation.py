@@ -285,7 +285,8 @@ class RequestValidator:
             elif key == TENANT_KEY:
                 tenant = str(value)
                 if len(tenant) > self._limits.max_tenant_bytes or not (tenant.isascii() and tenant.isprintable()):
-                    message = f"must be printable ASCII of at most {self._limits.max_tenant_bytes} bytes"
+                    most = self._limits.max_tenant_bytes
+                    message = f"must be printable ASCII of at most {most} bytes (limits.max_tenant_bytes)"
                     violations.add(f"metadata.{TENANT_KEY}", message, "BAD_TENANT")
         return priority, tenant
 
