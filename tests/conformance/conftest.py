@@ -14,6 +14,9 @@ from embedserve.testing.server import InProcessServer, serving
 from tests.integration.server.calls import until
 
 
+PATIENT = {"health.stall_ms": "600000", "health.hang_ms": "1200000"}
+
+
 @pytest.fixture(autouse=True)
 def silent_log() -> Iterator[None]:
     """The server's log, without a handler of its own here, is dropped."""
@@ -36,10 +39,10 @@ async def server() -> AsyncIterator[InProcessServer]:
 
 @contextlib.asynccontextmanager
 async def sleeping(**settings: Any) -> AsyncIterator[InProcessServer]:
-    """A server whose device does not answer before ``plan.gate`` is set."""
+    """A server whose device does not answer before ``plan.gate`` is set, and which does not mind that it hangs."""
     plan = FaultPlan()
     plan.gate.clear()
-    async with serving(FaultyBackend(plan), settings=settings) as made:
+    async with serving(FaultyBackend(plan), settings=PATIENT | settings) as made:
         yield made
         plan.gate.set()
         await until(lambda: made.guard.in_flight == 0)
