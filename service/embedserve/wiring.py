@@ -20,6 +20,7 @@ from embedserve.engine.engine import Engine, EngineSettings
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.engine.watchdog import StallLimits
+from embedserve.errors import ConfigError
 from embedserve.model.backend import Backend, BackendFactory
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.scheduling.admission import Policy
@@ -114,9 +115,13 @@ def device_name(config: Config) -> str:
 
 
 def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
-    """The core with its policies."""
+    """The core with its policies. Raises ``ConfigError`` when the model's longest text fits no batch."""
     settings = config.scheduling
     batch_tokens = settings.batch_tokens(device_name(config), checkpoint.max_input_length)
+    if batch_tokens < checkpoint.max_input_length:
+        longest = checkpoint.max_input_length
+        problem = f"scheduling.max_batch_tokens = {batch_tokens}, but the model takes texts of up to {longest} tokens"
+        raise ConfigError([f"{problem}: raise it, or lower model.max_input_length"])
     shape = settings.shape
     if shape == "auto":
         shape = "packed" if checkpoint.packs else "bucketed"

@@ -218,6 +218,15 @@ class TestStart:
         assert code == 1
         assert address in said
 
+    def test_a_batch_that_the_models_longest_text_does_not_fit(self) -> None:
+        """Known only once the checkpoint is read, and a wrong setting all the same."""
+        code, said, _ = self.fails(*FAKE, "--scheduling.max_batch_tokens", "64")
+
+        assert code == 2
+        assert "scheduling.max_batch_tokens = 64" in said
+        assert "128 tokens" in said
+        assert "Traceback" not in said
+
     def test_bad_settings_are_all_listed_and_no_port_is_bound(self) -> None:
         """The port is held by somebody: had it been tried, that would be the error."""
         with socket.socket() as taken:
