@@ -13,7 +13,6 @@ from embedserve.testing import FaultPlan, FaultyBackend
 from embedserve.testing.server import InProcessServer, serving
 from tests.integration.server.calls import until
 
-
 PATIENT = {"health.stall_ms": "600000", "health.hang_ms": "1200000"}
 
 
