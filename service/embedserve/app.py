@@ -350,7 +350,6 @@ class App:
         self._signals += 1
         if self._signals > 1:
             self._log.warning("stopped_at_once", signal=number.name)
-            sys.stdout.flush()
             os._exit(128 + number)
         self._stop.set()
 
@@ -384,8 +383,14 @@ def run(
     prepare_environment()
 
     def ready_line(line: bytes) -> None:
-        sys.stdout.write(line.decode() + "\n")
-        sys.stdout.flush()
+        # Not through the interpreter's buffer: what cannot be written would fail its end, and the exit code with it.
+        try:
+            os.write(sys.stdout.fileno(), line + b"\n")
+        except (
+            OSError,
+            AttributeError,
+        ) as error:  # a full disk, a reader that has gone, a standard output that is closed
+            structlog.get_logger("embedserve.app").warning("ready_line_lost", reason=str(error))
 
     telemetry = config.telemetry
     # Before anything can fail: until then structlog writes to standard output, which belongs to the ready line.
@@ -400,7 +405,6 @@ def run(
         code, worker_ended = runner.run(live())
     if code == ExitCode.BROKEN or not worker_ended:
         # A thread that is stuck in native code, or still imports torch, would hold the interpreter's end for seconds.
-        sys.stderr.flush()
         os._exit(code)
     return code
 

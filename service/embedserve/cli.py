@@ -150,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         code = commands.main(args=arguments, prog_name="embedserve", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where it was closed before we came
+            sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -23,6 +23,7 @@ from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.settings import LogFormat
 from embedserve.telemetry.tracing import current_span_context
 
@@ -40,13 +41,36 @@ VALUE_CHARS_MAX: Final = 2048
 _PLAIN: Final = (str, int, float, bool, type(None))
 
 
-class NamedLogger(structlog.BytesLogger):
-    """A logger that knows its name: what ``structlog.get_logger(__name__)`` gives once logs are configured."""
+class NamedLogger:
+    """A logger that knows its name: what ``structlog.get_logger(__name__)`` gives once logs are configured.
 
-    def __init__(self, file: BinaryIO, name: str = "") -> None:
-        """Write to ``file``."""
-        super().__init__(file)
+    Not structlog's own: that one holds a lock while it writes, and the stream may have something to log itself.
+    """
+
+    def __init__(self, stream: LogStream | BinaryIO, name: str = "") -> None:
+        """Write to ``stream``, which is safe to use from any thread."""
+        self._stream = stream
         self.name = name
+
+    def msg(self, line: bytes) -> None:
+        """Write a line that is rendered and has no newline yet."""
+        self._stream.write(line + b"\n")
+        self._stream.flush()
+
+    debug = info = warning = error = critical = msg
+
+
+class _Text:
+    """A stream of text over one of bytes, for the standard library's handler, which writes a whole line at once."""
+
+    def __init__(self, stream: LogStream | BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text.encode("utf-8", "backslashreplace"))
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def configure_logs(
@@ -61,8 +85,9 @@ def configure_logs(
     ``levels`` maps a logger's name to its level, for it and all below it. ``stream`` defaults to standard error.
     """
     out = stream or sys.stderr
-    binary = _binary(out)
-    console = form == "console" or (form == "auto" and out.isatty())
+    target = _target(out)
+    on_terminal = out is not None and out.isatty()
+    console = form == "console" or (form == "auto" and on_terminal)
     by_logger = {name: _number(word) for name, word in levels.items()}
     lowest = min(_number(level), *by_logger.values()) if by_logger else _number(level)
     shared: list[Processor] = [
@@ -77,20 +102,20 @@ def configure_logs(
             _LevelByLogger(_number(level), by_logger),
             *shared,
             _exceptions(console=console),
-            _render(console=console, colors=out.isatty(), as_bytes=True),
+            _render(console=console, colors=on_terminal, as_bytes=True),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(lowest),
-        logger_factory=lambda *name: NamedLogger(binary, *name),
+        logger_factory=lambda *name: NamedLogger(target, *name),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(out)
+    handler = logging.StreamHandler(_Text(target))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _foreign_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _exceptions(console=console),
-                _render(console=console, colors=out.isatty(), as_bytes=False),
+                _render(console=console, colors=on_terminal, as_bytes=False),
             ],
         )
     )
@@ -193,5 +218,17 @@ def _number(word: str) -> int:
     return logging.getLevelNamesMapping()[word.upper()]
 
 
-def _binary(stream: TextIO) -> BinaryIO:
-    return stream.buffer
+def _target(stream: TextIO | None) -> LogStream | BinaryIO:
+    """Where bytes go: never waited for where there is a descriptor, as it is where there is none."""
+    if stream is None:  # standard error was closed before we came
+        return LogStream(None)
+    try:
+        descriptor = stream.fileno()
+    except (OSError, AttributeError):
+        return stream.buffer
+    return LogStream(descriptor, _tell_of_loss)
+
+
+def _tell_of_loss(lines: int) -> None:
+    log = structlog.get_logger("embedserve.log")
+    log.warning("log_lines_dropped", lines=lines)

@@ -1,0 +1,89 @@
+"""Lines to a descriptor that may be full: written whole, or dropped and counted, and never waited for.
+
+Decides how long a line may wait for whoever reads the log. Must never know what a line says. A pipe that nobody reads
+holds 64 KiB; the next ``write`` would wait for ever, on the event loop, and every call with it. A disk that is full
+makes ``write`` raise, in whatever part of the service wants to say something. Neither is a reason to stop serving.
+
+The descriptor is not made non-blocking: that would be so for everybody who shares it, such as the shell. Instead it is
+asked whether it has room (poll(2)) before each piece of at most ``PIPE_BUF`` bytes, which then cannot block (pipe(7)).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+__all__ = ["LogStream"]
+
+PATIENCE_MS: Final = 50
+"""For a reader that is late: the event loop waits for so long at most..."""
+PATIENCE_INTERVAL_S: Final = 1.0
+"""... and once in so long, which is a twentieth of its time."""
+
+
+class LogStream:
+    """Takes whole lines from any thread. What a file object has of ``write`` and ``flush``, for a logger."""
+
+    def __init__(self, descriptor: int | None, on_loss_over: Callable[[int], None] = lambda _lines: None) -> None:
+        """Write to ``descriptor``; ``None``, as where standard error is closed, takes everything and writes nothing.
+
+        ``on_loss_over`` is told how many lines were dropped once a line has passed again; it may log.
+        """
+        self._descriptor = descriptor
+        self._on_loss_over = on_loss_over
+        self._poll = select.poll()
+        if descriptor is not None:
+            self._poll.register(descriptor, select.POLLOUT)
+        self._lock = threading.Lock()
+        self._patient_from = 0.0
+        self._torn = False
+        self._dropped = 0
+
+    @property
+    def dropped_lines(self) -> int:
+        """Lines that were dropped since a line last passed."""
+        return self._dropped
+
+    def write(self, line: bytes) -> int:
+        """Write ``line``, which ends with a newline, or drop it. Never raises ``OSError``."""
+        if self._descriptor is None:
+            return len(line)
+        with self._lock:
+            if not self._passes(line, self._descriptor):
+                self._dropped += 1
+                return len(line)
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._on_loss_over(dropped)
+        return len(line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def _passes(self, line: bytes, descriptor: int) -> bool:
+        if self._torn:  # the next line must not continue one that broke off
+            line = b"\n" + line
+        rest = memoryview(line)
+        try:
+            while rest:
+                if not self._has_room():
+                    break
+                rest = rest[os.write(descriptor, rest[: select.PIPE_BUF]) :]
+        except OSError:  # a full disk, or a reader that has gone: counted like a line that found no room
+            pass
+        if len(rest) < len(line):
+            self._torn = bool(rest)
+        return not rest
+
+    def _has_room(self) -> bool:
+        if self._poll.poll(0):
+            return True
+        now = time.monotonic()
+        if now < self._patient_from:
+            return False
+        self._patient_from = now + PATIENCE_INTERVAL_S
+        return bool(self._poll.poll(PATIENCE_MS))
