@@ -134,13 +134,14 @@ class TokenizerPool:
             result = self._inline.encode(texts, truncation=truncation, prompt=prompt)
             self._on_tokenized(len(texts), len(result.ids), 0, time.monotonic_ns() - begun)
             return result
+        meter = meter or Meter()
         pieces = [
             await self._in_thread(
                 len(part),
                 lambda t, part=part: t.encode(part, truncation=truncation, prompt=prompt),  # type: ignore[misc]
                 lambda r: len(r.ids),
                 deadline_ns,
-                meter or Meter(),
+                meter,
             )
             for part in self._parts(texts, chars, len(prompt))
         ]
@@ -155,20 +156,33 @@ class TokenizerPool:
         )
 
     async def count(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
-        """Full token counts, shape ``[n]``. Raises ``Overloaded`` as ``encode`` does."""
+        """Full token counts, shape ``[n]``. Raises ``Overloaded`` as ``encode`` does.
+
+        A count needs every character, so that a long text is taken in pieces too, where its tokenizer allows.
+        """
         meter = Meter()
-        chars = sum(map(len, texts)) + len(prompt) * len(texts)
+        most = self._settings.chunk_chars
+        pieces: list[str] = []
+        owners: list[int] = []
+        for index, text in enumerate(texts):
+            whole = prompt + text
+            of_text = [whole] if len(whole) <= most else self._inline.pieces(whole, most)
+            pieces += of_text
+            owners += [index] * len(of_text)
         counts = [
             await self._in_thread(
                 len(part),
-                lambda t, part=part: t.count(part, prompt=prompt),  # type: ignore[misc]
+                lambda t, part=part: t.count(part),  # type: ignore[misc]
                 lambda r: int(r.sum()),
                 None,
                 meter,
             )
-            for part in self._parts(texts, chars, len(prompt))
+            for part in self._parts(pieces, sum(map(len, pieces)), 0)
         ]
-        return np.concatenate(counts)
+        totals = np.bincount(owners, np.concatenate(counts), minlength=len(texts)).astype(np.int32)
+        if len(pieces) > len(texts):
+            totals -= ((np.bincount(owners) - 1) * self._inline.special_tokens).astype(np.int32)
+        return totals
 
     async def probe(self, text: str) -> TokenizedTexts:
         """Token ids of one text from a thread, past the limit and past every figure: to see whether one answers."""

@@ -12,7 +12,10 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+
+from embedserve.errors import ItemFailed
+from embedserve.model.squeeze import Squeeze
 
 __all__ = ["TextTokenizer", "TokenizedTexts", "Truncation"]
 
@@ -22,10 +25,14 @@ CUT_CHARS_PER_TOKEN = 8
 """Characters kept for each token of the maximum: prose has 4 to 5 a token, so the first cut nearly always suffices."""
 CUT_GROWTH = 4
 """How much more is tokenised when a cut gave too few tokens; the repeats cost at most a third of the whole text."""
+SHORTEN_FROM = 2
+"""Tries after which a text is shortened: that costs what some kilobytes of tokenising do; few texts need a third."""
 CUT_SLACK_TOKENS = 32
 """Tokens beyond the maximum that a cut text must give: what a cut changes lies at its edge, within the slack."""
 CUT_AT = " \n\t\r"
 """Where a text may be cut: every pre-tokenizer in use ends a word there, so that the words beside a cut stay whole."""
+PANIC_MODULE = "pyo3_runtime"
+"""Where the type of a Rust panic says it lives; it cannot be imported."""
 PROMPTS_KEPT_MAX = 256
 """Prompts whose token counts are remembered; a checkpoint has 2 to 20."""
 
@@ -62,7 +69,8 @@ class TextTokenizer:
 
     A long text is cut by characters before it is tokenised, at a space, so that a text of a megabyte costs what its
     first kilobytes cost. The cut is kept only when it gives ``CUT_SLACK_TOKENS`` tokens more than are needed; otherwise
-    more of the text is taken, up to all of it. The result is that of the whole text.
+    more of the text is taken, up to all of it. The result is that of the whole text. ``model/squeeze.py`` knows more of
+    the commonest tokenizer: where else it may be cut, and what it does not look at.
     """
 
     def __init__(self, tokenizer_json: str, max_input_length: int) -> None:
@@ -70,14 +78,7 @@ class TextTokenizer:
 
         Raises ``ValueError`` where the text is no tokenizer, or where the special tokens leave no room for a text.
         """
-        try:
-            tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the Rust library has no narrower type
-            raise ValueError(f"tokenizer.json cannot be read: {error}") from error
-        # all-MiniLM ships with both fixed to 128: every text would have 128 tokens.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        self._tokenizer = tokenizer
+        tokenizer = self._tokenizer = _build(tokenizer_json)
         self._tokenizer_json = tokenizer_json
         self.max_input_length = max_input_length
         self._prefix, self._suffix = _special_tokens(tokenizer)
@@ -92,6 +93,12 @@ class TextTokenizer:
         )
         self._enough = self._room + CUT_SLACK_TOKENS + straddling
         self._prompts: dict[str, Ids] = {}
+        self._squeeze = Squeeze.of(tokenizer_json)
+
+    @property
+    def special_tokens(self) -> int:
+        """Special tokens around every text."""
+        return self._prefix + self._suffix
 
     def clone(self) -> TextTokenizer:
         """An independent tokenizer for another thread."""
@@ -119,8 +126,26 @@ class TextTokenizer:
 
         Takes time in proportion to the texts (16 us for 12 tokens, 17 ms for 48 kB).
         """
-        encodings = self._tokenizer.encode_batch_fast([prompt + text for text in texts])
+        encodings = self._encode([prompt + text for text in texts])
         return np.fromiter((len(encoding) for encoding in encodings), np.int32, count=len(texts))
+
+    def pieces(self, text: str, chars: int) -> list[str]:
+        """``text`` in pieces of about ``chars`` characters whose content tokens, put end to end, are its own.
+
+        One piece, the whole text, where it is not certain that no token lies across a cut.
+        """
+        squeeze = self._squeeze
+        if squeeze is None or len(text) <= chars:
+            return [text]
+        rest = squeeze.shorten(text)
+        pieces = []
+        while len(rest) > chars:
+            place = squeeze.place_between(rest, chars // 2, chars)
+            if place < 0:
+                break
+            pieces.append(rest[:place])
+            rest = rest[place:]
+        return [*pieces, rest]
 
     def prompt_tokens(self, prompt: str) -> int:
         """Leading tokens of each row that ``prompt`` takes, special tokens included; 0 without a prompt.
@@ -146,9 +171,10 @@ class TextTokenizer:
         was_cut = np.zeros(len(texts), np.bool_)
         chars = self.max_input_length * CUT_CHARS_PER_TOKEN
         pending = list(range(len(texts)))
+        tries = 0
         while pending:
-            pieces = [_cut(texts[index], chars, from_end=from_end) for index in pending]
-            encodings = self._tokenizer.encode_batch_fast(pieces)
+            pieces = [self._cut(texts, index, chars, from_end=from_end) for index in pending]
+            encodings = self._encode(pieces)
             short: list[int] = []
             for index, piece, encoding in zip(pending, pieces, encodings, strict=True):
                 whole = len(piece) == len(texts[index])
@@ -159,7 +185,36 @@ class TextTokenizer:
                     short.append(index)
             pending = short
             chars *= CUT_GROWTH
+            tries += 1
+            if self._squeeze is not None and tries >= SHORTEN_FROM:
+                for index in pending:
+                    texts[index] = self._squeeze.shorten(texts[index])
         return rows, was_cut
+
+    def _cut(self, texts: list[str], index: int, chars: int, *, from_end: bool) -> str:
+        """As much of a text as the next try takes; a text that cannot be cut is shortened in its place."""
+        text, squeeze = texts[index], self._squeeze
+        piece = _cut(text, chars, from_end=from_end)
+        if len(piece) <= chars or squeeze is None:
+            return piece
+        if (piece := squeeze.cut(text, chars, from_end=from_end)) is not text:
+            return piece
+        text = texts[index] = squeeze.shorten(text)
+        piece = _cut(text, chars, from_end=from_end)
+        return piece if len(piece) <= chars else squeeze.cut(text, chars, from_end=from_end)
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        """Raises ``ItemFailed`` where the library panics, and starts anew: nobody knows in what state that left it."""
+        try:
+            encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
+        except BaseException as panic:
+            # A panic of Rust code is no Exception, so that nothing between it and the top catches it by mistake. Here
+            # it is a text's doing.
+            if type(panic).__module__ != PANIC_MODULE:
+                raise
+            self._tokenizer = _build(self._tokenizer_json)
+            raise ItemFailed(f"the tokenizer panicked: {panic}") from None
+        return encodings
 
     def _truncate(self, row: Ids, truncation: Truncation, prompt: str) -> Ids:
         """``row`` at the maximum length, its special tokens kept."""
@@ -180,6 +235,17 @@ class TextTokenizer:
             if len(self._prompts) < PROMPTS_KEPT_MAX:
                 self._prompts[prompt] = ids
         return ids
+
+
+def _build(tokenizer_json: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # the Rust library has no narrower type
+        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    # all-MiniLM ships with both fixed to 128: every text would have 128 tokens.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

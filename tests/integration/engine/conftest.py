@@ -36,7 +36,7 @@ class RecordingObserver(SilentObserver):
     def admitted(self, items: int, tokens: int) -> None:
         self.admissions.append((items, tokens))
 
-    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:  # noqa: ARG002
+    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
         self.tokenizations += 1
 
     def stalled(self) -> None:

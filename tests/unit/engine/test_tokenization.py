@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
-from embedserve.errors import Overloaded
+from embedserve.engine.tokenization import Meter, TokenizerPool, TokenizerSettings
+from embedserve.errors import DeadlineExpired, Overloaded
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts, Truncation
-from embedserve.testing import tiny_tokenizer
+from embedserve.testing import ManualClock, tiny_tokenizer
 
 SETTINGS = TokenizerSettings(threads=2, max_pending=2, inline_chars=16, chunk_texts=4)
 
@@ -80,6 +80,92 @@ class TestWhere:
         pool.close()
 
         assert counts.tolist() == [3, 4, 3] * 3
+
+
+class Costly(Gated):
+    """A tokenizer whose clones work for 25 ms a piece, by a clock that is moved by hand."""
+
+    def __init__(self, inner: TextTokenizer, clock: ManualClock, pieces: list[list[str]]) -> None:
+        self._inner, self._clock, self._pieces = inner, clock, pieces
+
+    def clone(self) -> Costly:
+        return Costly(self._inner.clone(), self._clock, self._pieces)
+
+    def encode(self, texts: list[str], *, truncation: Truncation, prompt: str = "") -> TokenizedTexts:
+        self._clock.advance(ms=25)
+        self._pieces.append(list(texts))
+        return self._inner.encode(texts, truncation=truncation, prompt=prompt)
+
+
+class TestTime:
+    """What one request may cost the threads is bounded, in a piece and in all."""
+
+    @staticmethod
+    def costly(**limits: int) -> tuple[TokenizerPool, list[list[str]]]:
+        clock, pieces = ManualClock(), []
+        settings = TokenizerSettings(threads=1, max_pending=8, inline_chars=0, chunk_texts=2, **limits)
+        tokenizer = Costly(tiny_tokenizer(), clock, pieces)
+        return TokenizerPool(tokenizer, settings, lambda *_: None, work_clock=clock), pieces  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("limit_ms", "passes"), [(76, True), (75, False)])
+    async def test_a_request_may_begin_a_piece_within_its_time_and_none_after_it(
+        self, limit_ms: int, passes: bool
+    ) -> None:
+        """Four pieces of 25 ms: the last begins after 75 ms."""
+        pool, pieces = self.costly(max_request_ns=limit_ms * 1_000_000)
+        texts = ["hello world"] * 8
+        try:
+            if passes:
+                assert len((await pool.encode(texts, 88, truncation=Truncation.NONE)).lengths) == 8
+            else:
+                with pytest.raises(Overloaded) as caught:
+                    await pool.encode(texts, 88, truncation=Truncation.NONE)
+                assert (caught.value.policy, caught.value.reason) == ("tokenizer", "TOKENIZER_TIME_EXCEEDED")
+                assert caught.value.retry_after_ms is None
+        finally:
+            pool.close()
+
+        assert len(pieces) == (4 if passes else 3)
+
+    async def test_the_time_is_that_of_the_whole_request_whatever_calls_it_makes(self) -> None:
+        pool, _ = self.costly(max_request_ns=50_000_000)
+        meter = Meter()
+        try:
+            for _ in range(2):
+                await pool.encode(["hello"] * 2, 10, truncation=Truncation.NONE, meter=meter)
+            with pytest.raises(Overloaded):
+                await pool.encode(["hello"] * 2, 10, truncation=Truncation.NONE, meter=meter)
+            await pool.encode(["hello"] * 2, 10, truncation=Truncation.NONE, meter=Meter())
+        finally:
+            pool.close()
+
+    async def test_pieces_are_bounded_in_characters_as_in_texts(self) -> None:
+        pool, pieces = self.costly(chunk_chars=300)
+        texts = ["a" * 200, "b" * 90, "c" * 20, "d" * 1000, "e", "f"]
+        tokenized = await pool.encode(texts, sum(map(len, texts)), truncation=Truncation.END)
+        pool.close()
+
+        assert [[text[0] for text in piece] for piece in pieces] == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+        assert np.array_equal(tokenized.ids, tiny_tokenizer().encode(texts, truncation=Truncation.END).ids)
+
+    async def test_a_text_of_a_megabyte_is_counted_in_pieces_and_rightly(self) -> None:
+        waited: list[int] = []
+        settings = TokenizerSettings(threads=1, max_pending=8, inline_chars=0, chunk_texts=4, chunk_chars=4096)
+        pool = TokenizerPool(tiny_tokenizer(), settings, lambda texts, *_: waited.append(texts))
+        text = "hello world, a-b. [SEP] " * 2000
+        counts = await pool.count(["hello", text, "the text"], prompt="a ")
+        pool.close()
+
+        assert counts.tolist() == tiny_tokenizer().count(["hello", text, "the text"], prompt="a ").tolist()
+        assert len(waited) > 10
+
+    async def test_texts_past_their_deadline_are_not_tokenised(self) -> None:
+        pool, pieces = self.costly()
+        with pytest.raises(DeadlineExpired):
+            await pool.encode(["hello"], 5, truncation=Truncation.NONE, deadline_ns=1)
+        pool.close()
+
+        assert pieces == []
 
 
 class TestLimit:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from embedserve.errors import ItemFailed
+from embedserve.model.squeeze import Squeeze
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts, Truncation
 from tests.corpus import real_texts
 from tests.unit.model.checkpoints import BERT_SPECIAL, ROBERTA_SPECIAL, byte_level_bpe, unigram, word_piece
@@ -55,6 +57,34 @@ words = st.text(alphabet=st.characters(codec="utf-8"), max_size=40)
 spaces = st.text(alphabet=" \n\t", min_size=1, max_size=30)
 pieces = st.one_of(words, spaces, st.text(alphabet="abcdefgh. ", max_size=200), st.text("あいう漢字", max_size=60))
 long_texts = st.builds(lambda parts, times: "".join(parts) * times, st.lists(pieces, max_size=12), st.integers(1, 12))
+
+# Runs of what BERT's tokenizer drops, strips or cannot tell apart, beside what looks like a special token.
+runs = st.builds(
+    lambda chars, times: chars * times,
+    st.sampled_from(
+        (
+            *("a", "Z9", "é", "e\u0301", "\u0301", "\u0300\u0345", "\x00", "\u200d", "\x01 ", "\ufffd", " ", "\n", "."),
+            *(
+                "a.",
+                "漢",
+                "ß",
+                "한",
+                "ひ",
+                "👩\u200d💻",
+                "[",
+                "[MASK]",
+                "[MA\x01SK]",
+                "MASK]",
+                "\x85",
+                "\u3000",
+                "_",
+                "İ",
+            ),
+        )
+    ),
+    st.integers(1, 400),
+)
+odd_texts = st.builds("".join, st.lists(st.one_of(runs, words, runs), min_size=1, max_size=10))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,6 +145,92 @@ class TestAgreement:
             assert 16 < length <= full
         else:
             assert length == full
+
+
+class TestSqueeze:
+    """What BERT's tokenizer does not look at may be left out of a long text: the same tokens come out."""
+
+    @settings(max_examples=400, deadline=None)
+    @given(text=odd_texts)
+    def test_a_shortened_text_has_the_same_tokens(self, text: str) -> None:
+        whole = word_piece()
+        squeeze = Squeeze.of(whole.to_str())
+        assert squeeze is not None
+
+        assert whole.encode(squeeze.shorten(text)).ids == whole.encode(text).ids
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=odd_texts, truncation=st.sampled_from([Truncation.END, Truncation.START]))
+    def test_a_truncated_row_is_that_of_the_whole_text(self, text: str, truncation: Truncation) -> None:
+        ids = word_piece().encode(text).ids
+
+        row = tokenizer_of("word_piece", 16).encode([text], truncation=truncation).ids.tolist()
+
+        cut = [*ids[:15], ids[-1]] if truncation is Truncation.END else [ids[0], *ids[-15:]]
+        assert row == (ids if len(ids) <= 16 else cut)
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=odd_texts)
+    def test_the_pieces_of_a_text_have_its_tokens(self, text: str) -> None:
+        tokenizer = tokenizer_of("word_piece")
+        rows = [word_piece().encode(piece).ids for piece in tokenizer.pieces(text, 64)]
+
+        assert [token for row in rows for token in row[1:-1]] == word_piece().encode(text).ids[1:-1]
+
+    @pytest.mark.parametrize("kind", ["byte_level_bpe", "unigram"])
+    def test_other_tokenizers_are_left_alone(self, kind: str) -> None:
+        assert Squeeze.of(KINDS[kind][0]().to_str()) is None
+        assert tokenizer_of(kind).pieces("a b " * 1000, 64) == ["a b " * 1000]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a" * 2**20,
+            "." * 10**6,
+            "e" + "\u0301" * 2**19,
+            "e\u0301" * 2**18,
+            "\u200d" * 2**18,
+            " " * 2**20,
+            "漢" * 2**18,
+        ],
+        ids=["one word", "dots", "marks", "accents", "joiners", "spaces", "ideographs"],
+    )
+    def test_a_megabyte_of_anything_hands_the_tokenizer_a_few_kilobytes(self, text: str) -> None:
+        tokenizer = tokenizer_of("word_piece")
+        handed = 0
+        inner = tokenizer._tokenizer
+
+        class Counting:
+            def encode_batch_fast(self, texts: list[str]) -> Any:
+                nonlocal handed
+                handed += sum(map(len, texts))
+                return inner.encode_batch_fast(texts)
+
+        tokenizer._tokenizer = Counting()
+        for truncation in (Truncation.END, Truncation.START):
+            handed = 0
+            tokenizer.encode([text], truncation=truncation)
+
+            assert handed < 8_000
+
+
+class TestPanic:
+    """A panic of the Rust library is one text's failure."""
+
+    def test_it_is_told_as_that_texts_and_the_next_text_is_well(self) -> None:
+        panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+        class Panicking:
+            def encode_batch_fast(self, _texts: list[str]) -> Any:
+                raise panic("index out of bounds")
+
+        tokenizer = tokenizer_of("word_piece")
+        before = tokenizer.encode(["hello"], truncation=Truncation.END).ids.tolist()
+        tokenizer._tokenizer = Panicking()
+        with pytest.raises(ItemFailed, match="panicked"):
+            tokenizer.encode(["hello"], truncation=Truncation.END)
+
+        assert tokenizer.encode(["hello"], truncation=Truncation.END).ids.tolist() == before
 
 
 class TestLongTexts:
