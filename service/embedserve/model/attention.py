@@ -36,6 +36,8 @@ class Packing:
     cumulative: Tensor | None = None
     """On CUDA: int32 ``[rows + 1]``, where each row begins."""
     length_max: int = 0
+    tokens: int = 0
+    """On a CPU: tokens of all rows; those behind them are filler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ def packing_for(layout: Packed, device: torch.device) -> Packing:
         return Packing(
             cumulative=torch.from_numpy(ends).to(device, non_blocking=True), length_max=int(layout.lengths[0])
         )
-    return Packing(groups=attention_groups(layout.lengths), length_max=int(layout.lengths[0]))
+    return Packing(
+        groups=attention_groups(layout.lengths), length_max=int(layout.lengths[0]), tokens=int(layout.ids.size)
+    )
 
 
 def packed_attention(
@@ -92,6 +96,8 @@ def packed_attention(
         mask = _window_mask(packing, group.length, states.window)
         chosen = slice(group.start, group.start + group.rows * group.length)
         result[chosen] = _attend(group, chosen, states, mask)
+    # Filler at the end belongs to no row and nobody reads it; what memory held before may be slow to compute with.
+    result[packing.tokens :] = 0
     return result[None], None
 
 

@@ -31,7 +31,7 @@ from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.dense import load_dense, scale_to_unit_length
 from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
-from embedserve.model.layout import check_batch, packed, padded
+from embedserve.model.layout import check_batch, packed, padded, pass_size
 from embedserve.model.pooling import Pooling, Segments
 from embedserve.model.stopwatch import Stopwatch
 
@@ -194,6 +194,8 @@ class TorchBackend:
         self._model.config._attn_implementation = PACKED_ATTENTION if packs else self._padded_attention  # noqa: SLF001
         hidden: Tensor = self._model(**step.inputs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])
+        if packs:
+            hidden = hidden[: len(batch.ids)]
         watch.mark_device()
         if step.real is not None:
             hidden = hidden.index_select(0, step.real)
@@ -208,11 +210,12 @@ class TorchBackend:
     ) -> tuple[_Pass, npt.NDArray[np.int64]]:
         layout = packed(batch, lengths, self._offset_pad_id)
         skip = None if batch.skip is None else batch.skip.astype(np.int64)[layout.order]
+        filler = 0 if self._device.type == "cuda" else pass_size(layout.ids.size) - layout.ids.size
         watch.mark_assembled()
         ids = self._tensor(layout.ids)
         inputs = {
-            "input_ids": ids[None],
-            "position_ids": self._tensor(layout.positions)[None],
+            "input_ids": self._tensor(np.pad(layout.ids, (0, filler), constant_values=self._pad_id))[None],
+            "position_ids": self._tensor(np.pad(layout.positions, (0, filler)))[None],
             "packing": packing_for(layout, self._device),
         }
         segments = self._segments(ids, layout.starts, layout.lengths, layout.rows, skip)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedserve.model.backend import TokenBatch
-from embedserve.model.layout import attention_groups, check_batch, packed, padded
+from embedserve.model.layout import attention_groups, check_batch, packed, padded, pass_size
 
 row_lengths = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
@@ -108,3 +108,16 @@ class TestChecks:
 
     def test_good_batch_gives_its_lengths(self) -> None:
         assert check_batch(batch_of([2, 16]), vocab_size=50, length_max=16).tolist() == [2, 16]
+
+
+class TestPassSize:
+    def test_holds_the_tokens_and_at_most_an_eighth_more(self):
+        for tokens in range(129, 20_000):
+            assert tokens <= pass_size(tokens) <= tokens * 1.125
+
+    def test_small_passes_go_up_in_sixteens(self):
+        assert [pass_size(n) for n in (1, 16, 17, 128, 129)] == [16, 16, 32, 128, 144]
+
+    def test_there_are_few(self):
+        """Each size costs kernels that are made once and kept."""
+        assert len({pass_size(n) for n in range(1, 4097)}) == 48
