@@ -176,7 +176,7 @@ class Scheduling(Section):
     """How long a free worker waits for a fuller batch. 0: at 10 % load that means 1.6 ms a call, 50 means 32 ms."""
     max_wait_ms: Annotated[int, between(1, HOUR_MS)] = 500
     """A bucket whose oldest text has waited so long goes first, so that no length starves."""
-    lowest_class_share: Annotated[float, between(0, 0.5)] = 0.05
+    lowest_class_share: Annotated[float, between(0.001, 0.49)] = 0.05
     """Share of the tokens that the lowest priority always gets, so that bulk work never starves."""
     quantum_divisor: Annotated[int, between(1, 1024)] = 4
     """A request's turn is a full batch divided by this. Four large requests meet in one batch; small ones always do."""

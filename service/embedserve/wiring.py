@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from embedserve import __version__
 from embedserve.api.embedding import ServicerSettings
@@ -118,10 +118,8 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
     """The core with its policies. Raises ``ConfigError`` when the model's longest text fits no batch."""
     settings = config.scheduling
     batch_tokens = settings.batch_tokens(device_name(config), checkpoint.max_input_length)
-    if batch_tokens < checkpoint.max_input_length:
-        longest = checkpoint.max_input_length
-        problem = f"scheduling.max_batch_tokens = {batch_tokens}, but the model takes texts of up to {longest} tokens"
-        raise ConfigError([f"{problem}: raise it, or lower model.max_input_length"])
+    queue_tokens = settings.queue_tokens(batch_tokens)
+    _fits(checkpoint, {"scheduling.max_batch_tokens": batch_tokens, "scheduling.max_queue_tokens": queue_tokens})
     shape = settings.shape
     if shape == "auto":
         shape = "packed" if checkpoint.packs else "bucketed"
@@ -132,7 +130,7 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
             max_batch_tokens=batch_tokens,
             max_batch_items=settings.max_batch_items,
             max_queue_items=settings.max_queue_items,
-            max_queue_tokens=settings.queue_tokens(batch_tokens),
+            max_queue_tokens=queue_tokens,
             max_queue_delay_ns=settings.max_queue_delay_ms * MS,
             max_wait_ns=settings.max_wait_ms * MS,
             lowest_class_share=settings.lowest_class_share,
@@ -150,6 +148,15 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
         ),
         _policies(config, batch_tokens),
     )
+
+
+def _fits(checkpoint: Checkpoint, limits: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` with every setting of ``limits`` that the model's longest text is over."""
+    longest = checkpoint.max_input_length
+    too_small = {name: tokens for name, tokens in limits.items() if tokens < longest}
+    if too_small:
+        advice = f"the model takes texts of up to {longest} tokens: raise it, or lower model.max_input_length"
+        raise ConfigError([f"{name} = {tokens}, but {advice}" for name, tokens in too_small.items()])
 
 
 def _policies(config: Config, batch_tokens: int) -> list[Policy]:

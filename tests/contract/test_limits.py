@@ -363,6 +363,7 @@ ELSEWHERE = {
     "tokenizer.chunk_texts": "how work is cut up; nobody is refused or held back by it",
     "tokenizer.chunk_chars": "how work is cut up; nobody is refused or held back by it",
     "tokenizer.inline_chars": "where work is done; nobody is refused or held back by it",
+    "scheduling.oom_rise_tokens": "how fast a budget recovers; nobody is refused or held back by it",
     "scheduling.max_queue_delay_ms": "how long a free worker waits; tests/unit/scheduling have it",
     "scheduling.max_wait_ms": "who goes first; tests/unit/scheduling have it",
 }
