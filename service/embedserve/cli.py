@@ -148,6 +148,7 @@ commands.add_command(embed)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _hold_standard_descriptors()
     try:
         code = commands.main(args=arguments, prog_name="embedserve", standalone_mode=False)
         if sys.stdout is not None:  # it is None where it was closed before we came
@@ -174,6 +175,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return ExitCode.BROKEN
     return int(code or ExitCode.OK)
+
+
+def _hold_standard_descriptors() -> None:
+    """Point descriptors 0 to 2 to nowhere where they were closed before we came.
+
+    The next socket would get such a number: foreign code that writes to standard error would write to a client, and
+    libuv aborts the process when it closes one.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the system gives the lowest number that is free
 
 
 def _say(sentence: str) -> None:
