@@ -25,6 +25,9 @@ VOCAB_SIZE_MAX = 4_000_000
 """Rows of a token embedding: 16 times the largest vocabulary of a multilingual encoder (250,000)."""
 POSITIONS_MAX = 1_048_576
 """Tokens in one text that a configuration may claim; beyond it the claim is an error, not a model."""
+LAYERS_MAX = 1024
+"""Layers that a configuration may ask for: building a thousand takes a second, two thousand million an age."""
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "num_hidden_groups", "inner_group_num")
 INPUT_LENGTH_MIN = 4
 """Two special tokens and two of text: less embeds nothing."""
 
@@ -150,7 +153,14 @@ def load_checkpoint(
     allow. Raises ``StartupError`` where there is nothing, ``ModelRefused`` where it cannot be served.
     """
     found = locate(source, name=name, revision=revision, allow_download=allow_download)
-    return _read(found, CheckpointFiles(found.directory, found.confined_to), max_input_length)
+    try:
+        return _read(found, CheckpointFiles(found.directory, found.confined_to), max_input_length)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        # A list where a name belongs, NaN where a length does: JSON that nobody writes on purpose, in too many places
+        # to check each before it is used.
+        raise ModelRefused(
+            f"{found.directory}: a file holds a value of a wrong kind: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _read(found: CheckpointSource, files: CheckpointFiles, max_input_length: int | None) -> Checkpoint:
@@ -204,6 +214,9 @@ def _encoder_config(files: CheckpointFiles, folder: str) -> dict[str, Any]:
     if config.get("auto_map"):
         raise ModelRefused(f"{where} has auto_map: this checkpoint needs code of its own, which is never run")
     _check_encoder(where, config)
+    for key in LAYER_KEYS:
+        if config.get(key) is not None:
+            _size(files, config, (key,), LAYERS_MAX)
     if config.get("position_embedding_type") not in (None, "absolute", "rotary"):
         # transformers 5 dropped relative positions for BERT without an error; the vectors would be wrong.
         raise ModelRefused(f"{where}: position_embedding_type {config['position_embedding_type']!r} is not served")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -55,8 +56,31 @@ NAMED_MAX = 8
 """Tensors that a refusal lists by name before it counts the rest."""
 
 
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers and torch raise where a configuration holds a value of a wrong kind: neither checks first."""
+
+
 def load_encoder(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The encoder in ``dtype`` on the CPU, in evaluation mode, without gradients. Raises ``ModelRefused``."""
+    try:
+        return _load(checkpoint, dtype)
+    except DAMAGE as error:
+        raise ModelRefused(
+            f"{checkpoint.files.directory}: config.json describes no encoder: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     directory = checkpoint.files.directory
     try:
         config = AutoConfig.from_pretrained(
