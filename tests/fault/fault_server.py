@@ -1,9 +1,9 @@
 """``embedserve serve`` around a model that misbehaves as it is told: by signs in the texts, or for every pass.
 
 Signs: ``!`` aborts, ``$`` reads address 0, ``%`` returns a row too few, ``&`` loses the device, ``@`` ends the worker's
-thread with what is no ``Exception``, ``^`` gives NaN, and those of ``tests/integration/server/fake_server.py``. In the
-environment: ``PASS_MS`` makes each pass take so long, ``GIL_MS`` makes it hold the interpreter for so long,
-``TOKEN_US`` adds so much a token, ``MEMORY_TOKENS`` is what fits the device.
+thread with what is no ``Exception``, ``^`` gives NaN, ``*`` takes two seconds, ``=`` never ends, and those of
+``tests/integration/server/fake_server.py``. In the environment: ``PASS_MS`` makes each pass take so long, ``GIL_MS``
+makes it hold the interpreter for so long, ``TOKEN_US`` adds so much a token, ``MEMORY_TOKENS`` is what fits the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def token_id(word: str) -> int:
     return int(tiny_tokenizer().encode([word], truncation=Truncation.NONE).ids[1])
 
 
-ABORT, SEGFAULT, SHORT, LOST, THREAD, NAN = (token_id(character) for character in "!$%&@^")
+ABORT, SEGFAULT, SHORT, LOST, THREAD, NAN, STALL, HANG = (token_id(character) for character in "!$%&@^*=")
 
 
 class FaultServerBackend(ObedientBackend):
@@ -63,6 +63,10 @@ class FaultServerBackend(ObedientBackend):
         begun = time.monotonic_ns()
         if (pause := self._pass_s + self._token_s * len(ids)) > 0:
             time.sleep(pause)
+        if (ids == STALL).any():
+            time.sleep(2)
+        while (ids == HANG).any():
+            time.sleep(60)
         if self._gil_us:
             self._usleep(self._gil_us)
         vectors = super().embed(batch).vectors
