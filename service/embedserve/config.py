@@ -186,6 +186,10 @@ class Scheduling(Section):
     """Window of the P95 that GetLoad and metrics report. Long enough for 20 calls at 2 calls/s."""
     failures_alike_max: Annotated[int, between(1, 10_000)] = 16
     """Passes in a row that fail alike before the device is tried on known inputs. 8 bad texts of 512 cause 15."""
+    retry_share: Annotated[float, between(0.01, 0.99)] = 0.25
+    """Share of device time for texts of failed batches while others wait. Beyond it, poison would slow everybody."""
+    quarantine_ms: Annotated[int, between(0, DAY_MS)] = 10_000
+    """How long a tenant whose text failed alone rides in batches of its own. Its next one then hurts nobody else."""
     oom_cut: Annotated[float, between(0.01, 0.99)] = 0.5
     """What is left of max_batch_tokens after the device had no memory. Halving ends in few steps."""
     oom_rise_tokens: Annotated[int, between(1, 16 * MIB)] = 32

@@ -137,6 +137,8 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
             max_tenants=config.limits.max_tenants,
             quantum_divisor=settings.quantum_divisor,
             failures_alike_max=settings.failures_alike_max,
+            retry_share=settings.retry_share,
+            quarantine_ns=settings.quarantine_ms * MS,
             oom_cut=settings.oom_cut,
             oom_rise_tokens=settings.oom_rise_tokens,
             cost_memory=settings.cost_memory,

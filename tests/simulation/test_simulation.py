@@ -18,7 +18,14 @@ from tests.simulation.simulator import Simulator
 from tests.simulation.traces import GOLDEN, golden_path, golden_text
 from tests.simulation.workloads import BURSTS, MS, OVERLOADS, SCENARIOS, Device, Request, S, bucketed, length, poisson
 
-SLOW = {"overload_2x", "overload_2x_latency", "bulk_beside_interactive", "bulk_beside_interactive_bucketed"}
+SLOW = {
+    "poison_stream",
+    "poison_stream_anonymous",
+    "overload_2x",
+    "overload_2x_latency",
+    "bulk_beside_interactive",
+    "bulk_beside_interactive_bucketed",
+}
 QUICK = [name for name in SCENARIOS if name not in SLOW and name not in OVERLOADS and name not in BURSTS]
 
 

@@ -172,6 +172,26 @@ def poison_only(rng):
             yield Request(at, (length(rng),), patience_ns=500 * MS, tenant=rng.choice("ab"), name="innocent")
 
 
+def poison_stream(tenants="abc"):
+    """Three callers with half of the capacity together, and one with 0.6 of it, 1 % of which is poison."""
+
+    def requests(rng):
+        for at in poisson(rng, 0.6 * CPU_TEXTS_PER_S, 20 * S):
+            yield Request(
+                at,
+                (128,),
+                patience_ns=2 * S,
+                tenant="mallory" if tenants else "",
+                poison=frozenset({0} if rng.random() < 0.01 else ()),
+                name="mallory",
+            )
+        for at in poisson(rng, 0.5 * CPU_TEXTS_PER_S, 20 * S):
+            tenant = rng.choice(tenants) if tenants else ""
+            yield Request(at, (128,), patience_ns=2 * S, tenant=tenant, name="innocent")
+
+    return requests
+
+
 def classes(rng):
     for priority, per_second in ((Priority.INTERACTIVE, 5_000), (Priority.DEFAULT, 800), (Priority.BULK, 300)):
         for at in poisson(rng, per_second, 600 * MS):
@@ -285,6 +305,8 @@ SCENARIOS: dict[str, Scenario] = {
     "death": Scenario(steady, device=Device(dies_at_ns=400 * MS)),
     "broken_device": Scenario(steady, device=Device(broken_from_ns=400 * MS)),
     "poison_only": Scenario(poison_only),
+    "poison_stream": cpu(poison_stream(), "throughput"),
+    "poison_stream_anonymous": cpu(poison_stream(""), "throughput"),
     "drain": Scenario(steady, drain_at_ns=500 * MS),
     "classes": Scenario(classes),
     "classes_bucketed": Scenario(classes, bucketed()),

@@ -105,6 +105,12 @@ class FairOrder(Generic[M]):
                 return member
         return None
 
+    def surcharge(self, member: M, tokens: int) -> None:
+        """A member caused work out of its turn: it pays with later turns; virtual time does not move."""
+        member.tag += tokens << self.SCALE_BITS
+        if member.key in self._idle:
+            self._idle[member.key] = max(self._idle[member.key], member.tag)
+
     def set_aside(self, lane: int) -> None:
         """Takes the head out of its lane until ``enqueue``: what it has next does not fit this batch."""
         heappop(self.heaps[lane])[2].queued[lane] = False
@@ -151,7 +157,7 @@ class Flow:
 class Tenant:
     """The flows of one tenant in one class."""
 
-    __slots__ = ("flow_by_key", "flows", "key", "lanes", "queued", "seq", "tag", "work")
+    __slots__ = ("apart_until_ns", "flow_by_key", "flows", "key", "lanes", "queued", "seq", "tag", "tokens", "work")
 
     def __init__(self, key: str, seq: int, lanes: int) -> None:
         self.key = key
@@ -164,6 +170,10 @@ class Tenant:
         self.queued = [False] * lanes
         self.flows: FairOrder[Flow] = FairOrder(lanes)
         self.flow_by_key: dict[int, Flow] = {}
+        self.tokens = 0
+        """Useful tokens that wait."""
+        self.apart_until_ns = 0
+        """In quarantine until then: an item of its was poison lately."""
 
 
 class PriorityClass:

@@ -32,7 +32,7 @@ __all__ = ["BatchPolicy", "Draft"]
 class Draft:
     """A batch in the making."""
 
-    __slots__ = ("due_ns", "edge", "parts", "room_items", "room_tokens", "rows", "spent_tokens", "tokens")
+    __slots__ = ("due_ns", "edge", "parts", "room_items", "room_tokens", "rows", "spent_tokens", "tenant", "tokens")
 
     def __init__(self, edge: int, room_items: int, room_tokens: int) -> None:
         self.edge = edge
@@ -44,6 +44,8 @@ class Draft:
         self.tokens = 0
         self.spent_tokens = 0
         """Computed tokens so far."""
+        self.tenant: Tenant | None = None
+        """The one in quarantine that it is for alone."""
         self.due_ns: int | None = None
         """The earliest deadline of those in it."""
 
@@ -61,7 +63,7 @@ class Draft:
 class BatchPolicy:
     """Closes batches over a ``WaitingQueue``."""
 
-    __slots__ = ("_batches", "_buckets", "_cost", "_now_ns", "_packed", "_queue", "_settings")
+    __slots__ = ("_batches", "_buckets", "_cost", "_now_ns", "_packed", "_quarantined", "_queue", "_settings")
 
     SKIPS = 4
     """Heads too long for the rest of a packed batch that are passed over for shorter ones; they lead the next batch."""
@@ -74,6 +76,8 @@ class BatchPolicy:
         self._packed = settings.shape is Shape.PACKED
         self._batches = 0
         self._now_ns = 0
+        self._quarantined = False
+        """Whether anybody ever was: nobody pays for what never happened."""
 
     def hold_ends_ns(self) -> int | None:
         """When what waits now may go at the latest; ``None`` when nothing waits."""
@@ -210,11 +214,16 @@ class BatchPolicy:
         """Takes turns of up to ``quantum`` computed tokens in fair order, ``limit`` in all, until the batch is full."""
         order, edge = klass.tenants, draft.edge
         aside: list[tuple[Tenant, Flow]] = []
+        apart: list[Tenant] = []
         stop_at = max(draft.room_tokens - limit, 0)
         while draft.room_items > 0 and draft.room_tokens > stop_at and klass.items_by_lane[lane]:
             tenant = order.head(lane)
             if tenant is None:
                 break
+            if self._quarantined and not self._rides(tenant, draft):
+                order.set_aside(lane)
+                apart.append(tenant)
+                continue
             flow = tenant.flows.head(lane)
             if flow is None:
                 assert aside, "a tenant has work in a lane and no flow of it does"
@@ -242,6 +251,21 @@ class BatchPolicy:
         for tenant, flow in aside:
             tenant.flows.enqueue(flow, lane)
             order.enqueue(tenant, lane)
+        for tenant in apart:
+            order.enqueue(tenant, lane)
+
+    def quarantine(self, tenant: Tenant, now_ns: int) -> None:
+        """An item of a tenant was poison: for a while its items ride with nobody else's."""
+        tenant.apart_until_ns = now_ns + self._settings.quarantine_ns
+        self._quarantined = True
+
+    def _rides(self, tenant: Tenant, draft: Draft) -> bool:
+        """Whether a tenant may ride in a batch: nobody beside one in quarantine."""
+        apart = tenant.apart_until_ns > self._now_ns
+        if not draft.rows:
+            draft.tenant = tenant if apart else None
+            return True
+        return tenant is draft.tenant if apart else draft.tenant is None
 
     def _cut(self, draft: Draft, due_ns: int) -> None:
         """Leaves no more room than still lets the pass end by the first deadline in it.

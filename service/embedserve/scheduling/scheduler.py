@@ -153,15 +153,20 @@ class Scheduler:
         if self.fatal is not None or self.suspect is not None:
             return None
         self._ledger.expire_due(now_ns)
-        group = self._ladder.pop() if self._ladder else None
-        if group is None:
+        if not self._ladder.goes_first:
             draft = self._batching.close(now_ns, self._ladder.max_batch_tokens, at_once=self.draining)
-            if draft is None:
-                return None
-            parts: list[Part] = [(ticket, tuple(indexes)) for ticket, indexes in draft.parts.values()]
-            group, tokens = Group.first(parts, draft.rows), draft.tokens
-        else:
-            tokens = sum(ticket.tokens[i] for ticket, indexes in group.parts for i in indexes)
+            if draft is not None:
+                parts: list[Part] = [(ticket, tuple(indexes)) for ticket, indexes in draft.parts.values()]
+                return self._dispatch(Group.first(parts, draft.rows), draft.tokens, now_ns)
+        group = self._ladder.pop()
+        if group is None:
+            return None
+        tokens = 0
+        for ticket, indexes in group.parts:
+            own = sum([ticket.tokens[i] for i in indexes])
+            tokens += own
+            if group.blamed:
+                ticket.klass.tenants.surcharge(ticket.tenant, own)
         return self._dispatch(group, tokens, now_ns)
 
     def complete(self, batch_id: int, outcome: Outcome, now_ns: int) -> Settlement:
@@ -175,6 +180,7 @@ class Scheduler:
         if isinstance(outcome, Fatal):
             return Settlement(self.fail(outcome.why), fatal=outcome.why)
         batch, group = self._flight.end(batch_id, now_ns)
+        self._ladder.spend(group, self.cost.predict_ns(batch.padded_tokens))
         settled: list[Settled] = []
         before = self._ladder.items
         if isinstance(outcome, Skipped):
@@ -338,6 +344,7 @@ class Scheduler:
             verdict = self._ladder.non_finite(group, (ticket, (i,)))
             if verdict is not None:
                 settled.append(Settled(ticket.id, (i,), verdict))
+                self._batching.quarantine(ticket.tenant, now_ns)
 
     def _failed(self, batch: Batch, group: Group, outcome: Outcome, settled: list[Settled], now_ns: int) -> bool:
         """Those who are still wanted go back to the ladder."""
@@ -361,6 +368,8 @@ class Scheduler:
             if verdict is not None:
                 ticket, indexes = parts[0]
                 settled.append(Settled(ticket.id, tuple(indexes), verdict))
+                if not memory:
+                    self._batching.quarantine(ticket.tenant, now_ns)
         for ticket in gone.values():
             self._ledger.release(ticket)
         return alike

@@ -53,6 +53,10 @@ class SchedulerSettings:
 
     failures_alike_max: int = 16
     """Passes in a row that fail alike before it is the device; one bad item among 512 causes 3 in a row, 8 cause 15."""
+    retry_share: float = 0.25
+    """Device time that passes of failed batches may take while others wait: three quarters for those others."""
+    quarantine_ns: int = 10 * S
+    """A tenant whose item was poison rides alone for so long, so that the next one hurts nobody else."""
     oom_cut: float = 0.5
     """What is left of ``max_batch_tokens`` after an out-of-memory: multiplicative decrease."""
     oom_rise_tokens: int = 32
@@ -92,6 +96,8 @@ class SchedulerSettings:
         _require(0 < self.lowest_class_share < 0.5, "lowest_class_share must lie between 0 and 0.5")
         _require(self.max_tenants >= 1 and self.quantum_divisor >= 1, "max_tenants and quantum_divisor start at 1")
         _require(self.failures_alike_max >= 1, "failures_alike_max must be at least 1")
+        _require(0 < self.retry_share < 1, "retry_share must lie between 0 and 1")
+        _require(self.quarantine_ns >= 0, "quarantine_ns must not be negative")
         _require(0 < self.oom_cut < 1 and self.oom_rise_tokens >= 1, "oom_cut lies in (0, 1), oom_rise_tokens from 1")
         _require(self.initial_batch_ns >= 0 and self.initial_token_ns > 0, "initial cost must be positive")
         _require(0 < self.cost_memory < 1, "cost_memory must lie between 0 and 1")

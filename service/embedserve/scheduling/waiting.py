@@ -160,6 +160,7 @@ class WaitingQueue:
         self.tokens += total
         klass.items += count
         klass.tokens += total
+        ticket.tenant.tokens += total
         self._tickets[ticket.id] = ticket
         self._arrivals.add(ticket.arrived_ns, ticket.id)
 
@@ -196,6 +197,7 @@ class WaitingQueue:
         self.tokens -= tokens
         klass.items -= count
         klass.tokens -= tokens
+        ticket.tenant.tokens -= tokens
         klass.items_by_lane[run.lane] -= count
         if run.bucket >= 0:
             self.by_bucket[run.bucket] -= count

@@ -46,6 +46,7 @@ def another(setting):
         "admission.policies": "latency_p95,throughput",
         "admission.latency_p95.soft_ms": "2",
         "scheduling.cost_memory": "0.75",
+        "scheduling.retry_share": "0.5",
         "admission.pass_overrun_ratio": "1.75",
         "admission.wait_quantile": "0.75",
         "admission.gradient.tolerance": "1.75",

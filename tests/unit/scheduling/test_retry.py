@@ -211,3 +211,98 @@ class TestSuspect:
         serve(s, poison((1, bad)))
 
         assert s.suspect is None
+
+
+class TestBudget:
+    def scheduler(self, **changes):
+        """Failed batches of tenant m, one of tenant a waiting."""
+        s = small_scheduler(initial_batch_ns=1_000, initial_token_ns=10, quarantine_ns=0, **changes)
+        s.submit(submission(1, *[8] * 8, tenant="m"), 0)
+        s.complete(s.next_batch(0).id, Failed(), 0)
+        return s
+
+    def test_the_first_search_does_not_wait(self):
+        s = self.scheduler()
+        s.submit(submission(2, 8, tenant="a"), 0)
+
+        assert items(s.next_batch(0)) == [(1, 0), (1, 1)]
+
+    def test_beyond_its_share_fresh_work_goes_first_and_retries_fill_the_rest(self):
+        """A quarter of the passes, here of equal length, while others wait; all of them when nobody does."""
+        s = small_scheduler(
+            initial_batch_ns=1_000,
+            initial_token_ns=1,
+            quarantine_ns=0,
+            failures_alike_max=10**6,
+            max_queue_items=10_000,
+            max_queue_tokens=100_000,
+        )
+        order = []
+        for number in range(400):
+            s.submit(submission(2 * number, 8, 8, tenant="m"), 0)
+            s.submit(submission(2 * number + 1, *[8] * 8, tenant="a"), 0)
+            batch = s.next_batch(0)
+            order.append(batch.attempt > 0)
+            bad = any(x % 2 == 0 for x, _ in items(batch))
+            s.complete(batch.id, Failed() if bad else Succeeded(1_064), 0)
+        busy = order[100:]
+
+        assert 0.15 <= sum(busy) / len(busy) <= 0.35
+
+        verdicts, _ = serve(s, lambda b: Failed() if any(x % 2 == 0 for x, _ in items(b)) else Succeeded(1_000))
+
+        assert {v for (x, _), v in verdicts.items() if x % 2} == {Verdict.DONE}
+        assert {v for (x, _), v in verdicts.items() if x % 2 == 0} == {Verdict.ITEM_ERROR}
+
+    def test_what_runs_again_is_paid_with_later_turns(self):
+        """Tenant m had a batch and two runs of its parts: a has more of the next batches."""
+        s = self.scheduler(retry_share=0.9)
+        for number in range(2, 6):
+            s.submit(submission(number, *[8] * 8, tenant="m"), 0)
+        for number in range(6, 10):
+            s.submit(submission(number, *[8] * 8, tenant="a"), 0)
+        first = []
+        while len(first) < 16:
+            batch = s.next_batch(0)
+            if not batch.attempt:
+                first += items(batch)
+            s.complete(batch.id, Succeeded(1_000), 0)
+
+        assert sum(x >= 6 for x, _ in first) > sum(x < 6 for x, _ in first)
+
+
+class TestQuarantine:
+    @SHAPES
+    def test_who_had_poison_rides_alone_for_a_while(self, shape):
+        s = small_scheduler(shape=shape, quarantine_ns=100)
+        s.submit(submission(1, 8, tenant="m"), 0)
+        s.complete(s.next_batch(0).id, Failed(), 0)
+        self.both(s, 2, 50)
+
+        assert self.companies(s, 50) == [{"m"}, {"a", "b"}]
+
+        self.both(s, 12, 100)
+
+        assert self.companies(s, 100) == [{"m", "a", "b"}]
+
+    def test_memory_is_nobodys_fault(self):
+        s = small_scheduler(failures_alike_max=1_000)
+        s.submit(submission(1, 8, tenant="m"), 0)
+        s.complete(s.next_batch(0).id, OutOfMemory(), 0)
+        self.both(s, 2, 0)
+
+        assert self.companies(s, 0) == [{"m", "a", "b"}]
+
+    @staticmethod
+    def both(s, number, now):
+        for k, tenant in enumerate("mab"):
+            s.submit(submission(number + k, 8, tenant=tenant, arrived_ns=now), now)
+
+    @staticmethod
+    def companies(s, now):
+        """Tenants of each batch until nothing waits."""
+        found = []
+        while (batch := s.next_batch(now)) is not None:
+            found.append({"mab"[(x - 2) % 10] for x, _ in items(batch)})
+            s.complete(batch.id, Succeeded(1_000), now)
+        return sorted(found, key=len)

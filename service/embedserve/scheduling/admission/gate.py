@@ -105,10 +105,13 @@ class Gate:
                 0, 0, flight.items, flight.tokens, residual, residual, own, wait, theta, rate, old, pass_ns
             )
         drain = residual + cost.drain_ns(tokens, items, *limits)
-        drain_with = residual + cost.drain_ns(tokens + candidate.tokens, items + candidate.items, *limits)
-        ahead_items, ahead_tokens = self._ahead(candidate)
+        fair = self._share(candidate, tokens)
+        drain_with = residual + cost.drain_ns(
+            fair + candidate.tokens, items * fair // tokens + candidate.items, *limits
+        )
+        ahead_items, ahead_tokens = self._ahead(candidate, fair)
         wait = drain_with
-        if ahead_tokens < tokens:
+        if ahead_tokens < fair:
             wait = residual + cost.drain_ns(ahead_tokens + candidate.tokens, ahead_items + candidate.items, *limits)
         extra, pass_ns = cost.ride_ns(ahead_tokens + candidate.tokens, tokens - ahead_tokens, wait, limits[0])
         wait += extra
@@ -144,14 +147,31 @@ class Gate:
         """State of each policy, by name."""
         return {policy.name: policy.figures(now_ns) for policy in (self._hard, *self.policies)}
 
-    def _ahead(self, candidate: Candidate) -> tuple[int, int]:
+    def _share(self, candidate: Candidate, tokens: int) -> int:
+        """Of so many tokens that wait, those that are before the last of the candidate's tenant, with this candidate.
+
+        Tenants take turns: while it has ``t`` tokens waiting, the others are served no more than ``t`` each. So a
+        tenant under its share is not refused because another one fills the queue.
+        """
+        order = self._queue.classes[candidate.priority]
+        others = order.tenants.active
+        tenant = order.tenant_by_key.get(candidate.tenant)
+        own = candidate.tokens
+        if tenant is not None and tenant.lanes:
+            others -= 1
+            own += tenant.tokens
+        # Another class's tokens and retries are not shared with; what waits there counts in full.
+        beyond = tokens - order.tokens
+        return min(tokens, own * (others + 1) - candidate.tokens + beyond)
+
+    def _ahead(self, candidate: Candidate, share: int) -> tuple[int, int]:
         """Items and tokens that are served before the candidate is done."""
         items, tokens = self._ladder.items, self._ladder.tokens
         for klass in self._queue.classes[: candidate.priority + 1]:
             items += klass.items
             tokens += klass.tokens
         # By fair order nobody gets more than this one does, or one turn, before it is done.
-        fair = self._queue.submissions * max(self._quantum, candidate.tokens) + self._ladder.tokens
+        fair = min(self._queue.submissions * max(self._quantum, candidate.tokens) + self._ladder.tokens, share)
         if tokens > fair:
             return items * fair // tokens, fair
         return items, tokens
