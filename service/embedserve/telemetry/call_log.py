@@ -31,15 +31,23 @@ class CallLog:
     """Writes the access line of a call, if it is to have one."""
 
     def __init__(self, logger: Any, which: LogRequests, ratio: float) -> None:
-        """``ratio`` of the calls that are OK get a line when ``which`` is ``sampled``; the others always do."""
+        """``ratio`` of the calls that are OK get a line when ``which`` is ``sampled``; failed ones always do.
+
+        Calls that were shed have one with ``all`` only: ``ShedLog`` sums them up. A line costs half as much again as a
+        refusal, and under overload there are thousands.
+        """
         self._logger = logger
+        self._shed_too = which == "all"
         self._ratio = {"all": 1.0, "sampled": ratio}.get(which, 0.0)
         self._random = random.Random()  # noqa: S311 - which lines are kept is no secret
 
     def __call__(self, call: CallEnd) -> None:
         """Log ``call``."""
         failed = call.status != "OK"
-        if not failed and self._random.random() >= self._ratio:
+        if failed:
+            if "policy" in call.attributes and not self._shed_too:
+                return
+        elif self._random.random() >= self._ratio:
             return
         shown = {_RENAMED.get(key, key): call.attributes[key] for key in _SHOWN if key in call.attributes}
         if call.error_type is not None:

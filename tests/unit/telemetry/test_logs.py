@@ -232,6 +232,16 @@ class TestCallLog:
         assert (ok, failed) == tuple(sum(line[0] == level for line in lines.lines) for level in ("info", "warning"))
         assert {"method": EMBED, "duration_ms": 1.5, "text_count": 1}.items() <= lines.lines[-1][2].items()
 
+    @pytest.mark.parametrize(("which", "expected"), [("errors", 0), ("sampled", 0), ("all", 50)])
+    def test_calls_that_were_shed_are_left_to_the_summary(self, which: LogRequests, expected: int) -> None:
+        """Thousands a second under overload: a line each would cost more than the refusal."""
+        lines = _Lines()
+        log = CallLog(lines, which, ratio=1.0)
+        for _ in range(50):
+            log(CallEnd(EMBED, "RESOURCE_EXHAUSTED", 1, "QUEUE_FULL", "", {"policy": "queue", "texts": 1}))
+
+        assert len(lines.lines) == expected
+
     def test_a_ratio_of_the_calls_that_are_well_has_a_line(self) -> None:
         lines = _Lines()
         log = CallLog(lines, "sampled", ratio=0.25)
