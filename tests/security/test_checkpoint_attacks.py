@@ -27,6 +27,13 @@ SEEDS = 64
 """Eight for each kind of file."""
 FUZZ_S = os.environ.get("FUZZ_SECONDS")
 GROWTH_MIB_MAX = 300
+TEMPLATE_OF_NOTHING = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+"""Names a token that it does not define: Rust panics when a text is tokenised."""
 EVIL = "raise SystemExit('code of a checkpoint was run')\n"
 
 
@@ -148,6 +155,8 @@ class TestLies:
             ("config.json", {"intermediate_size": 2**40}),
             ("config.json", {"type_vocab_size": []}),
             ("config_sentence_transformers.json", {"default_prompt_name": []}),
+            ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}),
+            ("tokenizer.json", {"post_processor": TEMPLATE_OF_NOTHING}),
             ("1_Pooling/config.json", {"pooling_mode": [["mean"]]}),
             ("sentence_bert_config.json", {"tokenizer_args": "x", "max_seq_length": None}),
             ("sentence_bert_config.json", {"max_seq_length": float("nan")}),

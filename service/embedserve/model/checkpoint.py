@@ -323,6 +323,8 @@ def _prompts(files: CheckpointFiles) -> tuple[tuple[tuple[str, str], ...], str |
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise ModelRefused(f"{where}: prompts is not an object of texts")
+    for text in (*prompts, *prompts.values()):
+        (text or "").encode()  # half a surrogate pair, which JSON can spell, is no text: ValueError
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise ModelRefused(f"{where}: default_prompt_name {default!r} is not among the prompts {list(prompts)}")

@@ -81,7 +81,12 @@ class TextTokenizer:
         tokenizer = self._tokenizer = _build(tokenizer_json)
         self._tokenizer_json = tokenizer_json
         self.max_input_length = max_input_length
-        self._prefix, self._suffix = _special_tokens(tokenizer)
+        try:
+            self._prefix, self._suffix = _special_tokens(tokenizer)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+                raise
+            raise ValueError(f"tokenizer.json cannot be used: {error}") from error
         self._room = max_input_length - self._prefix - self._suffix
         if self._room < 1:
             raise ValueError(f"max_input_length {max_input_length} leaves no room beside the special tokens")
