@@ -31,6 +31,7 @@ class TestCancel:
             "tokenizer.threads": "1",
             "tokenizer.inline_chars": "0",
             "tokenizer.chunk_texts": "4096",
+            "tokenizer.chunk_chars": str(4 * MIB),
         }
         backend = FakeBackend()
         async with sound(backend, settings=settings) as made:
