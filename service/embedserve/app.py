@@ -195,6 +195,7 @@ class App:
             self._log.critical("start_failed", reason=str(error))
             lifecycle.to(State.FAILED)
             await server.stop(None)
+            self.worker_ended = await engine.stop(0.0)
             await operations.stop()
             return lifecycle.exit_code
         if not self._stop.is_set():
@@ -242,7 +243,7 @@ class App:
         config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
         if self._broken():
-            return await self._end_broken(server, guard, operations)
+            return await self._end_broken(server, guard, operations, engine)
         served = lifecycle.state in (State.SERVING, State.STALLED)
         lifecycle.to(State.DRAINING)
         self._log.info("draining", in_flight=guard.in_flight, settle_ms=config.settle_ms, grace_ms=config.grace_ms)
@@ -251,7 +252,7 @@ class App:
         health.close()
         cut_off = await self._drain(server, guard, engine)
         if self._broken():
-            return await self._end_broken(server, guard, operations)
+            return await self._end_broken(server, guard, operations, engine)
         # A load cannot be interrupted and holds nobody's answer, nor does a device that is silent: not waited for.
         self.worker_ended = await engine.stop(WORKER_STOP_S if served and not engine.stalled else 0.0)
         await operations.stop()
@@ -259,13 +260,14 @@ class App:
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
-    async def _end_broken(self, server: object, guard: Guard, operations: OperationsPort) -> int:
+    async def _end_broken(self, server: object, guard: Guard, operations: OperationsPort, engine: Engine) -> int:
         """Nothing more will run: those in flight are told, and that is all."""
         lifecycle = self.lifecycle
         if lifecycle.state is not State.FAILED:
             lifecycle.to(State.FAILED)
         self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
         await server.stop(FATAL_ANSWER_S)  # type: ignore[attr-defined]
+        self.worker_ended = await engine.stop(0.0)
         await operations.stop()
         return lifecycle.exit_code
 

@@ -143,10 +143,10 @@ class Tokenizer(Section):
     """Requests of no more characters are tokenised on the event loop: handing them to a thread takes as long."""
     chunk_texts: Annotated[int, between(1, 1_000_000)] = 64
     """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
-    chunk_chars: Annotated[int, between(256, 1024 * MIB)] = 65536
+    chunk_chars: Annotated[int, between(256, 1024 * MIB)] = 32768
     """Characters of one request that a thread takes at a time, or one text: 20 ms of a thread at the most."""
     max_request_ms: Annotated[int, between(1, HOUR_MS)] = 30_000
-    """Processor time of the threads for one request; then it is refused. The largest that fits a message takes 6 s."""
+    """Processor time of the threads for one request; then it is refused. The largest that fits a message takes 8 s."""
 
     def thread_count(self, cores: int) -> int:
         """``threads``, or what ``None`` means on ``cores`` cores."""

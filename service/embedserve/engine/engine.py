@@ -200,8 +200,7 @@ class Engine:
         ended = True
         if self._worker is not None:
             ended = await loop.run_in_executor(None, self._worker.stop, timeout_s)
-        self._pool.close()
-        return ended
+        return await loop.run_in_executor(None, self._pool.close) and ended
 
     @property
     def stalled(self) -> bool:
@@ -368,7 +367,8 @@ class Engine:
     def load(self) -> LoadReport:
         """The load now, in well under 100 us."""
         serving = self._ready is not None and not self._draining and not self.stalled
-        return report_load(self._scheduler, serving=serving, started_ns=self._started_ns)
+        full = self._requests >= self._settings.max_requests_in_flight
+        return report_load(self._scheduler, serving=serving, started_ns=self._started_ns, full=full)
 
     def _finish(self, call: Call, verdict: str, now: int) -> None:
         timed_out = verdict == "expired" or (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -95,8 +95,8 @@ class Pending:
         raise NotImplementedError  # pragma: no cover - abstract
 
     def expire(self) -> bool:
-        """The deadline has passed while items run. Returns whether the submission is over, for its caller was told."""
-        return False
+        """The deadline has passed while items run: tell the caller. Returns whether the submission is over."""
+        raise NotImplementedError  # pragma: no cover - abstract
 
     def abort(self, error: EmbedServeError) -> None:
         """Nothing more will run. A stream is told as a whole, not by its windows."""
@@ -183,6 +183,16 @@ class Probe(WholeRequest):
     probe = True
 
 
+class Reader(Protocol):
+    """Who takes a stream's portions. Neither method blocks."""
+
+    def post(self, portion: Portion) -> None:
+        """Rows, or texts that failed."""
+
+    def end(self, error: EmbedServeError) -> None:
+        """The stream as a whole has failed."""
+
+
 class Portions(Pending):
     """One window of a stream: each batch's rows go out at once."""
 
@@ -194,12 +204,12 @@ class Portions(Pending):
         truncated: npt.NDArray[np.bool_],
         skip: int,
         indexes: Sequence[int],
-        post: Callable[[Portion], None],
+        reader: Reader,
     ) -> None:
-        """``indexes`` are the items' places in the whole request; ``post`` takes each portion and must not block."""
+        """``indexes`` are the items' places in the whole request."""
         super().__init__(submission, call, ids, truncated, skip)
         self._indexes = indexes
-        self._post = post
+        self._reader = reader
 
     def deliver(self, settled: Settled, vectors: npt.NDArray[np.float32], ride: Ride) -> None:
         """Copy the rows out, so that a stalled reader keeps its own rows alive and no batch's buffer."""
@@ -207,7 +217,7 @@ class Portions(Pending):
         self.remaining -= len(settled.rows)
         chosen = list(settled.indexes)
         rows = vectors[list(settled.rows)]
-        self._post(
+        self._reader.post(
             Portion(
                 indexes=[self._indexes[i] for i in chosen],
                 vectors=finish(rows, self.call),
@@ -218,8 +228,15 @@ class Portions(Pending):
         )
 
     def fail(self, settled: Settled) -> bool:
-        """Each item fails alone; the others go on."""
+        """Each item fails alone; the others go on. The deadline is everybody's."""
         self.remaining -= len(settled.indexes)
+        if settled.verdict is Verdict.EXPIRED:
+            return self.expire()
         refused = [Refused(self._indexes[i], error_of(settled.verdict, self._indexes[i])) for i in settled.indexes]
-        self._post(Portion(refused=refused))
+        self._reader.post(Portion(refused=refused))
         return False
+
+    def expire(self) -> bool:
+        """The whole stream is too late."""
+        self._reader.end(DeadlineExpired("the deadline passed before the stream had ended"))
+        return True

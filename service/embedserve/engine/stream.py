@@ -18,7 +18,7 @@ from embedserve.engine.call import Call, Portion, Refused
 from embedserve.engine.driver import Driver
 from embedserve.engine.intake import Intake
 from embedserve.engine.pending import Portions
-from embedserve.errors import EngineFailed, InvalidRequest
+from embedserve.errors import EmbedServeError, EngineFailed, InvalidRequest
 from embedserve.scheduling.item import Rejection
 
 __all__ = ["piece_items", "stream_portions"]
@@ -46,7 +46,7 @@ class _Stream:
         """Items that are submitted, or finished and not yet taken."""
         self.wake_reader = asyncio.Event()
         self.wake_feeder = asyncio.Event()
-        self.broken_off = False
+        self.error: EmbedServeError | None = None
 
     def post(self, portion: Portion) -> None:
         self.outbox.append(portion)
@@ -86,7 +86,7 @@ class _Stream:
                 return
         stages.tokens += len(ids)
         submission = self.intake.submission(call, lengths.tolist(), flow, continuation=continuation)
-        pending = Portions(submission, call, ids, truncated, self.intake.skip(tokenized), kept, self.post)
+        pending = Portions(submission, call, ids, truncated, self.intake.skip(tokenized), kept, self)
         while (rejection := self.driver.submit(pending)) is not None:
             await self._wait_for_room(rejection, continuation=continuation)
         self.unsettled = [p for p in self.unsettled if p.remaining]
@@ -109,7 +109,11 @@ class _Stream:
 
     def break_off(self) -> None:
         """Nothing more will run."""
-        self.broken_off = True
+        self.end(EngineFailed("the engine failed while this stream was in flight"))
+
+    def end(self, error: EmbedServeError) -> None:
+        """The stream as a whole is over, whatever is left of it."""
+        self.error = self.error or error
         self.wake_reader.set()
 
     def cancel(self) -> None:
@@ -126,16 +130,16 @@ async def stream_portions(call: Call, intake: Intake, driver: Driver, window: in
     driver.streams.add(stream.break_off)
     try:
         while left:
-            if stream.broken_off:
-                raise EngineFailed("the engine failed while this stream was in flight")
-            while stream.outbox:
+            if stream.error is not None:
+                raise stream.error
+            while stream.outbox and stream.error is None:
                 portion = stream.outbox.popleft()
                 left -= len(portion.indexes) + len(portion.refused)
                 yield portion
                 stream.taken(portion)
             if feeder.done() and (error := feeder.exception()) is not None:
                 raise error
-            if left and not stream.outbox and not stream.broken_off:
+            if left and not stream.outbox and stream.error is None:
                 stream.wake_reader.clear()
                 await stream.wake_reader.wait()
     finally:

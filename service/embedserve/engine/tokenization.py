@@ -41,7 +41,7 @@ class TokenizerSettings:
     characters about as much."""
     chunk_texts: int
     """Texts of one request that a thread takes at a time, so that a large request leaves room for small ones."""
-    chunk_chars: int = 65536
+    chunk_chars: int = 32768
     """Characters of one request that a thread takes at a time, or one text."""
     max_request_ns: int = 30_000_000_000
     """Processor time of the threads for one request; by wall time a busy or a stopped machine would refuse callers."""
@@ -283,13 +283,15 @@ class TokenizerPool:
                 del result
             del job  # the texts, and who waits, must not live until the next job
 
-    def close(self) -> None:
-        """End the threads; work that has not begun is dropped."""
+    def close(self, timeout_s: float = 1.0) -> bool:
+        """End the threads; work that has not begun is dropped. Whether they ended in time."""
         self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
+        ends = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, ends - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 def _post(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *arguments: Any) -> None:

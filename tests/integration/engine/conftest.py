@@ -13,6 +13,7 @@ from embedserve.engine.engine import Engine, EngineSettings
 from embedserve.engine.observer import BatchRecord, SilentObserver
 from embedserve.engine.stages import Stages
 from embedserve.engine.tokenization import TokenizerSettings
+from embedserve.errors import StartupError
 from embedserve.model.tokenizer import TextTokenizer
 from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.scheduler import Scheduler
@@ -113,7 +114,11 @@ async def running(
         on_stall=lambda _age: health.append("stall"),
         on_recovery=lambda _lasted: health.append("recovery"),
     )
-    await engine.start()
+    try:
+        await engine.start()
+    except StartupError:
+        await engine.stop(1.0)
+        raise
     try:
         bench = Bench(engine, observer, fatal)
         bench.health = health
