@@ -208,14 +208,21 @@ def read_settings(
 
 
 def _from_file(file: str, settings: Mapping[str, Setting], problems: list[str]) -> dict[str, Given]:
+    shown = file if file.isprintable() else ascii(file)
     try:
-        table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_bytes()
     except OSError as error:
-        problems.append(f"{file}: cannot be read: {error.strerror or error}")
+        problems.append(f"{shown}: cannot be read: {error.strerror or error}")
+        return {}
+    except ValueError:
+        problems.append(f"{shown}: is not the name of a file")
+        return {}
+    try:
+        table = tomllib.loads(text.decode())
     except UnicodeDecodeError as error:
-        problems.append(f"{file}: is not UTF-8 text: {error.reason} at byte {error.start}")
-    except tomllib.TOMLDecodeError as error:
-        problems.append(f"{file}: is not TOML: {error}")
+        problems.append(f"{shown}: is not UTF-8 text: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, lists in lists in lists
+        problems.append(f"{shown}: is not TOML: {error}")
     else:
         return dict(_leaves(table, "", file, settings, problems))
     return {}
@@ -236,7 +243,8 @@ def _leaves(
         elif is_section:
             problems.append(f"{path} = {render(value)} (file {file}): is a table of settings, not a setting")
         else:
-            problems.append(f"{path} (file {file}): there is no such setting{_nearest(path, known)}")
+            shown = path if path.isprintable() else ascii(path)
+            problems.append(f"{shown} (file {file}): there is no such setting{_nearest(path, known)}")
 
 
 def _from_environment(env: Mapping[str, str], settings: Mapping[str, Setting], problems: list[str]) -> dict[str, Given]:
@@ -284,7 +292,7 @@ def parse(setting: Setting, text: str) -> Any:
                 return json.loads(text) if text.startswith("{") else _parse_table(text)
             case _:
                 return text
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return text
 
 
