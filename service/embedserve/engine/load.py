@@ -15,8 +15,8 @@ __all__ = ["LoadReport", "report_load"]
 
 ORDINARY_TOKENS = 32
 """A request of ordinary size: one short text."""
-DEGRADED_DRAIN_SHARE = 0.7
-"""Share of the drain limit from which the server asks to be sent less; py-gpu-inference uses the same."""
+DEGRADED_SHARE = 0.7
+"""Share of a limit from which the server asks to be sent less; py-gpu-inference uses the same of its drain limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,15 @@ class LoadReport:
     running_tokens: int
 
 
-def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int) -> LoadReport:
+def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int, full: bool = False) -> LoadReport:
     """Take a snapshot.
 
-    ``serving`` says whether the process takes requests at all, ``started_ns`` since when.
+    ``serving`` says whether the process takes requests at all, ``started_ns`` since when; ``full`` that the engine
+    itself would refuse one more, whatever the scheduler says.
     """
     now = time.monotonic_ns()
     load, depth = scheduler.load(now), scheduler.depth
-    accepting = serving and load.accepting and scheduler.judge(ORDINARY_TOKENS, 1, now_ns=now) is None
+    accepting = serving and not full and load.accepting and scheduler.judge(ORDINARY_TOKENS, 1, now_ns=now) is None
     state = "healthy"
     if not serving:
         state = "not_serving"
@@ -66,9 +67,15 @@ def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int) -> Load
 
 
 def _degraded(scheduler: Scheduler, now_ns: int) -> bool:
-    """Whether a policy that is in force has passed its soft threshold."""
-    figures = scheduler.figures(now_ns)
-    drain = figures.get("throughput", {})
-    if drain and drain["drain_ns"] > DEGRADED_DRAIN_SHARE * drain["max_drain_ns"]:
-        return True
-    return figures.get("latency_p95", {}).get("shed_share", 0.0) > 0
+    """Whether a limit that is in force is near, or the latency policy sheds."""
+    depth, figures = scheduler.depth, scheduler.figures(now_ns)
+    items, tokens = depth.waiting_items + depth.running_items, depth.waiting_tokens + depth.running_tokens
+    if not items:
+        return False  # policies refuse nobody on an idle server, and their figures are those of the last question
+    queue, drain = figures["queue"], figures.get("throughput", {})
+    shares = [items / queue["max_queue_items"], tokens / queue["max_queue_tokens"]]
+    if drain:
+        shares.append(drain["drain_ns"] / drain["max_drain_ns"])
+    if "gradient" in figures:
+        shares.append(tokens / figures["gradient"]["limit_tokens"])
+    return max(shares) > DEGRADED_SHARE or figures.get("latency_p95", {}).get("shed_share", 0.0) > 0
