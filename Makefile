@@ -4,9 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED ?= 17
 SCENARIO ?= burst
+FUZZ_SECONDS ?= 300
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint types imports proto proto-check format generate simulate bench clean
+.PHONY: serve test check lint types imports proto proto-check format generate simulate fuzz bench clean
 
 serve: $(VENV)/.serve ## Install and serve all-MiniLM-L6-v2 on localhost:50051
 	@$(BIN)/embedserve serve $(ARGS)
@@ -48,6 +49,11 @@ format: $(VENV)/.dev
 
 simulate: $(VENV)/.dev ## make simulate SEED=17 SCENARIO=burst
 	$(BIN)/python -m tests.simulation $(SEED) $(SCENARIO)
+
+fuzz: $(VENV)/.dev ## make fuzz FUZZ_SECONDS=300: mutation, hypothesis, and atheris where it has a wheel
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest --timeout 0 tests/property/test_decoder_fuzz.py \
+	  tests/property/test_config_fuzz.py tests/security/test_checkpoint_attacks.py
+	$(PIP) atheris && PYTHONPATH=service:. $(BIN)/python -m tests.security.fuzz_decoder -max_total_time=$(FUZZ_SECONDS)
 
 bench: $(VENV)/.dev ## Service time outside tokenise, queue and forward pass
 	$(BIN)/python -m loadtest.service_time
