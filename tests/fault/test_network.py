@@ -148,15 +148,18 @@ class TestTornLines:
 
     @pytest.mark.parametrize("direction", ["to_server", "to_client", "both"])
     async def test_a_blackhole_ends_at_the_deadline_and_leaves_nothing(self, direction: str) -> None:
-        async with sound() as made, FaultProxy(made.server.address) as proxy:
-            async with grpc.aio.insecure_channel(proxy.address) as channel:
-                stub = EmbeddingServiceStub(channel)
-                await stub.Embed(pb.EmbedRequest(texts=["hello"]))
-                getattr(proxy, direction)(blackhole=True)
-                calls = [stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=0.3) for _ in range(20)]
-                outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                await ask(made.server)
-                await made.settled()
+        async with (
+            sound() as made,
+            FaultProxy(made.server.address) as proxy,
+            grpc.aio.insecure_channel(proxy.address) as channel,
+        ):
+            stub = EmbeddingServiceStub(channel)
+            await stub.Embed(pb.EmbedRequest(texts=["hello"]))
+            getattr(proxy, direction)(blackhole=True)
+            calls = [stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=0.3) for _ in range(20)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            await ask(made.server)
+            await made.settled()
 
         assert {o.code() for o in outcomes} == {grpc.StatusCode.DEADLINE_EXCEEDED}
 
@@ -174,18 +177,21 @@ class TestTornLines:
     async def test_half_open_connections_and_a_server_that_is_not_told(self) -> None:
         """The client's end is gone and no RST comes to us: its calls end at their deadlines, and free their places."""
         plan = FaultPlan()
-        async with sound(FaultyBackend(plan)) as made, FaultProxy(made.server.address) as proxy:
-            async with grpc.aio.insecure_channel(proxy.address) as channel:
-                stub = EmbeddingServiceStub(channel)
-                await stub.Embed(pb.EmbedRequest(texts=["hello"]))
-                plan.gate.clear()
-                calls = [stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=1.0) for _ in range(10)]
-                await until(lambda: made.server.guard.in_flight == 10)
-                proxy.half_open("client")
-                outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                await until(lambda: made.server.guard.in_flight == 0)
-                plan.gate.set()
-                await made.settled()
+        async with (
+            sound(FaultyBackend(plan)) as made,
+            FaultProxy(made.server.address) as proxy,
+            grpc.aio.insecure_channel(proxy.address) as channel,
+        ):
+            stub = EmbeddingServiceStub(channel)
+            await stub.Embed(pb.EmbedRequest(texts=["hello"]))
+            plan.gate.clear()
+            calls = [stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=1.0) for _ in range(10)]
+            await until(lambda: made.server.guard.in_flight == 10)
+            proxy.half_open("client")
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            await until(lambda: made.server.guard.in_flight == 0)
+            plan.gate.set()
+            await made.settled()
 
         assert {o.code() for o in outcomes} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 
@@ -197,18 +203,20 @@ class TestTornLines:
             ("grpc.http2.ping_timeout_ms", 500),
         ]
         plan = FaultPlan()
-        async with sound(FaultyBackend(plan), settings={"server.min_ping_interval_ms": "500"}) as made:
-            async with FaultProxy(made.server.address) as proxy:
-                async with grpc.aio.insecure_channel(proxy.address, options=options) as channel:
-                    stub = EmbeddingServiceStub(channel)
-                    await stub.Embed(pb.EmbedRequest(texts=["hello"]))
-                    plan.gate.clear()
-                    call = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=20))
-                    await until(lambda: made.server.guard.in_flight == 1)
-                    proxy.half_open("server")
-                    ended = (await asyncio.gather(call, return_exceptions=True))[0]
-                    plan.gate.set()
-                    await made.settled()
+        async with (
+            sound(FaultyBackend(plan), settings={"server.min_ping_interval_ms": "500"}) as made,
+            FaultProxy(made.server.address) as proxy,
+            grpc.aio.insecure_channel(proxy.address, options=options) as channel,
+        ):
+            stub = EmbeddingServiceStub(channel)
+            await stub.Embed(pb.EmbedRequest(texts=["hello"]))
+            plan.gate.clear()
+            call = asyncio.ensure_future(stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=20))
+            await until(lambda: made.server.guard.in_flight == 1)
+            proxy.half_open("server")
+            ended = (await asyncio.gather(call, return_exceptions=True))[0]
+            plan.gate.set()
+            await made.settled()
 
         assert ended.code() is grpc.StatusCode.UNAVAILABLE
 
