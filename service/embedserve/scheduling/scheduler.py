@@ -187,7 +187,8 @@ class Scheduler:
             self._skipped(group, settled, now_ns)
             return Settlement(tuple(settled))
         if isinstance(outcome, Succeeded):
-            self.cost.learn(batch.tokens, batch.padded_tokens, outcome.elapsed_ns, now_ns)
+            if not all(ticket.probe for ticket, _ in group.parts):  # one cold text now and then is no service rate
+                self.cost.learn(batch.tokens, batch.padded_tokens, outcome.elapsed_ns, now_ns)
             alike = self._succeeded(batch, group, outcome, settled, now_ns)
         else:
             alike = self._failed(batch, group, outcome, settled, now_ns)

@@ -98,3 +98,13 @@ class TestProbe:
         s.complete(s.next_batch(0).id, Succeeded(1000), 1000 * MS)
 
         assert (s.theta == before) is probe
+
+    @pytest.mark.parametrize("probe", [False, True])
+    def test_the_cost_model_does_not_learn_from_its_pass(self, probe):
+        """A text that goes alone through a cold device says nothing of the rate under load."""
+        s = small_scheduler()
+        before = s.cost.tokens_per_second
+        s.submit(submission(1, 5)._replace(probe=probe), 0)
+        s.complete(s.next_batch(0).id, Succeeded(50 * MS), 50 * MS)
+
+        assert (s.cost.tokens_per_second == before) is probe
