@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from embedserve.engine.pending import WholeRequest
 from embedserve.engine.probe import send_probe
 from embedserve.engine.stream import piece_items, stream_portions
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
-from embedserve.engine.wall import walled
+from embedserve.engine.wall import post, settle, walled
 from embedserve.engine.watchdog import StallLimits, Watchdog
 from embedserve.engine.worker import Worker, WorkerReady
 from embedserve.errors import (
@@ -44,8 +43,6 @@ from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Engine", "EngineSettings"]
-
-_T = TypeVar("_T")
 
 IN_FLIGHT_RETRY_MS = 100
 """When ``max_requests_in_flight`` refuses: a few batches later there is room."""
@@ -150,9 +147,9 @@ class Engine:
         worker = self._worker = Worker(
             self._factory,
             warm_up_tokens=self._settings.warm_up_tokens,
-            on_ready=lambda outcome: _post(loop, _set, ready, outcome),
-            on_result=lambda result: _post(loop, self._take_result_walled, result),
-            on_death=lambda death: _post(loop, self._die, death),
+            on_ready=lambda outcome: post(loop, settle, ready, outcome),
+            on_result=lambda result: post(loop, self._take_result_walled, result),
+            on_death=lambda death: post(loop, self._die, death),
         )
         driver = Driver(
             self._scheduler,
@@ -391,14 +388,3 @@ def _verdict_of(error: BaseException) -> str:
             return "cancelled"
         case _:
             return "failed"
-
-
-def _post(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
-    """Hand over to the loop from the worker thread; a loop that is closed has nobody left to tell."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(callback, *arguments)
-
-
-def _set(future: asyncio.Future[_T], outcome: _T) -> None:
-    if not future.done():  # a stop while the model loads
-        future.set_result(outcome)

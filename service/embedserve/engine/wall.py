@@ -1,4 +1,4 @@
-"""The wall around callbacks of the event loop.
+"""Callbacks of the event loop: how threads hand them over, and the wall around them.
 
 Decides what an exception in one means: a promise of our own code does not hold, and the process must end. asyncio only
 logs it and goes on, with everybody who waits for that callback's work waiting for ever. Must never know what a callback
@@ -7,13 +7,15 @@ does.
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
-__all__ = ["sentence", "walled"]
+__all__ = ["post", "sentence", "settle", "walled"]
 
 _P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def walled(step: Callable[_P, object], on_broken: Callable[[Exception], None]) -> Callable[_P, None]:
@@ -33,3 +35,15 @@ def sentence(broken: BaseException) -> str:
     frames = traceback.extract_tb(broken.__traceback__)
     where = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
     return f"{type(broken).__name__}: {broken}{where}"
+
+
+def post(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
+    """Hand over to the loop from another thread; a loop that is closed has nobody left to tell."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(callback, *arguments)
+
+
+def settle(future: asyncio.Future[_T], outcome: _T) -> None:
+    """Give ``future`` its result, unless whoever waited has gone."""
+    if not future.done():
+        future.set_result(outcome)
