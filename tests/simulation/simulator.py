@@ -310,6 +310,10 @@ class Simulator:
     def on_jump(self, by):
         self.skew += by
         self.wake_t = None
+        if self.flight and isinstance(self.flight[0].outcome, Succeeded):
+            # The worker was stopped, too, and reads the same clock.
+            running = self.flight[0]
+            running.outcome = running.outcome._replace(elapsed_ns=running.outcome.elapsed_ns + by)
         self.say(f"clock goes on by {by / MS:.0f}ms")
 
     def on_drain(self, _):

@@ -35,14 +35,14 @@ class Flight:
         self.items += batch.rows
         self.tokens += batch.tokens
 
-    def end(self, batch_id: int, now_ns: int) -> tuple[Batch, Group]:
-        """A batch came back. Raises ``KeyError`` for one that does not run: a broken invariant."""
+    def end(self, batch_id: int, now_ns: int) -> tuple[Batch, Group, int]:
+        """A batch came back; also its predicted time. Raises ``KeyError`` for one that does not run."""
         batch, group, predicted_ns = self._batches.pop(batch_id)
         self._predicted_ns -= predicted_ns
         self._front_since_ns = now_ns
         self.items -= batch.rows
         self.tokens -= batch.tokens
-        return batch, group
+        return batch, group, predicted_ns
 
     def clear(self) -> list[tuple[Batch, Group]]:
         """Gives up every batch."""

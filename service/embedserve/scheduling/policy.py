@@ -246,7 +246,7 @@ class BatchPolicy:
             indexes, tokens = self._queue.take(run, count)
             draft.put(run.ticket, indexes, tokens, cost)
             due = run.ticket.deadline_ns
-            if due is not None and (draft.due_ns is None or due < draft.due_ns):
+            if due is not None and self._queue.items and (draft.due_ns is None or due < draft.due_ns):
                 self._cut(draft, due)
         for tenant, flow in aside:
             tenant.flows.enqueue(flow, lane)

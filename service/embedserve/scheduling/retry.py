@@ -69,6 +69,7 @@ class RetryLadder:
     __slots__ = (
         "_buckets",
         "_credit_ns",
+        "_earns",
         "_floor_tokens",
         "_groups",
         "_padded",
@@ -96,6 +97,7 @@ class RetryLadder:
         self._streak = 0
         self._streak_kind: str | None = None
         self._credit_ns = 1.0
+        self._earns = settings.retry_share / (1 - settings.retry_share)
         self.items = 0
         self.tokens = 0
         self.max_batch_tokens = settings.max_batch_tokens
@@ -114,11 +116,10 @@ class RetryLadder:
 
         What is saved up ends at the price of finding one item: whoever fails seldom does not wait.
         """
-        share = self._settings.retry_share
         if group.blamed:
             self._credit_ns -= device_ns
-        else:
-            self._credit_ns = min(self._credit_ns + device_ns * share / (1 - share), self.BURST * device_ns)
+        elif self._credit_ns < self.BURST * device_ns:
+            self._credit_ns += device_ns * self._earns
 
     def lengths(self) -> Iterator[int]:
         """Tokens of each item that waits to run again."""

@@ -153,12 +153,13 @@ class Scheduler:
         if self.fatal is not None or self.suspect is not None:
             return None
         self._ledger.expire_due(now_ns)
-        if not self._ladder.goes_first:
+        ladder = self._ladder
+        if not ladder.items or not ladder.goes_first:
             draft = self._batching.close(now_ns, self._ladder.max_batch_tokens, at_once=self.draining)
             if draft is not None:
                 parts: list[Part] = [(ticket, tuple(indexes)) for ticket, indexes in draft.parts.values()]
                 return self._dispatch(Group.first(parts, draft.rows), draft.tokens, now_ns)
-        group = self._ladder.pop()
+        group = ladder.pop() if ladder.items else None
         if group is None:
             return None
         tokens = 0
@@ -179,8 +180,8 @@ class Scheduler:
             return Settlement((), fatal=self.fatal)
         if isinstance(outcome, Fatal):
             return Settlement(self.fail(outcome.why), fatal=outcome.why)
-        batch, group = self._flight.end(batch_id, now_ns)
-        self._ladder.spend(group, self.cost.predict_ns(batch.padded_tokens))
+        batch, group, predicted_ns = self._flight.end(batch_id, now_ns)
+        self._ladder.spend(group, predicted_ns)
         settled: list[Settled] = []
         before = self._ladder.items
         if isinstance(outcome, Skipped):

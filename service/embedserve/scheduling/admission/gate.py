@@ -158,6 +158,8 @@ class Gate:
         tenant = order.tenant_by_key.get(candidate.tenant)
         own = candidate.tokens
         if tenant is not None and tenant.lanes:
+            if others == 1:
+                return tokens
             others -= 1
             own += tenant.tokens
         # Another class's tokens and retries are not shared with; what waits there counts in full.
