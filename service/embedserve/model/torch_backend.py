@@ -176,7 +176,7 @@ class TorchBackend:
         what = f"{self._identity.name}: a warm-up pass of rows of {lengths} tokens"
         try:
             vectors = self.embed(batch).vectors
-        except (DeviceOutOfMemory, DeviceLost, RuntimeError) as error:
+        except (DeviceOutOfMemory, DeviceLost, LookupError, RuntimeError) as error:
             raise StartupError(f"{what} failed: {error}") from error
         if vectors.shape != (len(lengths), self._identity.dimension):
             raise StartupError(f"{what} gave the shape {vectors.shape}, not {(len(lengths), self._identity.dimension)}")
