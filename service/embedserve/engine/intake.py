@@ -48,6 +48,7 @@ LIMITS: Final[Mapping[str, str]] = {
     "DRAIN_TIME_EXCEEDED": "admission.throughput.max_drain_ms",
     "PREDICTED_WAIT_EXCEEDS_SLO": "admission.latency_p95.slo_ms",
     "P95_EXCEEDED": "admission.latency_p95.soft_ms",
+    "TOKENS_IN_FLIGHT_EXCEEDED": "admission.gradient.max_batches",
     "TOO_MANY_REQUESTS_IN_FLIGHT": "limits.max_requests_in_flight",
 }
 """What a caller reads to know whom to ask: the setting behind each reason of a refusal."""

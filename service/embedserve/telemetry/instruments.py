@@ -103,6 +103,7 @@ REFUSALS: Final = (
     *product(("deadline",), ("DEADLINE_PASSED", "DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ("estimate", "exact")),
     *product(("throughput",), ("DRAIN_TIME_EXCEEDED",), ("estimate", "exact")),
     *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ("estimate", "exact")),
+    *product(("gradient",), ("TOKENS_IN_FLIGHT_EXCEEDED",), ("estimate", "exact")),
     ("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", "estimate"),
     ("tokenizer", "TOKENIZER_QUEUE_FULL", "estimate"),
     ("tokenizer", "TOKENIZER_TIME_EXCEEDED", "estimate"),
