@@ -241,7 +241,9 @@ def _leaves(
         elif is_section and isinstance(value, dict):
             yield from _leaves(value, f"{path}.", file, settings, problems)
         elif is_section:
-            problems.append(f"{path} = {render(value)} (file {file}): is a table of settings, not a setting")
+            given = render(value)
+            given = given if given.isprintable() else ascii(given)
+            problems.append(f"{path} = {given} (file {file}): is a table of settings, not a setting")
         else:
             shown = path if path.isprintable() else ascii(path)
             problems.append(f"{shown} (file {file}): there is no such setting{_nearest(path, known)}")

@@ -104,6 +104,7 @@ def test_mutations_of_the_example_file(tmp_path: Path) -> None:
     "content",
     [
         b"",
+        b"server = '\xc2\x80'",
         b"\xff\xfe",
         b"a = " + b"[" * 100_000,
         b"a = " + b"{a=" * 5000,
@@ -111,7 +112,7 @@ def test_mutations_of_the_example_file(tmp_path: Path) -> None:
         b"\x00",
         b"a = " + b"9" * 100_000,
     ],
-    ids=["empty", "UTF-16", "lists", "tables", "a path", "NUL", "digits"],
+    ids=["empty", "an unprintable value", "UTF-16", "lists", "tables", "a path", "NUL", "digits"],
 )
 def test_files_that_are_hard_to_read(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "embedserve.toml"
