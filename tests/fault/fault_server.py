@@ -15,7 +15,7 @@ import time
 
 from embedserve import app
 from embedserve.cli import main
-from embedserve.model.backend import BatchResult, DeviceLost, PassTimes, TokenBatch
+from embedserve.model.backend import BatchResult, DeviceLost, PassTimes, TokenBatch, WarmPass
 from embedserve.model.tokenizer import Truncation
 from embedserve.testing import FaultPlan, fake_checkpoint, tiny_tokenizer
 from tests.integration.server.fake_server import ObedientBackend
@@ -49,6 +49,14 @@ class FaultServerBackend(ObedientBackend):
         self._gil_us = int(float(os.environ.get("GIL_MS", "0")) * 1e3)
         # Called through PyDLL, a function keeps the interpreter's lock, as a careless extension would.
         self._usleep = ctypes.PyDLL(None).usleep
+
+    def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
+        super().warm_up(max_batch_tokens)
+        # What a real backend measures; without it the scheduler would take the first small passes' rate for the most.
+        return tuple(
+            WarmPass(tokens, tokens, round((self._pass_s + self._token_s * tokens) * 1e9) + 100_000)
+            for tokens in (8, max_batch_tokens)
+        )
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         ids = batch.ids

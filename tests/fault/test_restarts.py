@@ -40,12 +40,12 @@ FOLLOWS = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "2s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
             },
         }
     ],
 }
-"""What OPERATIONS.md tells clients: follow health, and retry UNAVAILABLE."""
+"""What OPERATIONS.md tells clients: follow health, and retry what may go well later."""
 
 
 def free_ports(count: int) -> list[int]:
