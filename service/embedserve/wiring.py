@@ -129,6 +129,7 @@ def build_scheduler(config: Config, checkpoint: Checkpoint) -> Scheduler:
             bucket_edges=bucket_edges(config, checkpoint),
             max_batch_tokens=batch_tokens,
             max_batch_items=settings.max_batch_items,
+            max_batch_ns=settings.max_batch_ms * MS,
             max_queue_items=settings.max_queue_items,
             max_queue_tokens=queue_tokens,
             max_queue_delay_ns=settings.max_queue_delay_ms * MS,

@@ -18,7 +18,7 @@ def run(requests, settings, seed=5, slots=1):
 
 class TestBulk:
     @SETTINGS
-    def test_ten_thousand_texts_move_the_p99_of_a_caller_by_the_batch_before_and_its_own(self, settings):
+    def test_ten_thousand_texts_move_the_p99_of_a_caller_by_one_batch(self, settings):
         """Against the same caller alone."""
 
         def ones(rng):
@@ -36,8 +36,8 @@ class TestBulk:
         device = SCENARIOS["steady"].device
         batch_ns = (device.batch_ns + device.token_ns * settings.max_batch_tokens) * (1 + device.jitter)
 
-        # It waits for one batch at most; and the one that it rides in is filled up by the job, which costs its tokens.
-        assert p99[beside] - p99[ones] <= 2 * batch_ns - device.batch_ns
+        # It waits for a pass of the job, three quarters of a batch, and rides in one that the job fills by a quarter.
+        assert p99[beside] - p99[ones] <= batch_ns
 
 
 class TestTenants:

@@ -5,7 +5,7 @@ policy, a transport or what is in a batch. It polls nothing: with no request the
 
 Late binding: a batch is closed when the device can take it, not before. One batch runs; the next is closed when the
 running one is predicted to end within ``prepare_ahead_ns``, so that the hand-over costs the device nothing and late
-arrivals still ride along.
+arrivals still ride along. Behind a pass so long that the hand-over is nothing beside it, none is closed early at all.
 
 A device that the scheduler suspects is tried with the pass of a text that is known to be good. It alone tells a device
 that is broken from callers who send nothing but poison.
@@ -33,6 +33,8 @@ from embedserve.scheduling.scheduler import Scheduler
 
 __all__ = ["Driver", "PassWatch"]
 
+LATE_BINDING_SHARE: Final = 0.02
+"""Of a pass: where the hand-over takes less than this, the device may wait for it and nothing is decided early."""
 TRIAL_ID: Final = 0
 """The batch id of a pass that tries a suspect device; the scheduler's begin at 1."""
 
@@ -240,14 +242,25 @@ class Driver:
             self._begin_trial(now)
         early = False
         while len(self._flights) < self._batches_in_flight:
-            early = bool(self._flights) and now < self._device_free_ns - self._prepare_ahead_ns
-            if early:
-                break
+            if self._flights:
+                if self._running_is_long():
+                    break
+                early = now < self._device_free_ns - self._prepare_ahead_ns
+                if early:
+                    break
             batch = self._scheduler.next_batch(now)
             if batch is None:
                 break
             self._dispatch(batch, now)
         self._arm(now, early=early)
+
+    def _running_is_long(self) -> bool:
+        """Whether what the device has takes so long that a pass prepared beside it would gain next to nothing.
+
+        The prediction may be short by half of a pass, and whoever comes after the next one was closed waits for both.
+        """
+        predicted = sum([flight.predicted_ns for flight in self._flights.values()])
+        return predicted * LATE_BINDING_SHARE > self._prepare_ahead_ns
 
     def _dispatch(self, batch: Batch, now: int) -> None:
         riders = tuple([self._waiting[piece.submission_id] for piece in batch.slices])

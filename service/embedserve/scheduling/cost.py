@@ -145,6 +145,14 @@ class CostModel:
         """Computed tokens of the longest pass that ends within so long."""
         return (time_ns - self.batch_ns) / self.token_ns
 
+    def batch_tokens(self, time_ns: int, floor: int, limit: int) -> int:
+        """Computed tokens of the fullest pass that ends within so long, from ``floor`` to ``limit``.
+
+        Never so few that a pass's fixed cost rules.
+        """
+        within = (time_ns - self.batch_ns) / self.token_ns
+        return limit if within >= limit else min(max(int(within), int(self.least_tokens), floor), limit)
+
     @property
     def least_tokens(self) -> float:
         """Computed tokens from which a pass spends no more than ``FIXED_SHARE`` of its time on its fixed cost."""

@@ -28,17 +28,41 @@ from embedserve.scheduling.waiting import Ticket, WaitingQueue
 
 __all__ = ["BatchPolicy", "Draft"]
 
+LARGE_SHARE = 0.75
+"""Part of a full batch that large submissions fill, those that take more than one. A pass cannot be interrupted, so
+that a small one that comes meanwhile waits for its end ..."""
+LARGE_SHARE_BESIDE = 1 - LARGE_SHARE
+"""... and then rides in a pass that they fill up no further than this: together one full batch."""
+
 
 class Draft:
     """A batch in the making."""
 
-    __slots__ = ("due_ns", "edge", "parts", "room_items", "room_tokens", "rows", "spent_tokens", "tenant", "tokens")
+    __slots__ = (
+        "due_ns",
+        "edge",
+        "large_tokens",
+        "limit_tokens",
+        "parts",
+        "room_items",
+        "room_tokens",
+        "rows",
+        "small",
+        "spent_tokens",
+        "tenant",
+        "tokens",
+    )
 
     def __init__(self, edge: int, room_items: int, room_tokens: int) -> None:
         self.edge = edge
         """Cost of a row when bucketed; 0 when packed."""
         self.room_items = room_items
         self.room_tokens = room_tokens
+        self.limit_tokens = room_tokens
+        self.large_tokens = 0
+        """Computed tokens of submissions that take several passes."""
+        self.small = False
+        """Whether it has one that does not."""
         self.parts: dict[int, tuple[Ticket, Sequence[int]]] = {}
         self.rows = 0
         self.tokens = 0
@@ -58,6 +82,16 @@ class Draft:
         self.room_items -= len(indexes)
         self.room_tokens -= cost
         self.spent_tokens += cost
+        if ticket.large:
+            self.large_tokens += cost
+        else:
+            self.small = True
+
+    @property
+    def large_room_tokens(self) -> int:
+        """What submissions that take several passes may still have of this one."""
+        share = LARGE_SHARE_BESIDE if self.small else LARGE_SHARE
+        return min(self.room_tokens, int(self.limit_tokens * share) - self.large_tokens)
 
 
 class BatchPolicy:
@@ -67,6 +101,9 @@ class BatchPolicy:
 
     SKIPS = 4
     """Heads too long for the rest of a packed batch that are passed over for shorter ones; they lead the next batch."""
+
+    LARGE_SKIPS = 64
+    """Large submissions that are passed over once they have had their part: small ones may come after them."""
 
     def __init__(self, settings: SchedulerSettings, buckets: Buckets, queue: WaitingQueue, cost: CostModel) -> None:
         self._settings = settings
@@ -104,7 +141,7 @@ class BatchPolicy:
                     return None
                 full_only = not self._packed
         waiting = [klass for klass in queue.classes if klass.items]
-        quantum = min(self._settings.quantum_tokens, max_tokens)
+        quantum = max(max_tokens // self._settings.quantum_divisor, self._buckets.limit)
         owed = None
         if len(waiting) > 1 and not full_only:
             owed = next((k for k in reversed(waiting[1:]) if k.credit >= min(quantum, k.tokens)), None)
@@ -232,9 +269,13 @@ class BatchPolicy:
             run = flow.first(lane)
             alone = len(order.heaps[lane]) == 1 and len(tenant.flows.heaps[lane]) == 1
             left = draft.room_tokens - stop_at
+            large = run.ticket.large
+            if large:
+                # The first item of a batch always rides, however long it is.
+                left = max(min(left, draft.large_room_tokens), 0 if draft.rows else run.first_cost(edge))
             count = run.fit(draft.room_items, left if alone else min(left, quantum), edge)
             if not count:
-                if edge or len(aside) >= self.SKIPS:
+                if len(aside) >= (self.LARGE_SKIPS if large else 0 if edge else self.SKIPS):
                     break
                 aside.append((tenant, flow))
                 tenant.flows.set_aside(lane)

@@ -114,7 +114,8 @@ class Scheduler:
         refused = self._gate.judge(candidate, load, now_ns, hard_only=submission.continuation or submission.probe)
         if refused is not None:
             return refused
-        ticket = Ticket(submission, now_ns, load.predicted_wait_ns)
+        large = count > 1 and total > self._gate.pass_tokens
+        ticket = Ticket(submission, now_ns, load.predicted_wait_ns, large=large)
         self._queue.add(ticket, submission, total)
         self._ledger.add(ticket)
         assert self._queue.items + self._ladder.items + self._flight.items <= self._settings.max_queue_items, "I3"
@@ -155,7 +156,7 @@ class Scheduler:
         self._ledger.expire_due(now_ns)
         ladder = self._ladder
         if not ladder.items or not ladder.goes_first:
-            draft = self._batching.close(now_ns, self._ladder.max_batch_tokens, at_once=self.draining)
+            draft = self._batching.close(now_ns, self._gate.pass_tokens, at_once=self.draining)
             if draft is not None:
                 parts: list[Part] = [(ticket, tuple(indexes)) for ticket, indexes in draft.parts.values()]
                 return self._dispatch(Group.first(parts, draft.rows), draft.tokens, now_ns)
@@ -266,8 +267,8 @@ class Scheduler:
 
     @property
     def max_batch_tokens(self) -> int:
-        """The effective limit: under the setting for a while after an out-of-memory."""
-        return self._ladder.max_batch_tokens
+        """The effective limit: under the setting after an out-of-memory, and where a pass would take too long."""
+        return self._gate.pass_tokens
 
     def figures(self, now_ns: int) -> Mapping[str, Mapping[str, float]]:
         """State of each policy for metrics, by policy name."""

@@ -34,6 +34,9 @@ class SchedulerSettings:
     """Computed tokens of one pass; the default of text-embeddings-inference."""
     max_batch_items: int = 512
     """Rows of one pass: bounds the time to assemble and to send one batch."""
+    max_batch_ns: int = 60 * S
+    """Predicted time of one pass: it cannot be interrupted, and what arrives meanwhile waits for its end. Here no limit
+    to speak of, so that tests count tokens; the application's default is a tenth of a second."""
     batch_sizes: tuple[int, ...] = ()
     """Row counts the device has captured shapes for (bucketed only); empty where any count runs alike, as on a CPU."""
     max_queue_items: int = 65_536
@@ -87,7 +90,7 @@ class SchedulerSettings:
             self.max_batch_tokens >= edges[-1],
             f"max_batch_tokens ({self.max_batch_tokens}) is less than the last bucket edge ({edges[-1]})",
         )
-        _require(self.max_batch_items >= 1, "max_batch_items must be at least 1")
+        _require(self.max_batch_items >= 1 and self.max_batch_ns > 0, "max_batch_items and max_batch_ns start at 1")
         _require(self.max_queue_items >= 1, "max_queue_items must be at least 1")
         _require(self.max_queue_tokens >= edges[-1], "max_queue_tokens is less than the last bucket edge")
         _require(all(n >= 1 for n in self.batch_sizes), "batch_sizes must be at least 1 each")
@@ -103,11 +106,6 @@ class SchedulerSettings:
         _require(0 < self.cost_memory < 1, "cost_memory must lie between 0 and 1")
         _require(self.sojourn_window_ns > 0 and self.probe_after_ns > 0, "windows must be positive")
         _require(0 < self.wait_quantile < 1 and 0 < self.wait_quantile_step < 1, "wait_quantile lies between 0 and 1")
-
-    @property
-    def quantum_tokens(self) -> int:
-        """Tokens of one turn of a flow; at least the longest item, as fair queueing needs."""
-        return max(self.bucket_edges[-1], self.max_batch_tokens // self.quantum_divisor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ class Ticket:
         "flow",
         "id",
         "klass",
+        "large",
         "predicted_ns",
         "probe",
         "retrying",
@@ -43,7 +44,7 @@ class Ticket:
     tenant: Tenant
     klass: PriorityClass
 
-    def __init__(self, submission: Submission, submitted_ns: int, predicted_ns: int) -> None:
+    def __init__(self, submission: Submission, submitted_ns: int, predicted_ns: int, *, large: bool = False) -> None:
         self.id = submission.id
         self.tokens = submission.tokens
         self.arrived_ns = submission.arrived_ns
@@ -58,6 +59,8 @@ class Ticket:
         """Items that wait to run again."""
         self.running = 0
         self.cancelled = False
+        self.large = large
+        """It takes several passes: its items leave room in each for those of others."""
 
 
 class Run:
@@ -85,6 +88,10 @@ class Run:
     def tokens(self) -> int:
         """Useful tokens that still wait."""
         return self.sums[-1] - self.sums[self.start]
+
+    def first_cost(self, edge: int) -> int:
+        """Computed tokens of the item at the front."""
+        return edge or self.sums[self.start + 1] - self.sums[self.start]
 
     def fit(self, items_max: int, tokens_max: int, edge: int) -> int:
         """How many items from the front fit; each costs ``edge`` tokens, or its own length when edge is 0."""

@@ -3,7 +3,7 @@
 import pytest
 
 from embedserve.scheduling.cost import Buckets, CostModel
-from embedserve.scheduling.item import Priority, Shape, Submission
+from embedserve.scheduling.item import Priority, Shape, Submission, Succeeded
 from embedserve.scheduling.policy import BatchPolicy
 from embedserve.scheduling.waiting import WaitingQueue
 from tests.unit.scheduling.making import MS, items, run_all, small_scheduler, small_settings, submission
@@ -25,6 +25,72 @@ class TestPacked:
             s.submit(submission(number, *[8] * 20), 0)
 
         assert [x for x, _ in items(s.next_batch(0))].count(1) == 4
+
+
+class TestLarge:
+    """Submissions that take several passes leave room for those that do not."""
+
+    @pytest.mark.parametrize("shape", list(Shape))
+    def test_alone_they_fill_three_quarters(self, shape):
+        s = small_scheduler(shape=shape, max_batch_items=64)
+        s.submit(submission(1, *[8] * 20), 0)
+
+        assert [b.tokens for b in run_all(s)] == [48, 48, 48, 16]
+
+    @pytest.mark.parametrize("shape", list(Shape))
+    def test_beside_a_small_one_a_quarter(self, shape):
+        s = small_scheduler(shape=shape, max_batch_items=64)
+        s.submit(submission(1, *[8] * 40), 0)
+        first = s.next_batch(0)
+        s.submit(submission(2, 8), 0)
+        s.complete(first.id, Succeeded(1_000), 0)
+
+        assert items(s.next_batch(0)) == [(2, 0), (1, 6), (1, 7)]
+
+    def test_one_that_fits_a_batch_is_not_cut(self):
+        s = small_scheduler()
+        s.submit(submission(1, *[8] * 8), 0)
+
+        assert s.next_batch(0).tokens == 64
+
+    def test_an_item_that_fills_a_batch_rides_all_the_same(self):
+        s = small_scheduler(max_batch_tokens=32)
+        s.submit(submission(1, 32, 32, 32), 0)
+
+        assert [b.tokens for b in run_all(s)] == [32, 32, 32]
+
+    def test_many_large_ones_keep_no_small_one_out(self):
+        s = small_scheduler(max_batch_items=64)
+        for number in range(1, 30):
+            s.submit(submission(number, *[8] * 20), 0)
+        for _ in range(20):
+            s.complete(s.next_batch(0).id, Succeeded(1_000), 0)
+        s.submit(submission(99, 8), 0)
+
+        assert (99, 0) in items(s.next_batch(0))
+
+
+class TestTime:
+    def test_a_pass_is_no_longer_than_it_may_take(self):
+        """2 ms and 1 ms a token: 42 tokens take 44 ms."""
+        s = small_scheduler(initial_batch_ns=2 * MS, initial_token_ns=1 * MS, max_batch_ns=44 * MS)
+        for number in range(1, 9):
+            s.submit(submission(number, 8), 0)
+
+        assert s.max_batch_tokens == 42
+        assert s.next_batch(0).tokens == 40
+
+    def test_the_longest_item_always_fits(self):
+        s = small_scheduler(initial_batch_ns=2 * MS, initial_token_ns=1 * MS, max_batch_ns=3 * MS)
+        s.submit(submission(1, 32), 0)
+
+        assert s.next_batch(0).tokens == 32
+
+    def test_the_fixed_cost_never_rules(self):
+        """However little time there is: at 6 ms and 1 ms a token, 54 tokens are 90 % of a pass."""
+        s = small_scheduler(initial_batch_ns=6 * MS, initial_token_ns=1 * MS, max_batch_ns=10 * MS)
+
+        assert s.max_batch_tokens == 54
 
 
 class TestBuckets:

@@ -29,10 +29,6 @@ class TestSchedulerSettings:
         with pytest.raises(ValueError, match=word):
             SchedulerSettings(**changes)
 
-    def test_a_turn_holds_the_longest_item(self):
-        assert SchedulerSettings(max_batch_tokens=600).quantum_tokens == 512
-        assert SchedulerSettings().quantum_tokens == 4_096
-
 
 class TestPolicySettings:
     @pytest.mark.parametrize("changes", [{"soft_ns": 2_000_000_000}, {"release_fraction": 1.0}, {"max_shed": 1.0}])

@@ -29,11 +29,13 @@ class Gate:
     __slots__ = (
         "_cost",
         "_flight",
+        "_floor_tokens",
         "_hard",
         "_ladder",
         "_max_batch_items",
+        "_max_batch_ns",
         "_probe_after_ns",
-        "_quantum",
+        "_quantum_divisor",
         "_queue",
         "_selected",
         "_sojourns",
@@ -55,8 +57,10 @@ class Gate:
         self._ladder = ladder
         self._flight = flight
         self._cost = cost
-        self._quantum = settings.quantum_tokens
+        self._quantum_divisor = settings.quantum_divisor
         self._max_batch_items = settings.max_batch_items
+        self._max_batch_ns = settings.max_batch_ns
+        self._floor_tokens = settings.bucket_edges[-1]  # the longest item must always fit
         self._probe_after_ns = settings.probe_after_ns
         self._hard = QueuePolicy(settings)
         self._selected = tuple(policies)
@@ -69,6 +73,11 @@ class Gate:
     def theta(self) -> float:
         """Online quantile of actual over predicted wait."""
         return self._theta.value
+
+    @property
+    def pass_tokens(self) -> int:
+        """Computed tokens of a full batch now: by the device's memory, and by the time that a pass may take."""
+        return self._cost.batch_tokens(self._max_batch_ns, self._floor_tokens, self._ladder.max_batch_tokens)
 
     def judge(self, candidate: Candidate, load: LoadState, now_ns: int, *, hard_only: bool = False) -> Rejection | None:
         """The first refusal, or none."""
@@ -84,13 +93,13 @@ class Gate:
         """Predicted time to work off all that is admitted."""
         queue, ladder = self._queue, self._ladder
         return self._flight.residual_ns(now_ns) + self._cost.drain_ns(
-            queue.tokens + ladder.tokens, queue.items + ladder.items, ladder.max_batch_tokens, self._max_batch_items
+            queue.tokens + ladder.tokens, queue.items + ladder.items, self.pass_tokens, self._max_batch_items
         )
 
     def load_state(self, candidate: Candidate, now_ns: int) -> LoadState:
         """What the policies are told about a candidate."""
         queue, ladder, cost, flight = self._queue, self._ladder, self._cost, self._flight
-        limits = ladder.max_batch_tokens, self._max_batch_items
+        limits = self.pass_tokens, self._max_batch_items
         residual = flight.residual_ns(now_ns)
         items, tokens = queue.items + ladder.items, queue.tokens + ladder.tokens
         old = cost.last_ns is None or now_ns - cost.last_ns > self._probe_after_ns
@@ -173,7 +182,8 @@ class Gate:
             items += klass.items
             tokens += klass.tokens
         # By fair order nobody gets more than this one does, or one turn, before it is done.
-        fair = min(self._queue.submissions * max(self._quantum, candidate.tokens) + self._ladder.tokens, share)
+        turn = max(self.pass_tokens // self._quantum_divisor, self._floor_tokens, candidate.tokens)
+        fair = min(self._queue.submissions * turn + self._ladder.tokens, share)
         if tokens > fair:
             return items * fair // tokens, fair
         return items, tokens
