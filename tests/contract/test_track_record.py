@@ -11,6 +11,7 @@ import pytest
 HERE = "tests/contract/test_track_record.py"
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "tests" / "TRACK_RECORD.md").read_text(encoding="utf-8")
+PAGES = sorted(ROOT.glob("*.md"))
 FOUND_BY = {
     "reading",
     "test",
@@ -36,7 +37,7 @@ def rows(page: str) -> list[list[str]]:
 
 def missing(command: str) -> list[str]:
     """What ``command`` names and is not there: a file, or a class or function in it."""
-    named = re.findall(r"`(tests/[\w/.]+)((?:::\w+)*)`", command)
+    named = re.findall(r"`(tests/[\w/.]+\.py)((?:::\w+)*)`", command)
     return [
         f"{path}{names}"
         for path, names in named
@@ -72,6 +73,10 @@ class TestTrackRecord:
 
     def test_every_test_that_it_names_is_there(self) -> None:
         assert [name for row in rows(PAGE) for name in missing(row[4])] == []
+
+    @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+    def test_so_is_every_one_that_another_page_names(self, page: Path) -> None:
+        assert missing(page.read_text(encoding="utf-8")) == []
 
     @pytest.mark.parametrize(
         "gone", ["tests/unit/test_gone.py", f"{HERE}::TestGone", f"{HERE}::TestTrackRecord::missing"]
