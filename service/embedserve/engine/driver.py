@@ -340,10 +340,12 @@ class Driver:
         counted = []
         for settled in settlement:
             pending = self._waiting.get(settled.submission_id)
-            if pending is None or not pending.probe:
-                counted.append(settled)
             if pending is None:
+                # It has left, and its items were counted then: between a pass's end and this its deadline may have come
+                # for those that still waited.
                 continue
+            if not pending.probe:
+                counted.append(settled)
             useless = False
             if settled.rows:
                 assert flight is not None
