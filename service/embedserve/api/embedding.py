@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -63,6 +63,42 @@ class _Served:
     name: str
     dimension: int
     model: pb.Model
+
+
+class _Writer:
+    """Writes a stream's messages: waits while flow control says so, but not for a reader that has stopped for good.
+
+    grpc.aio takes the headers for sent once its first write has returned. A first write that is given up, while Core
+    still holds it, makes the status that follows send them again, which Core refuses: the client would be told nothing.
+    So headers go out alone, before the first message: flow control does not hold them.
+    """
+
+    __slots__ = ("_context", "_opened", "_stall_ms")
+
+    def __init__(self, context: Any, stall_ms: int) -> None:
+        self._context = context
+        self._stall_ms = stall_ms
+        self._opened = False
+
+    async def open(self) -> None:
+        """Send the headers, once. Not to be given up before ``stall_ms``."""
+        if not self._opened:
+            await self._sent(self._context.send_initial_metadata(()))
+            self._opened = True
+
+    async def write(self, message: bytes) -> None:
+        """Write. Raises ``DeadlineExpired`` when the reader accepts nothing for ``stall_ms``."""
+        await self.open()
+        await self._sent(self._context.write(message))
+
+    async def _sent(self, sending: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self._stall_ms / 1000):
+                await sending
+        except TimeoutError as stalled:
+            raise DeadlineExpired(
+                f"the reader accepted nothing for server.stream_stall_ms = {self._stall_ms}"
+            ) from stalled
 
 
 class EmbeddingServicer:
@@ -163,16 +199,23 @@ class EmbeddingServicer:
         valid = served.validator.embed_stream(request, rpc.metadata)
         call = self._call(served, rpc, valid)
         failed = len(valid.bad_texts)
+        writer = _Writer(context, self._settings.stream_stall_ms)
         await self._send_errors(
-            context, [(bad.index, status.BAD_TEXT, bad.reason, bad.message) for bad in valid.bad_texts]
+            writer, [(bad.index, status.BAD_TEXT, bad.reason, bad.message) for bad in valid.bad_texts]
         )
         if valid.indexes:
+            ends = self._ends_at(rpc, call)
             portions = served.engine.embed_stream(call)
             try:
-                async with asyncio.timeout(self._limit_s(rpc, call)):
-                    async for portion in portions:
-                        failed += len(portion.refused)
-                        await self._send_portion(context, portion, valid)
+                while True:
+                    async with asyncio.timeout_at(ends):
+                        portion = await anext(portions, None)
+                    if portion is None:
+                        break
+                    await writer.open()  # not under the limit: see there
+                    failed += len(portion.refused)
+                    async with asyncio.timeout_at(ends):
+                        await self._send_portion(writer, portion, valid)
             except TimeoutError as late:
                 raise self._took_too_long() from late
             finally:
@@ -189,7 +232,7 @@ class EmbeddingServicer:
             failed=failed,
             timings=wire.stage_timings(stages),
         )
-        await self._write(context, summary)
+        await writer.write(summary)
 
     def _call(self, served: _Served, rpc: guard.Call, valid: ValidCall) -> Call:
         # The clock starts when the whole message is here: a slow upload is the caller's time, not ours.
@@ -218,15 +261,17 @@ class EmbeddingServicer:
             trace=rpc.trace.context,
         )
 
-    def _limit_s(self, rpc: guard.Call, call: Call) -> float | None:
-        """How long a stream may take where gRPC does not end it: also a device that hangs ends a caller's wait."""
-        return None if call.deadline_ns == rpc.deadline_ns else self._settings.max_request_ms / 1000
+    def _ends_at(self, rpc: guard.Call, call: Call) -> float | None:
+        """When a stream is ended, by the loop's clock, where gRPC does not do it: a hung device ends no wait."""
+        if call.deadline_ns == rpc.deadline_ns:
+            return None
+        return asyncio.get_running_loop().time() + self._settings.max_request_ms / 1000
 
     def _took_too_long(self) -> DeadlineExpired:
         """What a caller is told whose own deadline had not passed."""
         return DeadlineExpired(f"not done within server.max_request_ms = {self._settings.max_request_ms}")
 
-    async def _send_portion(self, context: Any, portion: Portion, valid: ValidCall) -> None:
+    async def _send_portion(self, writer: _Writer, portion: Portion, valid: ValidCall) -> None:
         place = valid.indexes
         if portion.vectors is not None:
             count = len(portion.indexes)
@@ -238,9 +283,9 @@ class EmbeddingServicer:
                 [portion.batch_size] * count,
                 max_message_bytes=self._settings.stream_message_bytes,
             ):
-                await self._write(context, message)
+                await writer.write(message)
         await self._send_errors(
-            context, [(place[refused.index], *self._item_error(refused.error)) for refused in portion.refused]
+            writer, [(place[refused.index], *self._item_error(refused.error)) for refused in portion.refused]
         )
 
     def _item_error(self, error: EmbedServeError) -> tuple[int, str, str]:
@@ -250,20 +295,10 @@ class EmbeddingServicer:
         self._on_internal_error(error_id, error)
         return status.item_error(error, error_id=error_id)
 
-    async def _send_errors(self, context: Any, errors: Sequence[tuple[int, int, str, str]]) -> None:
+    async def _send_errors(self, writer: _Writer, errors: Sequence[tuple[int, int, str, str]]) -> None:
         if errors:
             for message in wire.stream_errors(errors, max_message_bytes=self._settings.stream_message_bytes):
-                await self._write(context, message)
-
-    async def _write(self, context: Any, message: bytes) -> None:
-        """Write, and wait while flow control says so, but not for a reader that has stopped for good."""
-        try:
-            async with asyncio.timeout(self._settings.stream_stall_ms / 1000):
-                await context.write(message)
-        except TimeoutError as stalled:
-            raise DeadlineExpired(
-                f"the reader accepted nothing for server.stream_stall_ms = {self._settings.stream_stall_ms}"
-            ) from stalled
+                await writer.write(message)
 
     # ---------------------------------------------------------------------------------------------------- the others
 

@@ -14,6 +14,7 @@ from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend
 from embedserve.testing.backends import fake_identity
 from embedserve.testing.server import InProcessServer, serving
 from embedserve.v1 import embedding_pb2 as pb
+from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.integration.server.calls import (
     MAX_INPUT,
     SERVICE,
@@ -329,6 +330,22 @@ class TestDeadlines:
 
         for error in errors:
             assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED")
+
+    @pytest.mark.parametrize("limit", ["server.max_request_ms", "server.stream_stall_ms"])
+    async def test_a_stream_whose_first_message_is_not_taken_still_gets_its_status(self, limit: str) -> None:
+        """The limit comes while Core holds the first message back, which is larger than a window of HTTP/2."""
+        backend = FakeBackend(fake_identity(dimension=1024))
+        async with serving(backend, settings={limit: "200", "limits.max_texts": "256"}) as server:
+            narrow = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+            async with grpc.aio.insecure_channel(server.address, options=narrow) as channel:
+                call = EmbeddingServiceStub(channel).EmbedStream(pb.EmbedStreamRequest(texts=["hello"] * 256))
+                await until(lambda: len(backend.passes) > 0)
+                await until(lambda: server.guard.in_flight == 0)
+                async with asyncio.timeout(10):
+                    error = await failure(read(call))
+
+        assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED")
+        assert limit in error.message
 
 
 class TestCancellation:
