@@ -1,5 +1,6 @@
 """A small grpc.aio server with the guard in front, and somebody who watches."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -123,4 +124,7 @@ async def serve() -> AsyncIterator[Serve]:
 
         yield start
     for guard in guards:
+        # A client has its status some turns of the loop before the handler is told that it went out.
+        async with asyncio.timeout(5):
+            await guard.wait_idle()
         assert guard.in_flight == 0
