@@ -61,6 +61,8 @@ class Server(Section):
     """Largest request metadata. gRPC's own hard limit, made visible."""
     max_concurrent_streams: Annotated[int, between(1, 1_000_000)] = 1024
     """Calls in flight on one connection. gRPC has no cap of its own, so one connection could take every slot."""
+    max_pending_calls: Annotated[int, between(1, 1_000_000)] = 16_384
+    """Calls that gRPC holds until the event loop takes them: 0.8 s of refusals, 200 MB. It drops more at random."""
     keepalive_time_ms: Annotated[int, between(1000, DAY_MS)] = 60_000
     """Quiet time after which a client is pinged. Below the idle limits of common NATs and balancers."""
     keepalive_timeout_ms: Annotated[int, between(100, HOUR_MS)] = 20_000
@@ -129,7 +131,7 @@ class Model(Section):
     allow_download: Switch = False
     """Fetch a missing checkpoint from the hub. Off: a start in production must not depend on another site."""
     threads: Annotated[int, between(1, 1024)] | None = None
-    """torch's threads within one operation. none: all cores that this process may use."""
+    """Cores that a pass on a CPU is spread over, by texts. none: all that this process may use."""
 
 
 class Tokenizer(Section):

@@ -76,6 +76,7 @@ def server_options(config: Config) -> ServerOptions:
         max_send_message_bytes=server.max_send_message_bytes,
         max_metadata_bytes=server.max_metadata_bytes,
         max_concurrent_streams=server.max_concurrent_streams,
+        max_pending_calls=server.max_pending_calls,
         keepalive_time_ms=server.keepalive_time_ms,
         keepalive_timeout_ms=server.keepalive_timeout_ms,
         keepalive_permit_without_calls=server.keepalive_permit_without_calls,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -297,6 +298,21 @@ class TestBounds:
                         await call(b"")
                 assert not third.done()
             await third
+
+    @pytest.mark.parametrize(("limit", "all_served"), [("64", True), ("1", False)])
+    async def test_server_max_pending_calls(self, limit: str, all_served: bool) -> None:
+        """What comes while the event loop is away is held up to the limit, and beyond it dropped by gRPC."""
+        async with serving(FaultyBackend(FaultPlan()), settings={"server.max_pending_calls": limit}) as server:
+            with grpc.insecure_channel(server.address) as channel:
+                grpc.channel_ready_future(channel).result(5)
+                ask = channel.unary_unary("/embedserve.v1.EmbeddingService/GetLoad")
+                calls = [ask.future(b"", timeout=10) for _ in range(40)]
+                time.sleep(0.3)  # noqa: ASYNC251 - the loop is away: the fault
+                await until(lambda: all(call.done() for call in calls))
+            codes = {call.code() for call in calls}
+            await server.stub.GetLoad(pb.GetLoadRequest())
+
+        assert (codes == {grpc.StatusCode.OK}) is all_served, codes
 
     @pytest.mark.parametrize(
         ("setting", "value", "text", "held_items"),

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import grpc
 import grpc.aio
@@ -18,11 +17,6 @@ import grpc.aio
 from embedserve.errors import StartupError
 
 __all__ = ["ServerOptions", "bind", "build_server"]
-
-PENDING_CALLS_MAX: Final = 16_384
-"""Calls that gRPC Core holds until the event loop takes them. Core's own figures are 1000, from where on it drops calls
-at random, and 3000, and a dropped call ends with CANCELLED, which no client retries and nothing counts. The guard turns
-a call away in some 50 us, with a reason and a hint: these are 0.8 s of that, and some 200 MB of Core's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +34,10 @@ class ServerOptions:
     """All headers of one call; above it gRPC answers RESOURCE_EXHAUSTED."""
     max_concurrent_streams: int = 1024
     """Calls at once on one connection; Core has no limit by default, and would run whatever one client sends."""
+    max_pending_calls: int = 16_384
+    """Calls that gRPC Core holds until the event loop takes them; from twice as many on it drops them all. Core's own
+    figures are 1000 and 3000, and a dropped call ends with CANCELLED, which no client retries and nothing counts. The
+    guard turns a call away in some 50 us, with a reason and a hint: these are 0.8 s of that, some 200 MB of memory."""
     keepalive_time_ms: int = 60_000
     """A connection this long without a frame is pinged."""
     keepalive_timeout_ms: int = 20_000
@@ -66,8 +64,8 @@ def channel_options(options: ServerOptions) -> tuple[tuple[str, int], ...]:
         ("grpc.max_metadata_size", options.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", options.max_metadata_bytes),
         ("grpc.max_concurrent_streams", options.max_concurrent_streams),
-        ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING_CALLS_MAX),
+        ("grpc.server.max_pending_requests", options.max_pending_calls),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * options.max_pending_calls),
         ("grpc.keepalive_time_ms", options.keepalive_time_ms),
         ("grpc.keepalive_timeout_ms", options.keepalive_timeout_ms),
         ("grpc.keepalive_permit_without_calls", int(options.keepalive_permit_without_calls)),

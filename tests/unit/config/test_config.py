@@ -36,7 +36,14 @@ class TestTree:
 
     @pytest.mark.parametrize("setting", [s for s in SETTINGS if s.kind == "integer"], ids=lambda s: s.path)
     def test_a_duration_or_size_ends_with_its_unit(self, setting):
-        counted = ("max_texts", "max_requests_in_flight", "max_tenants", "max_concurrent_streams", "max_input_length")
+        counted = (
+            "max_texts",
+            "max_requests_in_flight",
+            "max_tenants",
+            "max_concurrent_streams",
+            "max_input_length",
+            "max_pending_calls",
+        )
         counted += ("threads", "max_pending", "batches_in_flight", "min_samples", "span_links_max")
         counted += ("quantum_divisor", "failures_alike_max")
         name = setting.path.rpartition(".")[2]
