@@ -47,6 +47,10 @@ def stream(texts: list[str]) -> Act:
     return lambda server: read(server.stub.EmbedStream(pb.EmbedStreamRequest(texts=texts)))
 
 
+def count(texts: list[str]) -> Act:
+    return lambda server: server.stub.CountTokens(pb.CountTokensRequest(texts=texts))
+
+
 def raw(size: int) -> Act:
     """A request of so many bytes on the wire: one text, and a model's name as padding that is refused later."""
 
@@ -147,6 +151,23 @@ LIMITS = [
         "TOO_MANY_REQUESTS_IN_FLIGHT",
     ),
     Limit(
+        "limits.max_requests_in_flight",
+        3,
+        beside(2, ["a"], count(["a"])),
+        beside(3, ["a"], count(["a"])),
+        EXHAUSTED,
+        "TOO_MANY_REQUESTS_IN_FLIGHT",
+    ),
+    Limit(
+        "limits.max_requests_in_flight",
+        1,
+        count(["a"]),
+        lambda server: while_tokenizing(server, embed(["a"]), count(LONG)),
+        EXHAUSTED,
+        "TOO_MANY_REQUESTS_IN_FLIGHT",
+        others={"tokenizer.threads": "1", "tokenizer.inline_chars": "0"},
+    ),
+    Limit(
         "server.max_send_message_bytes",
         16384,
         unary_texts(0),
@@ -237,9 +258,9 @@ LIMITS += [
 ]
 
 
-async def while_tokenizing(server: InProcessServer, act: Act) -> object:
+async def while_tokenizing(server: InProcessServer, act: Act, other_act: Act | None = None) -> object:
     """``act`` while the only thread works for another."""
-    other = asyncio.ensure_future(embed(LONG, truncate=pb.TRUNCATE_END)(server))
+    other = asyncio.ensure_future((other_act or embed(LONG, truncate=pb.TRUNCATE_END))(server))
     await until(lambda: server.engine.tokenizer_pending == 1)
     try:
         return await act(server)

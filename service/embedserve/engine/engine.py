@@ -348,18 +348,27 @@ class Engine:
         assert self._watchdog is not None
         if self._watchdog.stalled:
             raise stalled()
+        self._refuse_beyond_room()
+        self._intake.admit(call, texts)
+
+    def _refuse_beyond_room(self) -> None:
         limit = self._settings.max_requests_in_flight
         if self._requests > limit:
-            figures = {"in_flight": float(limit)}
-            full = Rejection("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", IN_FLIGHT_RETRY_MS, figures)
-            self._intake.refuse(full, "estimate")
-        self._intake.admit(call, texts)
+            why = "TOO_MANY_REQUESTS_IN_FLIGHT"
+            self._intake.refuse(Rejection("in_flight", why, IN_FLIGHT_RETRY_MS, {"in_flight": float(limit)}), "estimate")
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""
         if self._draining:
             raise not_serving()
-        return await self._pool.count(texts, prompt=prompt)
+        self._requests += 1
+        try:
+            self._refuse_beyond_room()
+            return await self._pool.count(texts, prompt=prompt)
+        finally:
+            self._requests -= 1
+            if self._draining:
+                self._running.notify()
 
     def load(self) -> LoadReport:
         """The load now, in well under 100 us."""
