@@ -75,6 +75,20 @@ class TokenBatch:
     skip: npt.NDArray[np.int32] | None = None
     """Shape ``[rows]``: leading tokens that pooling leaves out (a prompt, where ``include_prompt`` is false)."""
 
+    def rows(self, chosen: npt.NDArray[np.int64]) -> TokenBatch:
+        """The batch of the ``chosen`` rows alone, in their order."""
+        starts, ends = self.offsets[chosen], self.offsets[chosen + 1]
+        offsets = np.zeros(chosen.size + 1, np.int32)
+        np.cumsum(ends - starts, out=offsets[1:])
+        ids = [self.ids[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return TokenBatch(
+            np.concatenate(ids),
+            offsets,
+            self.normalize[chosen],
+            self.pad_to,
+            None if self.skip is None else self.skip[chosen],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PassTimes:

@@ -7,12 +7,13 @@ never know what the stages do.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from embedserve.model.backend import PassTimes
 
-__all__ = ["Stopwatch"]
+__all__ = ["Stopwatch", "latest"]
 
 DEVICE_MARKS = 3
 """Copied in, forward, pooled."""
@@ -27,6 +28,11 @@ class Stopwatch:
         self._start_ns = self._assembled_ns = time.monotonic_ns()
         self._marks_ns: list[int] = []
         self._events: list[torch.cuda.Event] = []
+
+    @property
+    def started_ns(self) -> int:
+        """When it was made."""
+        return self._start_ns
 
     def mark_assembled(self) -> None:
         """The batch is laid out on the host."""
@@ -54,6 +60,18 @@ class Stopwatch:
         last.synchronize()
         marks = (end_ns - int(event.elapsed_time(last) * 1e6) for event in self._events)
         return [max(mark, self._assembled_ns) for mark in marks]
+
+
+def latest(start_ns: int, lanes: Sequence[PassTimes]) -> PassTimes:
+    """The stages of a pass that began at ``start_ns`` and ran in lanes: each ends when its last lane is through."""
+    return PassTimes(
+        start_ns,
+        max(times.assembled_ns for times in lanes),
+        max(times.copied_in_ns for times in lanes),
+        max(times.forward_ns for times in lanes),
+        max(times.pooled_ns for times in lanes),
+        max(times.copied_out_ns for times in lanes),
+    )
 
 
 def _recorded() -> torch.cuda.Event:

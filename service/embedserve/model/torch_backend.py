@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,9 +32,10 @@ from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.dense import load_dense, scale_to_unit_length
 from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
+from embedserve.model.lanes import Lanes, core_count
 from embedserve.model.layout import check_batch, packed, padded, pass_size
 from embedserve.model.pooling import Pooling, Segments
-from embedserve.model.stopwatch import Stopwatch
+from embedserve.model.stopwatch import Stopwatch, latest
 
 __all__ = ["Attention", "TorchBackend"]
 
@@ -77,13 +79,12 @@ class TorchBackend:
     ) -> None:
         """Load the weights onto ``device``.
 
-        ``dtype`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``threads`` sets torch's threads for the
-        process; ``control_tokens`` are left out of averages; ``attention`` forces a shape for ``pad_to=None`` (``auto``
-        packs where the architecture and the device can). Raises ``StartupError``.
+        ``dtype`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``threads`` is how many cores a pass on a CPU
+        is spread over, all by default; ``control_tokens`` are left out of averages; ``attention`` forces a shape for
+        ``pad_to=None`` (``auto`` packs where the architecture and the device can). Raises ``StartupError``.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._device = choose_device(device)
+        self._lanes = Lanes(threads or core_count()) if self._device.type == "cpu" else None
         self._dtype = choose_dtype(dtype, self._device)
         control_ids = checkpoint.token_ids(control_tokens)
         self._model = load_encoder(checkpoint, self._dtype)
@@ -188,10 +189,31 @@ class TorchBackend:
         watch = Stopwatch(self._device)
         lengths = check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
         packs = batch.pad_to is None and self._packed
-        step, order = self._packed_pass(batch, lengths, watch) if packs else self._padded_pass(batch, lengths, watch)
-        watch.mark_device()
         # Read by transformers in every layer's call; the two shapes share one set of weights.
         self._model.config._attn_implementation = PACKED_ATTENTION if packs else self._padded_attention  # noqa: SLF001
+        if self._lanes is None:
+            return self._compute(batch, lengths, watch)
+        shares = self._lanes.shares(lengths)
+        if len(shares) == 1:
+            with self._lanes.all_on_one(int(lengths.sum()) if lengths.size == 1 else 0):
+                return self._compute(batch, lengths, watch)
+        parts = self._lanes.run([partial(self._compute_share, batch, lengths, rows) for rows in shares])
+        vectors = np.empty((lengths.size, parts[0].vectors.shape[1]), np.float32)
+        for rows, part in zip(shares, parts, strict=True):
+            vectors[rows] = part.vectors
+        return BatchResult(vectors, latest(watch.started_ns, [part.times for part in parts]))
+
+    def _compute_share(
+        self, batch: TokenBatch, lengths: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> BatchResult:
+        """One lane's part of a pass."""
+        with torch.inference_mode():  # it holds for the thread
+            return self._compute(batch.rows(rows), lengths[rows], Stopwatch(self._device))
+
+    def _compute(self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch) -> BatchResult:
+        packs = batch.pad_to is None and self._packed
+        step, order = self._packed_pass(batch, lengths, watch) if packs else self._padded_pass(batch, lengths, watch)
+        watch.mark_device()
         hidden: Tensor = self._model(**step.inputs).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if packs:

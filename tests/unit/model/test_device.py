@@ -15,6 +15,7 @@ MESSAGES = {
     "CUDA error: an illegal memory access was encountered": DeviceFault.LOST,
     "CUDA error: an illegal instruction was encountered": DeviceFault.LOST,
     "CUDA error: misaligned address": DeviceFault.LOST,
+    "CUDA error: operation not supported on global/shared address space": DeviceFault.LOST,
     "CUDA error: unspecified launch failure": DeviceFault.LOST,
     "CUDA error: the launch timed out and was terminated": DeviceFault.LOST,
     "CUDA error: uncorrectable ECC error encountered": DeviceFault.LOST,
