@@ -148,10 +148,11 @@ class CostModel:
     def batch_tokens(self, time_ns: int, floor: int, limit: int) -> int:
         """Computed tokens of the fullest pass that ends within so long, from ``floor`` to ``limit``.
 
-        Never so few that a pass's fixed cost rules.
+        No heed is paid to the fixed cost's share: while all passes have one size the fit may take all of it for fixed,
+        and a limit that follows would grow without end.
         """
         within = (time_ns - self.batch_ns) / self.token_ns
-        return limit if within >= limit else min(max(int(within), int(self.least_tokens), floor), limit)
+        return limit if within >= limit else min(max(int(within), floor), limit)
 
     @property
     def least_tokens(self) -> float:

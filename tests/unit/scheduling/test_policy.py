@@ -86,12 +86,6 @@ class TestTime:
 
         assert s.next_batch(0).tokens == 32
 
-    def test_the_fixed_cost_never_rules(self):
-        """However little time there is: at 6 ms and 1 ms a token, 54 tokens are 90 % of a pass."""
-        s = small_scheduler(initial_batch_ns=6 * MS, initial_token_ns=1 * MS, max_batch_ns=10 * MS)
-
-        assert s.max_batch_tokens == 54
-
 
 class TestBuckets:
     def bucketed(self, **changes):
