@@ -355,7 +355,9 @@ class Engine:
         limit = self._settings.max_requests_in_flight
         if self._requests > limit:
             why = "TOO_MANY_REQUESTS_IN_FLIGHT"
-            self._intake.refuse(Rejection("in_flight", why, IN_FLIGHT_RETRY_MS, {"in_flight": float(limit)}), "estimate")
+            self._intake.refuse(
+                Rejection("in_flight", why, IN_FLIGHT_RETRY_MS, {"in_flight": float(limit)}), "estimate"
+            )
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""
@@ -367,8 +369,7 @@ class Engine:
             return await self._pool.count(texts, prompt=prompt)
         finally:
             self._requests -= 1
-            if self._draining:
-                self._running.notify()
+            self._running.notify()  # a drain may have begun meanwhile
 
     def load(self) -> LoadReport:
         """The load now, in well under 100 us."""
