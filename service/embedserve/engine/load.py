@@ -44,7 +44,9 @@ def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int, full: b
     """
     now = time.monotonic_ns()
     load, depth = scheduler.load(now), scheduler.depth
-    accepting = serving and not full and load.accepting and scheduler.judge(ORDINARY_TOKENS, 1, now_ns=now) is None
+    accepting = serving and not full and load.accepting
+    if accepting:
+        accepting = scheduler.judge(ORDINARY_TOKENS, 1, now_ns=now, advisory=True) is None
     state = "healthy"
     if not serving:
         state = "not_serving"

@@ -83,12 +83,13 @@ class Scheduler:
         priority: Priority = Priority.DEFAULT,
         tenant: str = "",
         now_ns: int,
+        advisory: bool = False,
     ) -> Rejection | None:
-        """Whether so many tokens, by estimate, would be refused now. Takes nothing; ``submit`` judges exactly."""
+        """Whether so many tokens, by estimate, would be refused now. Takes nothing, and teaches nothing if ``advisory``."""
         closed = self._closed()
         if closed is not None:
             return closed
-        candidate = Candidate(tokens, items, deadline_ns, priority, tenant, True)
+        candidate = Candidate(tokens, items, deadline_ns, priority, tenant, True, advisory)
         return self._gate.judge(candidate, self._gate.load_state(candidate, now_ns), now_ns)
 
     def submit(self, submission: Submission, now_ns: int) -> Admitted | Rejection:

@@ -19,6 +19,10 @@ def candidate(tokens=10, items=1, deadline_ns=None, estimated=False):
     return Candidate(tokens, items, deadline_ns, Priority.DEFAULT, "", estimated)
 
 
+def advisory(tokens=10, items=1):
+    return Candidate(tokens, items, None, Priority.DEFAULT, "", True, True)
+
+
 def load(waiting=(10, 100), running=(0, 0), drain=0, drain_with=0, predicted=0, theta=1.0, old=False):
     return LoadState(*waiting, *running, 0, drain, drain_with, predicted, theta, 1_000.0, old)
 
@@ -206,6 +210,35 @@ class TestLatencyP95:
 
     def test_the_window_forgets(self):
         assert self.shed(self.observed(5 * S), 6 * S) == 0
+
+    def test_who_only_asks_moves_no_decision(self):
+        """A balancer's polls: neither the coin, nor who was let through, nor the hysteresis."""
+        asked, alone = self.observed(600 * MS), self.observed(600 * MS)
+        answers = []
+        for policy in (asked, alone):
+            told = [policy.judge(candidate(), self.busy(), 0) is None]
+            for k in range(200):
+                if policy is asked:
+                    for predicted in (400 * MS, 500 * MS, 2 * S):
+                        policy.judge(advisory(), self.busy(predicted=predicted), 0)
+                told.append(policy.judge(candidate(estimated=k % 2 == 0), self.busy(), 0) is None)
+            answers.append(told)
+
+        assert answers[0] == answers[1]
+        assert len(set(answers[0])) == 2
+
+        policy = self.observed(900 * MS)
+        policy.judge(advisory(), self.busy(), 0)
+
+        assert policy.shedding is False
+
+    @pytest.mark.parametrize(("p95_ms", "refused"), [(450, False), (600, False), (850, True), (5_000, True)])
+    def test_who_only_asks_is_told_what_most_would_be(self, p95_ms, refused):
+        policy = self.observed(p95_ms * MS)
+
+        assert {policy.judge(advisory(), self.busy(), 0) is not None for _ in range(100)} == {refused}
+        assert policy.judge(advisory(), load(IDLE), 0) is None
+        assert policy.judge(advisory(), self.busy(predicted=2 * S), 0) is not None
 
     def test_few_samples_say_nothing(self):
         assert self.shed(self.observed(5 * S, n=9), 0) == 0

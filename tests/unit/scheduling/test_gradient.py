@@ -6,7 +6,7 @@ from embedserve.scheduling.admission.gradient import GradientPolicy
 from embedserve.scheduling.item import Succeeded
 from embedserve.scheduling.settings import GradientSettings
 from tests.unit.scheduling.making import MS, small_scheduler, submission
-from tests.unit.scheduling.test_admission import IDLE, candidate, load
+from tests.unit.scheduling.test_admission import IDLE, advisory, candidate, load
 
 SETTINGS = GradientSettings(max_batch_tokens=100)
 
@@ -62,6 +62,15 @@ class TestLimit:
     def test_an_idle_night_teaches_nothing(self):
         p = policy()
         passes(p, 1.0, 100, used=False)
+
+        assert p.limit_tokens == 200
+
+    def test_who_only_asks_teaches_nothing(self):
+        """A balancer's poll is no load."""
+        p = policy()
+        for _ in range(20):
+            p.judge(advisory(), load((1, int(p.limit_tokens) - 20)), 0)
+            passes(p, 1.0, 1, used=False)
 
         assert p.limit_tokens == 200
 

@@ -17,10 +17,17 @@ __all__ = ["Candidate", "LoadState", "Policy", "retry_after_ms"]
 class Candidate:
     """Who asks to be admitted. Tokens are an estimate when ``estimated``."""
 
-    __slots__ = ("deadline_ns", "estimated", "items", "priority", "tenant", "tokens")
+    __slots__ = ("advisory", "deadline_ns", "estimated", "items", "priority", "tenant", "tokens")
 
     def __init__(
-        self, tokens: int, items: int, deadline_ns: int | None, priority: Priority, tenant: str, estimated: bool
+        self,
+        tokens: int,
+        items: int,
+        deadline_ns: int | None,
+        priority: Priority,
+        tenant: str,
+        estimated: bool,
+        advisory: bool = False,
     ) -> None:
         self.tokens = tokens
         self.items = items
@@ -28,6 +35,8 @@ class Candidate:
         self.priority = priority
         self.tenant = tenant
         self.estimated = estimated
+        self.advisory = advisory
+        """Somebody wants to know, nobody asks to be admitted: the answer teaches nothing, and chance has no part in it."""
 
 
 class LoadState:
@@ -96,7 +105,7 @@ class Policy(Protocol):
     """As in ``Rejection.policy``."""
 
     def judge(self, candidate: Candidate, load: LoadState, now_ns: int) -> Rejection | None:
-        """Refuses or not. Takes nothing."""
+        """Refuses or not. Takes nothing, and learns nothing where the candidate is advisory."""
 
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """A request ended after so long, in success or in a timeout."""

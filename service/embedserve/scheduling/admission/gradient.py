@@ -53,7 +53,8 @@ class GradientPolicy:
         limit = self.limit_tokens
         held = load.waiting_tokens + load.running_tokens
         reach = held + min(candidate.tokens, limit / 2)
-        self._peak = max(self._peak, reach)
+        if not candidate.advisory:
+            self._peak = max(self._peak, reach)
         if reach <= limit or load.idle:
             return None
         return Rejection(

@@ -33,6 +33,8 @@ class LatencyP95Policy:
 
     PASSES_MAX = 1_024
     """Estimates that passed and were not submitted yet: more are forgotten."""
+    ADVISED_SHARE = 0.5
+    """Share shed from which a balancer is told to send elsewhere: the most of those it sends would be refused."""
 
     def __init__(self, settings: LatencyP95Settings) -> None:
         self._settings = settings
@@ -46,6 +48,8 @@ class LatencyP95Policy:
 
     def judge(self, candidate: Candidate, load: LoadState, now_ns: int) -> Rejection | None:
         """Refuses by prediction or sheds by the measured P95."""
+        if candidate.advisory:
+            return None if load.idle else self._advise(load, now_ns)
         # The coin is thrown once a request: on its estimate if there was one, else when it is submitted. Twice would
         # shed the square of what was meant.
         thrown = not candidate.estimated and self._passes > 0
@@ -57,41 +61,62 @@ class LatencyP95Policy:
         return rejection
 
     def _refuse(self, load: LoadState, now_ns: int, *, thrown: bool) -> Rejection | None:
+        if (over := self._over_slo(load)) is not None:
+            return over
+        self._share = share = self._faded(self.shed_share(now_ns), load)
+        if share and not thrown and self._coin.random() < share:
+            return self._shed(share, load, now_ns)
+        return None
+
+    def _advise(self, load: LoadState, now_ns: int) -> Rejection | None:
+        """What more than ``ADVISED_SHARE`` of those who came now would be told, without their coin and hysteresis."""
+        if (over := self._over_slo(load)) is not None:
+            return over
+        self._share = share = self._faded(self._measured(now_ns)[1], load)  # a figure, on which no decision rests
+        return self._shed(share, load, now_ns) if share > self.ADVISED_SHARE else None
+
+    def _over_slo(self, load: LoadState) -> Rejection | None:
         slo = self._settings.slo_ns
         predicted = load.predicted_wait_ns * load.theta
-        if predicted > slo:
-            return Rejection(
-                "latency_p95",
-                "PREDICTED_WAIT_EXCEEDS_SLO",
-                retry_after_ms(min(predicted - slo, load.drain_ns)),
-                {"predicted_ns": float(predicted), "slo_ns": float(slo), "theta": load.theta},
-            )
-        share = self.shed_share(now_ns)
-        if share:
-            s = self._settings
-            share *= min(max((predicted - s.release_ns) / (s.soft_ns - s.release_ns), 0.0), 1.0)
-        self._share = share
-        if share and not thrown and self._coin.random() < share:
-            p95 = self._window.quantile_ns(0.95, now_ns)
-            return Rejection(
-                "latency_p95",
-                "P95_EXCEEDED",
-                retry_after_ms(load.drain_ns),
-                {"p95_ns": float(p95 or 0), "soft_ns": float(self._settings.soft_ns), "shed_share": share},
-            )
-        return None
+        if predicted <= slo:
+            return None
+        return Rejection(
+            "latency_p95",
+            "PREDICTED_WAIT_EXCEEDS_SLO",
+            retry_after_ms(min(predicted - slo, load.drain_ns)),
+            {"predicted_ns": float(predicted), "slo_ns": float(slo), "theta": load.theta},
+        )
+
+    def _faded(self, share: float, load: LoadState) -> float:
+        if not share:
+            return 0.0
+        s = self._settings
+        predicted = load.predicted_wait_ns * load.theta
+        return share * min(max((predicted - s.release_ns) / (s.soft_ns - s.release_ns), 0.0), 1.0)
+
+    def _shed(self, share: float, load: LoadState, now_ns: int) -> Rejection:
+        p95 = self._window.quantile_ns(0.95, now_ns)
+        return Rejection(
+            "latency_p95",
+            "P95_EXCEEDED",
+            retry_after_ms(load.drain_ns),
+            {"p95_ns": float(p95 or 0), "soft_ns": float(self._settings.soft_ns), "shed_share": share},
+        )
 
     def shed_share(self, now_ns: int) -> float:
         """Share of requests that is shed where the predicted wait has reached ``soft``."""
+        self.shedding, share = self._measured(now_ns)
+        return share
+
+    def _measured(self, now_ns: int) -> tuple[bool, float]:
+        """Whether the window has it that requests are shed, and their share."""
         s = self._settings
         if self._window.count(now_ns) < s.min_samples:
-            self.shedding = False
-            return 0.0
+            return False, 0.0
         p95 = self._window.quantile_ns(0.95, now_ns) or 0
-        self.shedding = p95 >= s.release_ns if self.shedding else p95 > s.soft_ns
-        if not self.shedding:
-            return 0.0
-        return s.max_shed * min((p95 - s.release_ns) / (s.hard_ns - s.release_ns), 1.0)
+        if not (p95 >= s.release_ns if self.shedding else p95 > s.soft_ns):
+            return False, 0.0
+        return True, s.max_shed * min((p95 - s.release_ns) / (s.hard_ns - s.release_ns), 1.0)
 
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """A timeout is at least a miss of the hard threshold: how long it would have taken, nobody knows."""
