@@ -194,7 +194,11 @@ def latency_p95_settings(config: Config) -> LatencyP95Settings:
 
 def gradient_settings(config: Config, batch_tokens: int) -> GradientSettings:
     """What the ``gradient`` policy takes."""
-    return GradientSettings(max_batch_tokens=batch_tokens, **config.admission.gradient.model_dump())
+    return GradientSettings(
+        max_batch_tokens=batch_tokens,
+        max_batch_items=config.scheduling.max_batch_items,
+        **config.admission.gradient.model_dump(),
+    )
 
 
 def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:

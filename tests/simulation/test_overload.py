@@ -15,6 +15,7 @@ from embedserve.scheduling.settings import GradientSettings
 from tests.simulation.simulator import Simulator
 from tests.simulation.workloads import (
     BURSTS,
+    CPU,
     CPU_TEXTS_PER_S,
     MS,
     OVERLOADS,
@@ -104,6 +105,26 @@ class TestGradient:
 
             assert p95_ns(served) <= 4 * 283 * MS
             assert len(served) / 18 >= 0.95 * CPU_TEXTS_PER_S
+
+    def test_passes_that_are_full_by_items_are_counted_as_passes(self):
+        """Texts of 3 tokens, 8 a pass, at 4 times what that is worth: 2 batches of tokens would be 340 passes."""
+        scenario = cpu(None, "gradient")
+        pass_s = (CPU.batch_ns + 24 * CPU.token_ns + CPU.hand_over_ns) * 1.02 / 1e9
+
+        def requests(rng):
+            for at in poisson(rng, 4 * 8 / pass_s, 3 * S):
+                yield Request(at, (3,))
+
+        def policies():
+            return [GradientPolicy(GradientSettings(max_batch_tokens=4_096, max_batch_items=8))]
+
+        settings = replace(scenario.settings, max_batch_items=8)
+        scenario = replace(scenario, requests=requests, settings=settings, policies=policies)
+        simulator = Simulator(1, scenario, slots=2, prepare_ahead_ns=1 * MS, checked=False, trace=False).run()
+        served = done_between(simulator, S, 3 * S)
+
+        assert p95_ns(served) <= 5 * pass_s * 1e9
+        assert len(served) / 2 >= 0.95 * 8 / pass_s
 
     @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
     def test_it_refuses_nobody_whom_the_device_can_serve(self, share):

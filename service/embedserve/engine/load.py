@@ -79,5 +79,6 @@ def _degraded(scheduler: Scheduler, now_ns: int) -> bool:
     if drain:
         shares.append(drain["drain_ns"] / drain["max_drain_ns"])
     if "gradient" in figures:
-        shares.append(tokens / figures["gradient"]["limit_tokens"])
+        gradient = figures["gradient"]
+        shares.append(max(tokens, items * gradient["item_tokens"]) / gradient["limit_tokens"])
     return max(shares) > DEGRADED_SHARE or figures.get("latency_p95", {}).get("shed_share", 0.0) > 0

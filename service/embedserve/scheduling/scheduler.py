@@ -85,7 +85,7 @@ class Scheduler:
         now_ns: int,
         advisory: bool = False,
     ) -> Rejection | None:
-        """Whether so many tokens, by estimate, would be refused now. Takes nothing, and teaches nothing if ``advisory``."""
+        """Whether so many tokens, by estimate, would be refused now. Takes nothing; ``advisory``: teaches nothing."""
         closed = self._closed()
         if closed is not None:
             return closed

@@ -162,6 +162,8 @@ class GradientSettings:
 
     max_batch_tokens: int = 16_384
     """The scheduler's: the unit of the limits."""
+    max_batch_items: int = 512
+    """The scheduler's: an item is this part of a pass at least."""
     tolerance: float = 1.3
     """Signal from which the limit shrinks; Gradient2 has 1.5, for a signal that is noisier."""
     batching_ratio: float = 1.6
@@ -179,11 +181,17 @@ class GradientSettings:
 
     def __post_init__(self) -> None:
         _require(self.max_batch_tokens >= 1, "max_batch_tokens must be at least 1")
+        _require(self.max_batch_items >= 1, "max_batch_items must be at least 1")
         _require(self.tolerance >= 1 and self.batching_ratio > 0, "tolerance starts at 1, batching_ratio above 0")
         _require(0 < self.smoothing <= 1, "smoothing must lie in (0, 1]")
         _require(0 < self.gradient_min < 1, "gradient_min must lie between 0 and 1")
         _require(self.headroom_batches > 0, "headroom_batches must be positive")
         _require(1 <= self.min_batches <= self.max_batches, "needs 1 <= min_batches <= max_batches")
+
+    @property
+    def item_tokens(self) -> float:
+        """What an item counts at least: its share of a pass that is full by items."""
+        return self.max_batch_tokens / self.max_batch_items
 
     @property
     def headroom_tokens(self) -> float:

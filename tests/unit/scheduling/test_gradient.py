@@ -34,6 +34,15 @@ class TestLimit:
         assert p.judge(candidate(50), load((1, 100), (1, 50)), 0) is None
         assert p.judge(candidate(51), load((1, 100), (1, 50)), 0).reason == "TOKENS_IN_FLIGHT_EXCEEDED"
 
+    def test_a_pass_that_is_full_by_items_is_a_pass(self):
+        """Items of 3 tokens where 5 fill a pass: each counts for 20 tokens, whether it waits, runs or comes."""
+        p = policy(max_batch_items=5)
+
+        assert p.judge(candidate(3, 1), load((6, 18), (3, 9)), 0) is None
+        refused = p.judge(candidate(6, 2), load((6, 18), (3, 9)), 0)
+        assert (refused.figures["in_flight_tokens"], refused.figures["tokens"]) == (180, 40)
+        assert p.judge(candidate(50, 1), load((6, 160)), 0) is not None, "long items count by their tokens"
+
     def test_an_idle_server_takes_anything(self):
         assert policy().judge(candidate(10_000), load(IDLE), 0) is None
 

@@ -36,7 +36,7 @@ class Candidate:
         self.tenant = tenant
         self.estimated = estimated
         self.advisory = advisory
-        """Somebody wants to know, nobody asks to be admitted: the answer teaches nothing, and chance has no part in it."""
+        """Nobody asks to be admitted: the answer teaches nothing, and chance has no part in it."""
 
 
 class LoadState:

@@ -14,6 +14,9 @@ least half of it is used, so that an idle night teaches nothing. The floor of 2 
 waiting: the device never starves. Where it comes to rest ``limit * (1 - g) = headroom``: about 3 batches, a wait of 2
 to 3 passes, whatever a pass takes (``cpu_2x_1000ms_gradient`` and its like in the simulation).
 
+A pass is full by its items, too: each text counts for its share of one at least, whatever it has of tokens. Else very
+short texts would be dozens of passes within a limit of two.
+
 A timeout counts as a wait of twice the tolerance at least: how long it would have taken, nobody knows.
 """
 
@@ -51,8 +54,10 @@ class GradientPolicy:
         What is larger than half of the limit by itself is taken once half of the limit is free: else it never were.
         """
         limit = self.limit_tokens
-        held = load.waiting_tokens + load.running_tokens
-        reach = held + min(candidate.tokens, limit / 2)
+        item_tokens = self._settings.item_tokens
+        held = max(load.waiting_tokens + load.running_tokens, (load.waiting_items + load.running_items) * item_tokens)
+        own = max(candidate.tokens, candidate.items * item_tokens)
+        reach = held + min(own, limit / 2)
         if not candidate.advisory:
             self._peak = max(self._peak, reach)
         if reach <= limit or load.idle:
@@ -61,7 +66,7 @@ class GradientPolicy:
             "gradient",
             "TOKENS_IN_FLIGHT_EXCEEDED",
             retry_after_ms(load.drain_ns * min((reach - limit) / held, 1.0)),
-            {"in_flight_tokens": float(held), "limit_tokens": limit, "tokens": float(candidate.tokens)},
+            {"in_flight_tokens": float(held), "limit_tokens": limit, "tokens": float(own)},
         )
 
     def observe_wait(self, wait_ns: int, pass_ns: int, now_ns: int) -> None:
@@ -74,8 +79,12 @@ class GradientPolicy:
             self._observe(2 * self._settings.tolerance, now_ns)
 
     def figures(self, now_ns: int) -> Mapping[str, float]:  # noqa: ARG002
-        """The limit, and the signal of the last pass."""
-        return {"limit_tokens": self.limit_tokens, "signal": self._signal}
+        """The limit, what an item counts at least, and the signal of the last pass."""
+        return {
+            "limit_tokens": self.limit_tokens,
+            "item_tokens": self._settings.item_tokens,
+            "signal": self._signal,
+        }
 
     def _observe(self, signal: float, now_ns: int) -> None:
         # Requests of one pass end at one instant: a later one closes the books of the pass before it.
