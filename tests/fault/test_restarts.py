@@ -24,7 +24,7 @@ from tests.fault.fault_server import SERVER
 from tests.fault.figures import figures, get, settled
 from tests.fault.words import WORDS
 from tests.integration.server.calls import expected, values
-from tests.integration.server.process import QUICK, running
+from tests.integration.server.process import QUICK, ServerProcess, running
 
 pytestmark = pytest.mark.process
 
@@ -108,32 +108,37 @@ class TestRollingRestart:
     RESTARTS = 20
 
     async def test_no_call_is_lost(self) -> None:
-        ports = free_ports(3)
+        ports = free_ports(4)  # of one that ends, one that serves and two that start
         load = Load("ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports), rate=100)
         flags = (*QUICK, "--shutdown.settle_ms", "300")
         codes, cut_off = [], []
 
-        def start(number: int) -> tuple[ExitStack, object]:
-            stack = ExitStack()
-            address = f"127.0.0.1:{ports[number % 3]}"
-            return stack, stack.enter_context(running(*flags, "--server.address", address, command=SERVER, PASS_MS="5"))
+        def start(stack: ExitStack, number: int) -> ServerProcess:
+            address = f"127.0.0.1:{ports[number % 4]}"
+            return stack.enter_context(running(*flags, "--server.address", address, command=SERVER, PASS_MS="5"))
 
-        def end(stack: ExitStack, server: object) -> None:
-            codes.append(server.stop())  # type: ignore[attr-defined]
-            cut_off.extend(line["cut_off"] for line in server.log if line["event"] == "stopped")  # type: ignore[attr-defined]
-            stack.close()
+        def end(server: ServerProcess) -> None:
+            codes.append(server.stop())
+            cut_off.extend(line["cut_off"] for line in server.log if line["event"] == "stopped")
 
-        serving, ending = await asyncio.to_thread(start, 0), None
-        async with load.driving():
-            for number in range(1, self.RESTARTS + 1):
-                newest = await asyncio.to_thread(start, number)
-                if ending is not None:
+        with ExitStack() as stack:
+            coming = collections.deque(asyncio.ensure_future(asyncio.to_thread(start, stack, n)) for n in range(3))
+            try:
+                serving, ending = await coming.popleft(), None
+                async with load.driving():
+                    for number in range(1, self.RESTARTS + 1):
+                        newest = await coming.popleft()
+                        if ending is not None:
+                            await ending
+                        ending = asyncio.ensure_future(asyncio.to_thread(end, serving))
+                        serving = newest
+                        if number + 2 <= self.RESTARTS:
+                            coming.append(asyncio.ensure_future(asyncio.to_thread(start, stack, number + 2)))
+                    assert ending is not None
                     await ending
-                ending = asyncio.ensure_future(asyncio.to_thread(end, *serving))
-                serving = newest
-            assert ending is not None
-            await ending
-        await asyncio.to_thread(end, *serving)
+            finally:
+                await asyncio.gather(*coming, return_exceptions=True)  # what has started is then ended
+            await asyncio.to_thread(end, serving)
 
         assert load.ended.keys() == {"OK"}, load.ended
         assert load.ended["OK"] > 500
@@ -165,8 +170,8 @@ class TestKilled:
         assert max(ready_ms) < 10_000
 
 
-def _in_flight(server: object) -> bool:
-    return figures(server).total("embedserve_rpc_active_calls") > 0  # type: ignore[arg-type]
+def _in_flight(server: ServerProcess) -> bool:
+    return figures(server).total("embedserve_rpc_active_calls") > 0
 
 
 class TestStopped:
