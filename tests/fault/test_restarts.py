@@ -177,7 +177,7 @@ def _in_flight(server: ServerProcess) -> bool:
 class TestStopped:
     """SIGSTOP for longer than every deadline, then SIGCONT: a paused machine, a debugger, a frozen container."""
 
-    STOPPED_S = 3.0
+    STOPPED_S = 1.6
 
     async def test_expired_work_is_dropped_and_not_run_late(self) -> None:
         with running(*QUICK, command=SERVER, PASS_MS="40") as server:
