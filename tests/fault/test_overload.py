@@ -158,9 +158,9 @@ class TestThreeTimesTheCapacity:
 
 
 class TestForLong:
-    """Twelve thousand calls of all kinds: what one leaves behind would show."""
+    """Twenty thousand calls of all kinds: what one leaves behind would show."""
 
-    CALLS, SAMPLES = 12_000, 12
+    CALLS, SAMPLES = 20_000, 20
 
     async def test_memory_does_not_creep(self) -> None:
         rng = random.Random(31)
