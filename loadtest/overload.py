@@ -1,8 +1,9 @@
 """Goodput under overload: ``python -m loadtest.overload``. Real server, real model, open loop, client beside it.
 
-Method. One server a repetition; 128-token texts, one a call. The capacity is measured closed loop, before and after,
-on the server that is then overloaded (their mean counts). Then Poisson arrivals at a multiple of it from a client
-process that holds back for nothing: a call is counted from the instant at which it was meant to be sent.
+Method. 128-token texts, one a call. The capacity is measured closed loop, before and after the overload (the mean
+counts), on a twin of the server without a policy: one that sheds at its soft threshold would hide what it can do. Then
+Poisson arrivals at a multiple of it from a client process that holds back for nothing: a call is counted from the
+instant at which it was meant to be sent.
 
 * ``deadline``: 2 x for 60 s with deadlines of 1 s, the default policies. Goodput is the answers that came in time.
 * ``burst``: ``latency_p95``, deadlines of 500 ms: 10 s at half the capacity, 20 s at 4 x, 15 s at half again. The same
@@ -36,8 +37,8 @@ from loadtest.server import Server, null_server, product
 from loadtest.texts import texts_of
 
 TOKENS = 128
-CALLERS = 32
-"""Of the closed loop: more than one full batch at any time; at 64 a call waits for 4 of them."""
+CALLERS = 64
+"""Of the closed loop: several full batches at any time."""
 WARM_UP_S, CLOSED_S = 5.0, 15.0
 WINDOW_S = 0.5
 MARKS = {"deadline": 0.95, "burst": 0.85}
@@ -59,10 +60,16 @@ def main() -> int:
         for repetition in range(options.repetitions):
             for kind, rows in found.items():
                 policy = ("--admission.policies", "latency_p95") if kind == "burst" else ()
-                with serve(options.device, Path(folder), *policy, *options.settings) as server:
-                    requests = make_requests(server, null=options.device is not None)
+                none = ("--admission.policies", "none")
+                with (
+                    serve(options.device, Path(folder), *options.settings, *none) as twin,
+                    serve(options.device, Path(folder), *policy, *options.settings) as server,
+                ):
+                    requests = make_requests(null=options.device is not None)
+                    for each in (twin, server):
+                        run(Job(target=each.target, requests=requests, seconds=WARM_UP_S, callers=8))
                     measure = burst if kind == "burst" else deadline
-                    rows.append(measure(server, requests, options.seconds, 17 + repetition))
+                    rows.append(measure(server, twin, requests, options.seconds, 17 + repetition))
                 print_row(kind, rows[-1])
     summary = {kind: summarise(rows, MARKS[kind]) for kind, rows in found.items()}
     for kind, row in summary.items():
@@ -82,11 +89,9 @@ def serve(device: str | None, folder: Path, *settings: str) -> AbstractContextMa
     return null_server(write_checkpoint(folder / "null-384", 384), *settings, device=device)
 
 
-def make_requests(server: Server, *, null: bool) -> list[bytes]:
+def make_requests(*, null: bool) -> list[bytes]:
     # Two characters are one token of the null model's vocabulary.
-    texts = ["as" * (TOKENS - 2)] if null else texts_of(TOKENS, 256)
-    run(Job(target=server.target, requests=(found := [embed(text) for text in texts]), seconds=WARM_UP_S))
-    return found
+    return [embed(text) for text in (["as" * (TOKENS - 2)] if null else texts_of(TOKENS, 256))]
 
 
 def embed(*texts: str) -> bytes:
@@ -102,15 +107,15 @@ def capacity(server: Server, requests: list[bytes]) -> tuple[float, float]:
     return len(answered(calls, 0.0, CLOSED_S)) / CLOSED_S, swing(calls, 1.0, CLOSED_S)
 
 
-def deadline(server: Server, requests: list[bytes], seconds: float, seed: int) -> dict[str, Any]:
+def deadline(server: Server, twin: Server, requests: list[bytes], seconds: float, seed: int) -> dict[str, Any]:
     """2 x the capacity, deadlines of 1 s."""
-    before, calm = capacity(server, requests)
+    before, calm = capacity(twin, requests)
     expired = settled(server, "expired")
     calls = run(
         Job(target=server.target, requests=requests, seconds=seconds, rate=2 * before, timeout_s=1.0, seed=seed)
     )
     expired = settled(server, "expired") - expired
-    after, _ = capacity(server, requests)
+    after, _ = capacity(twin, requests)
     row = judged(calls, 0.0, seconds, statistics.mean((before, after)), 1.0)
     return row | {
         "capacity_before": round(before, 1),
@@ -121,9 +126,9 @@ def deadline(server: Server, requests: list[bytes], seconds: float, seed: int) -
     }
 
 
-def burst(server: Server, requests: list[bytes], _seconds: float, seed: int) -> dict[str, Any]:
+def burst(server: Server, twin: Server, requests: list[bytes], _seconds: float, seed: int) -> dict[str, Any]:
     """Half the capacity, 4 x, half again; deadlines of 500 ms."""
-    before, calm = capacity(server, requests)
+    before, calm = capacity(twin, requests)
     begins, ends, stops = 10.0, 30.0, 45.0
     job = Job(
         target=server.target,
@@ -137,7 +142,7 @@ def burst(server: Server, requests: list[bytes], _seconds: float, seed: int) -> 
     expired = settled(server, "expired")
     calls = run(job)
     expired = settled(server, "expired") - expired
-    after, _ = capacity(server, requests)
+    after, _ = capacity(twin, requests)
     row = judged(calls, begins, ends, statistics.mean((before, after)), 0.5)
     normal = max(p99 for _, p99 in windowed_p99(calls, 1.0, begins))
     return row | {
