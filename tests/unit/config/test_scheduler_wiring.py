@@ -62,7 +62,11 @@ class TestNumbers:
     @pytest.mark.parametrize("part", ["throughput", "latency_p95", "gradient"])
     def test_each_number_has_a_setting(self, part):
         """But for the seed of the coin, which is there to make runs alike."""
-        fields = {name for key, name in numbers(Config()) if key == part} - {"seed", "max_batch_tokens", "max_batch_items"}
+        fields = {name for key, name in numbers(Config()) if key == part} - {
+            "seed",
+            "max_batch_tokens",
+            "max_batch_items",
+        }
         names = {s.path.rpartition(".")[2] for s in settings_of(Config) if s.path.startswith(f"admission.{part}.")}
 
         assert {name.removesuffix("_ns") for name in fields} == {name.removesuffix("_ms") for name in names}
