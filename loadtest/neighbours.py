@@ -4,10 +4,11 @@
   after takes what it takes on an idle server (coral-gpu-inference kept 139,264 tokens of 24 such calls).
 * ``malformed``: of 8 calls at once one is bad, in each of many ways. Mark: 0 of the 7 others hurt, every vector right.
 * ``behind``: one short text sent while a call of 64 texts of 200 words runs. Mark: delayed by less than the time of one
-  pass of that call (embedeer: 2,475 ms).
-* ``bulk``: an interactive caller beside a stream of 10,000 texts. Mark: its p99 moves by one pass at most.
+  batch (embedeer: 2,475 ms).
+* ``bulk``: an interactive caller beside a stream of 10,000 texts. Mark: its p99 moves by one batch at most.
 
-The time of a pass is read from the server's own metrics while the large call runs alone.
+One batch is a full one: the most that the scheduler puts into one pass, ``scheduling.max_batch_ms`` of predicted time.
+How long passes really took is read from the server's own metrics and stands beside it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ INTERACTIVE_PER_S = 8.0
 INTERACTIVE = (("x-embedserve-priority", "interactive"),)
 BULK = (("x-embedserve-priority", "bulk"),)
 SHORT = "how do I renew a passport"
+BATCH_MS = 100.0
+"""A full batch: the default of ``scheduling.max_batch_ms``."""
 
 Vector = npt.NDArray[np.float32]
 
@@ -202,7 +205,8 @@ async def behind(server: Server, stub: Any) -> dict[str, Any]:
         "pass_ms": round(pass_ms, 1),
         "small_call_alone_ms": round(idle[len(idle) // 2], 1),
         "delay_p50_max_ms": [round(delays[len(delays) // 2], 1), round(delays[-1], 1)],
-        "met": delays[-1] < pass_ms,
+        "batch_ms": BATCH_MS,
+        "met": delays[-1] < BATCH_MS,
     }
 
 
@@ -230,11 +234,11 @@ async def bulk(server: Server, stub: Any) -> dict[str, Any]:
         "bulk_texts": items,
         "bulk_s": round(job_s, 1),
         "mean_pass_ms": round(pass_ms, 1),
-        "longest_pass_ms": "see batch_duration in /metrics",
+        "batch_ms": BATCH_MS,
         "interactive_calls": [len(before), len(beside)],
         "interactive_p50_ms": [round(float(np.median(x)), 1) for x in (before, beside)],
         "interactive_p99_ms": [round(x, 1) for x in p99],
-        "met": items == BULK_TEXTS and p99[1] - p99[0] <= pass_ms,
+        "met": items == BULK_TEXTS and p99[1] - p99[0] <= BATCH_MS,
     }
 
 
