@@ -216,12 +216,12 @@ class TestDeadline:
             first = asyncio.ensure_future(server.stub.Embed(pb.EmbedRequest(texts=["hello"])))
             await until(lambda: server.engine.load().running_items == 1)
             request = pb.EmbedRequest(texts=["world"])
-            codes = await asyncio.gather(*(failure_code(server.stub.Embed(request, timeout=1.0)) for _ in range(1000)))
+            codes = await asyncio.gather(*(failure_code(server.stub.Embed(request, timeout=2.0)) for _ in range(1000)))
             plan.gate.set()
             await first
             await made.settled()
 
-        # Some come so late that their deadline is seen to be too short.
+        # The longer the device hangs, the longer it is expected to: who comes late may be refused for it.
         assert set(codes) <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert codes.count(grpc.StatusCode.DEADLINE_EXCEEDED) > 500
         assert backend.passes == [(1, 3)]
