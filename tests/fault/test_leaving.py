@@ -133,7 +133,7 @@ class TestCancel:
             await until(lambda: server.engine.load().running_items == 1)
             request = pb.EmbedRequest(texts=["world"])
             calls = [server.stub.Embed(request) for _ in range(5000)]
-            await until(lambda: server.engine.load().queue_depth == 5000, 20)
+            await until(lambda: server.engine.load().queue_depth == 5000, 60)
             begun = time.monotonic()
             for call in calls:
                 call.cancel()

@@ -40,12 +40,15 @@ TEST_SETTINGS: Mapping[str, str] = {
     "server.uvloop": "false",
     "operations.enabled": "false",
     "operations.address": "127.0.0.1:0",
+    "health.stall_ms": "60000",
+    "health.hang_ms": "600000",
     "scheduling.shape": "packed",
     "tokenizer.threads": "2",
     "shutdown.settle_ms": "0",
     "shutdown.grace_ms": "5000",
 }
-"""What differs from production; ``settings`` of ``serving`` win. The loop is the test's own, so uvloop has no say."""
+"""What differs from production; ``settings`` of ``serving`` win. The loop is the test's own, so uvloop has no say. A
+test may hold a fake's gate for longer than a device may take, above all on a busy machine."""
 LIMIT_S = 10.0
 """A fake that takes longer to start or to stop hangs."""
 
