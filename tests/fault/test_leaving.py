@@ -106,7 +106,7 @@ class TestCancel:
                 else:
                     call = server.stub.Embed(pb.EmbedRequest(texts=["world"] * rng.randint(1, 20)))
                     ending = asyncio.ensure_future(_await(call))
-                await asyncio.sleep(rng.random() * 0.03)
+                await asyncio.sleep(rng.random() * rng.choice([0.03, 1.0]))  # a busy machine is in time for some, too
                 call.cancel()
                 return await ending
 
