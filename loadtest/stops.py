@@ -37,7 +37,7 @@ SETTINGS = ("--shutdown.settle_ms", "1000")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="SIGTERM under load, again and again.")
-    parser.add_argument("--stops", type=int, default=STOPS)
+    parser.add_argument("--stops", type=int, default=STOPS, choices=range(1, 101), metavar="1..100")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     noted = Run("stops")

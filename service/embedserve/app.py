@@ -266,6 +266,8 @@ class App:
         if lifecycle.state is not State.FAILED:
             lifecycle.to(State.FAILED)
         self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
+        # Who is on the way is told UNAVAILABLE, which may be tried elsewhere; a stop would say CANCELLED to them.
+        await self._caught_up()
         await server.stop(FATAL_ANSWER_S)  # type: ignore[attr-defined]
         self.worker_ended = await engine.stop(0.0)
         await operations.stop()

@@ -294,6 +294,7 @@ RULES = (
     Rule("scheduling.max_batch_tokens", "scheduling.max_queue_tokens", "no full batch could wait"),
     Rule("scheduling.max_queue_delay_ms", "scheduling.max_wait_ms", "every batch would be overdue"),
     Rule("health.stall_ms", "health.hang_ms", "a stall comes before a hang", below=True),
+    Rule("scheduling.max_batch_ms", "health.hang_ms", "a full pass would be taken for a broken device", below=True),
     Rule("admission.latency_p95.soft_ms", "admission.latency_p95.hard_ms", "refusals begin at the first", below=True),
     Rule("admission.gradient.min_batches", "admission.gradient.max_batches", "the limit lies between them"),
 )

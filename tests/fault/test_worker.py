@@ -47,6 +47,14 @@ async def fall(server: ServerProcess, order: str) -> tuple[list[object], list[ob
     return list(ended), list(others), told, code, time.monotonic() - begun
 
 
+async def _code(call: object) -> grpc.StatusCode:
+    try:
+        await call  # type: ignore[misc]
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
 def _busy(server: ServerProcess) -> bool:
     return bool(load(server)["running_items"])
 
@@ -77,6 +85,31 @@ class TestFatal:
         assert code == 70
         assert took < 3, "300 ms of the slow pass, 1 s for the answers, and the exit"
         assert any(line["event"] == "failed" and reason in line["reason"] for line in server.log)
+
+    async def test_nobody_on_the_way_is_told_that_it_cancelled(self) -> None:
+        """Who has not begun may try elsewhere: UNAVAILABLE. CANCELLED would be taken for the caller's own doing."""
+        statuses: set[grpc.StatusCode] = set()
+        with running(*QUICK, "--admission.policies", "none", command=SERVER) as server:
+            async with grpc.aio.insecure_channel(server.address, options=[("grpc.enable_retries", 0)]) as channel:
+                stub = EmbeddingServiceStub(channel)
+
+                async def caller() -> None:
+                    while server.process.poll() is None:
+                        try:
+                            await stub.Embed(pb.EmbedRequest(texts=["hello"]), timeout=20)
+                        except grpc.aio.AioRpcError as error:
+                            statuses.add(error.code())
+                            await asyncio.sleep(0.1)  # as a client with a retry policy does, at least
+
+                callers = [asyncio.ensure_future(caller()) for _ in range(24)]
+                await asyncio.to_thread(server.wait, lambda: _busy(server), "a running pass")
+                statuses.add(await _code(stub.Embed(pb.EmbedRequest(texts=["&"]), timeout=20)))
+                code = await asyncio.to_thread(server.ended)
+                await asyncio.gather(*callers)
+
+        assert grpc.StatusCode.INTERNAL in statuses
+        assert statuses <= {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE}
+        assert code == 70
 
 
 class TestNativeDeath:

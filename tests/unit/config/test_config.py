@@ -147,6 +147,10 @@ class TestRules:
                 "scheduling.max_queue_delay_ms must not be above scheduling.max_wait_ms",
             ),
             (
+                {"scheduling": Scheduling(max_batch_ms=60_000)},
+                "scheduling.max_batch_ms must be below health.hang_ms",
+            ),
+            (
                 {"admission": Admission(latency_p95=LatencyP95(soft_ms=501))},
                 "admission.latency_p95.soft_ms must be below admission.latency_p95.hard_ms",
             ),
