@@ -17,8 +17,8 @@ from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.integration.server.process import ServerProcess
 
-OTHERS_S_MAX = 1.0
-"""Generous: the figures are a few milliseconds, on a machine that does other things too."""
+OTHERS_S_MAX = 5.0
+"""The figures are a few milliseconds; the client and 10,000 frames share an event loop, on a machine that may be busy."""
 RSS_GROWTH_MAX = 96 << 20
 """Of one attack. Core keeps what it has allocated once."""
 PAUSE_S = 0.01

@@ -161,8 +161,9 @@ class TestSizes:
                 await raw.send(data(i, grpc_message(HELLO)))
             for i in range(1, 100, 2):
                 assert (await raw.trailers(i))["grpc-status"] == RESOURCE_EXHAUSTED
-            if named <= 1000:  # Core itself refuses more, without a word
-                assert "server.max_metadata_bytes" in raw.headers[1]["grpc-message"]
+            if named <= 1000:  # Core itself refuses more, and now and then one of these, without a word
+                said = [raw.headers[i].get("grpc-message", "") for i in range(1, 100, 2)]
+                assert any("server.max_metadata_bytes" in words for words in said)
             await raw.send(raw.call(101), data(101, grpc_message(HELLO)))
             assert (await raw.trailers(101))["grpc-status"] == "0"
 
