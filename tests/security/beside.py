@@ -18,7 +18,7 @@ from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.integration.server.process import ServerProcess
 
 OTHERS_S_MAX = 5.0
-"""The figures are a few milliseconds; the client and 10,000 frames share an event loop, on a machine that may be busy."""
+"""The figures are a few milliseconds; but the client shares an event loop with 10,000 frames, on a busy machine."""
 RSS_GROWTH_MAX = 96 << 20
 """Of one attack. Core keeps what it has allocated once."""
 PAUSE_S = 0.01
