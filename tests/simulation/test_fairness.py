@@ -36,7 +36,7 @@ class TestBulk:
         device = SCENARIOS["steady"].device
         batch_ns = (device.batch_ns + device.token_ns * settings.max_batch_tokens) * (1 + device.jitter)
 
-        # It waits for a pass of the job, three quarters of a batch, and rides in one that the job fills by a quarter.
+        # It waits for a pass of the job, seven tenths of a batch, and rides in one that the job fills by a fifth.
         assert p99[beside] - p99[ones] <= batch_ns
 
 
