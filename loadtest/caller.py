@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,9 +40,7 @@ GRACE_S = 0.5
 OVERRUN_S = 30.0
 """A client that has not ended so long after its time hangs."""
 
-CALLS = np.dtype(
-    [("meant", "f8"), ("sent", "f8"), ("ended", "f8"), ("code", "i2"), ("pushback_ms", "f4"), ("kind", "i2")]
-)
+CALLS = np.dtype([("meant", "f8"), ("sent", "f8"), ("ended", "f8"), ("code", "i2"), ("pushback_ms", "f4")])
 """Seconds since the start of the run; ``pushback_ms`` is NaN where the answer gave none."""
 
 Calls = npt.NDArray[Any]
@@ -66,8 +64,6 @@ class Job:
     metadata: Sequence[tuple[str, str]] = ()
     connections: int = 4
     seed: int = 17
-    kinds: Sequence[int] = field(default=())
-    """A label for each request, for figures by kind; empty: all 0."""
 
 
 def schedule(job: Job) -> list[float]:
@@ -118,7 +114,7 @@ class _Client:
         self._job = job
         self._connections: list[Connection] = []
         self._turn = itertools.count()
-        self.rows: list[tuple[float, float, float, int, float, int]] = []
+        self.rows: list[tuple[float, float, float, int, float]] = []
         self.start = 0.0
 
     async def connect(self) -> None:
@@ -151,8 +147,7 @@ class _Client:
         ended = time.perf_counter() - self.start
         if job.timeout_s is not None and code == OK and ended - sent > job.timeout_s:
             code = DEADLINE_EXCEEDED
-        kind = job.kinds[which] if job.kinds else 0
-        self.rows.append((sent if meant is None else meant, sent, ended, code, pushback, kind))
+        self.rows.append((sent if meant is None else meant, sent, ended, code, pushback))
 
     async def closed(self) -> None:
         async def caller() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any
@@ -260,15 +259,10 @@ async def _interactive(stub: Any, *, seconds: float | None = None, until: asynci
     return latencies
 
 
-def passes(server: Server) -> tuple[float, float]:
+def passes(server: Server) -> tuple[float, ...]:
     """Passes so far and their seconds, by the server's own metric."""
-    with urllib.request.urlopen(f"http://{server.ready['operations']}/metrics", timeout=5) as page:
-        lines = page.read().decode().splitlines()
-
-    def total(name: str) -> float:
-        return sum(float(x.split("}")[1].split()[0]) for x in lines if x.startswith(f"{name}{{"))
-
-    return total("embedserve_batch_duration_seconds_count"), total("embedserve_batch_duration_seconds_sum")
+    found = server.metrics()
+    return tuple(found.get(f"embedserve_batch_duration_seconds_{part}", 0.0) for part in ("count", "sum"))
 
 
 def _vector(answer: pb.EmbedResponse) -> Vector:

@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-import urllib.request
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -236,18 +234,7 @@ def series(calls: Calls, stops: float, burst_s: tuple[float, float], limit: floa
 
 def settled(server: Server, verdict: str) -> int:
     """Items that the server says ended so, by its own metric."""
-    wanted = f'verdict="{verdict}"'
-    deadline_s = time.monotonic() + 5
-    while True:  # a scrape waits for the event loop, which may be behind
-        try:
-            with urllib.request.urlopen(f"http://{server.ready['operations']}/metrics", timeout=5) as page:
-                text = page.read().decode()
-        except OSError:
-            if time.monotonic() > deadline_s:
-                raise
-            continue
-        lines = [x for x in text.splitlines() if x.startswith("embedserve_items_settled") and wanted in x]
-        return sum(int(float(line.split(" ")[1])) for line in lines if not line.startswith("#"))
+    return int(server.metrics().get(f'embedserve_items_settled_total{{verdict="{verdict}"}}', 0.0))
 
 
 # ------------------------------------------------------------------------------------------------------------ results

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ __all__ = ["Server", "Thread", "null_server", "product", "soak_server"]
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
 """A model on a busy machine is warm after 20 s."""
+SCRAPE_S = 5.0
 PORTS = ("--server.address", "127.0.0.1:0", "--operations.address", "127.0.0.1:0", "--shutdown.settle_ms", "0")
 
 
@@ -52,6 +55,30 @@ class Server:
     def wait(self) -> int:
         """Its exit code, once it has ended."""
         return self._process.wait(60)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by its name and labels, those of one name added up under the bare name too.
+
+        A scrape waits for the event loop, which may be behind: it is tried again for some seconds.
+        """
+        ends = time.monotonic() + SCRAPE_S
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://{self.ready['operations']}/metrics", timeout=SCRAPE_S) as page:
+                    text = page.read().decode()
+                break
+            except OSError:
+                if time.monotonic() > ends:
+                    raise
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            if line and not line.startswith("#"):
+                name, _, value = line.split(" # ")[0].rpartition(" ")
+                found[name] = float(value)
+                bare = name.split("{")[0]
+                if bare != name:
+                    found[bare] = found.get(bare, 0.0) + float(value)
+        return found
 
     def threads(self) -> dict[int, Thread]:
         """Every thread of the process, by its id. The first one, whose id is the process's, runs the event loop."""

@@ -19,7 +19,6 @@ import os
 import signal
 import statistics
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -217,19 +216,6 @@ def weigh(server: Server) -> dict[str, int]:
     }
 
 
-def metrics(server: Server) -> dict[str, float]:
-    """Every sample of /metrics by its name and labels, those of one name added up under the bare name too."""
-    with urllib.request.urlopen(f"http://{server.ready['operations']}/metrics", timeout=10) as page:
-        lines = [x.split(" # ")[0] for x in page.read().decode().splitlines() if x and not x.startswith("#")]
-    found: dict[str, float] = {}
-    for line in lines:
-        name, _, value = line.rpartition(" ")
-        found[name] = float(value)
-        bare = name.split("{")[0]
-        found[bare] = found.get(bare, 0.0) + float(value) if bare != name else found[name]
-    return found
-
-
 async def act(server: Server, minutes: float) -> dict[str, Any]:
     """The whole story."""
     idle = weigh(server)
@@ -247,7 +233,7 @@ async def act(server: Server, minutes: float) -> dict[str, Any]:
     sampling.cancel()
     await asyncio.sleep(SETTLE_S)
     last = weigh(server)
-    ends = metrics(server)
+    ends = server.metrics()
     return report(idle, last, samples, traffic, ends)
 
 

@@ -390,10 +390,7 @@ def run(
         # Not through the interpreter's buffer: what cannot be written would fail its end, and the exit code with it.
         try:
             os.write(sys.stdout.fileno(), line + b"\n")
-        except (
-            OSError,
-            AttributeError,
-        ) as error:  # a full disk, a reader that has gone, a standard output that is closed
+        except (OSError, AttributeError) as error:  # a full disk, a reader that has gone, a closed standard output
             structlog.get_logger("embedserve.app").warning("ready_line_lost", reason=str(error))
 
     telemetry = config.telemetry

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import structlog
 
 from embedserve.testing import FaultPlan, FaultyBackend
 from embedserve.testing.server import InProcessServer, serving
 from tests.integration.server.calls import until
+from tests.log_fixtures import silent_log
+
+__all__ = ["silent_log"]
 
 PATIENT = {"health.stall_ms": "600000", "health.hang_ms": "1200000"}
-
-
-@pytest.fixture(autouse=True)
-def silent_log() -> Iterator[None]:
-    """The server's log, without a handler of its own here, is dropped."""
-    structlog.configure(processors=[_drop])
-    yield
-    structlog.reset_defaults()
-
-
-def _drop(*_: object) -> dict[str, object]:
-    raise structlog.DropEvent
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
 import pytest
-import structlog
 
 from embedserve.config import Config
 from embedserve.settings import settings_of
@@ -22,20 +21,11 @@ from embedserve.testing import FaultPlan, FaultyBackend
 from embedserve.testing.server import InProcessServer, serving
 from embedserve.v1 import embedding_pb2 as pb
 from tests.integration.server.calls import failure, read, until
+from tests.log_fixtures import silent_log  # noqa: F401 - an autouse fixture of this module
 
 INVALID, EXHAUSTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
 MIB = 1 << 20
 Act = Callable[[InProcessServer], Awaitable[object]]
-
-
-@pytest.fixture(autouse=True)
-def silent_log() -> Iterator[None]:
-    def drop(*_: object) -> dict[str, object]:
-        raise structlog.DropEvent
-
-    structlog.configure(processors=[drop])
-    yield
-    structlog.reset_defaults()
 
 
 def embed(texts: list[str], **options: object) -> Act:

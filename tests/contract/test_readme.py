@@ -10,12 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import click
 import pytest
-import structlog
 
 from embedserve import cli
 from embedserve.api.encoding import Encoding, row_bytes
@@ -24,6 +23,7 @@ from embedserve.config import Config
 from embedserve.settings import render, settings_of
 from embedserve.testing.backends import FakeBackend, fake_identity
 from embedserve.testing.server import InProcessServer, serving
+from tests.log_fixtures import silent_log  # noqa: F401 - an autouse fixture of this module
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "service" / "embedserve"
@@ -53,18 +53,6 @@ def _has_grpc_js() -> bool:
     return not subprocess.run(
         [node, "-e", "require.resolve('@grpc/grpc-js')"], capture_output=True, check=False
     ).returncode
-
-
-@pytest.fixture(autouse=True)
-def silent_log() -> Iterator[None]:
-    """The server's log has no reader here."""
-
-    def drop(*_: object) -> dict[str, object]:
-        raise structlog.DropEvent
-
-    structlog.configure(processors=[drop])
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -8,26 +8,15 @@ import random
 import grpc
 import grpc.aio
 import pytest
-import structlog
 
 from embedserve.model.backend import TokenBatch
 from embedserve.testing import FakeBackend
 from embedserve.testing.server import InProcessServer, serving
 from embedserve.v1 import embedding_pb2 as pb
 from tests.integration.server.calls import MAX_INPUT, expected, until, values
+from tests.log_fixtures import silent_log  # noqa: F401 - an autouse fixture of this module
 
 CLIENTS, REQUESTS = 32, 50
-
-
-@pytest.fixture(autouse=True)
-def silent_log() -> object:
-    structlog.configure(processors=[_drop])
-    yield
-    structlog.reset_defaults()
-
-
-def _drop(*_: object) -> dict[str, object]:
-    raise structlog.DropEvent
 
 
 def pass_ns(batch: TokenBatch) -> int:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from embedserve.engine.wall import post, settle
 from embedserve.errors import DeadlineExpired, EmbedServeError, EngineFailed, Overloaded
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts, Truncation
 
@@ -266,20 +267,20 @@ class TokenizerPool:
             begun = time.monotonic_ns()
             if job.deadline_ns is not None and begun >= job.deadline_ns:
                 late = DeadlineExpired("the deadline passed before the texts were tokenised")
-                _post(job.done.get_loop(), _fail, job.done, late)
+                post(job.done.get_loop(), _fail, job.done, late)
                 continue
             work_begun = self._work_clock()
             try:
                 result = job.work(tokenizer)
             except Exception as error:  # noqa: BLE001 - raised where it is waited for, as an executor would
-                _post(job.done.get_loop(), _fail, job.done, error)
+                post(job.done.get_loop(), _fail, job.done, error)
             except BaseException as death:  # noqa: BLE001 - the outermost frame of the thread: its death must be loud
-                _post(job.done.get_loop(), self._on_death, death)
-                _post(job.done.get_loop(), _fail, job.done, EngineFailed(f"a tokenizer thread died: {death}"))
+                post(job.done.get_loop(), self._on_death, death)
+                post(job.done.get_loop(), _fail, job.done, EngineFailed(f"a tokenizer thread died: {death}"))
                 return
             else:
                 worked = self._work_clock() - work_begun
-                _post(job.done.get_loop(), _succeed, job.done, _Done(begun, time.monotonic_ns(), worked, result))
+                post(job.done.get_loop(), settle, job.done, _Done(begun, time.monotonic_ns(), worked, result))
                 del result
             del job  # the texts, and who waits, must not live until the next job
 
@@ -292,16 +293,6 @@ class TokenizerPool:
         for thread in self._threads:
             thread.join(max(0.0, ends - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
-
-
-def _post(loop: asyncio.AbstractEventLoop, tell: Callable[..., None], *arguments: Any) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(tell, *arguments)
-
-
-def _succeed(done: asyncio.Future[Any], outcome: Any) -> None:
-    if not done.done():  # the caller has gone
-        done.set_result(outcome)
 
 
 def _fail(done: asyncio.Future[Any], error: BaseException) -> None:

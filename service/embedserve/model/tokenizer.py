@@ -84,7 +84,7 @@ class TextTokenizer:
         try:
             self._prefix, self._suffix = _special_tokens(tokenizer)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            if not _is_panic(error):
                 raise
             raise ValueError(f"tokenizer.json cannot be used: {error}") from error
         self._room = max_input_length - self._prefix - self._suffix
@@ -213,9 +213,8 @@ class TextTokenizer:
         try:
             encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
         except BaseException as panic:
-            # A panic of Rust code is no Exception, so that nothing between it and the top catches it by mistake. Here
-            # it is a text's doing.
-            if type(panic).__module__ != PANIC_MODULE:
+            # Here it is a text's doing.
+            if not _is_panic(panic):
                 raise
             self._tokenizer = _build(self._tokenizer_json)
             raise ItemFailed(f"the tokenizer panicked: {panic}") from None
@@ -251,6 +250,11 @@ def _build(tokenizer_json: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code panicked, which is no Exception, so that nothing on its way up catches it by mistake."""
+    return type(error).__module__ == PANIC_MODULE
 
 
 def _special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -188,9 +188,9 @@ class TorchBackend:
     def _embed(self, batch: TokenBatch) -> BatchResult:
         watch = Stopwatch(self._device)
         lengths = check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
-        packs = batch.pad_to is None and self._packed
         # Read by transformers in every layer's call; the two shapes share one set of weights.
-        self._model.config._attn_implementation = PACKED_ATTENTION if packs else self._padded_attention  # noqa: SLF001
+        attention = PACKED_ATTENTION if self._packs(batch) else self._padded_attention
+        self._model.config._attn_implementation = attention  # noqa: SLF001
         if self._lanes is None:
             return self._compute(batch, lengths, watch)
         shares = self._lanes.shares(lengths)
@@ -203,6 +203,9 @@ class TorchBackend:
             vectors[rows] = part.vectors
         return BatchResult(vectors, latest(watch.started_ns, [part.times for part in parts]))
 
+    def _packs(self, batch: TokenBatch) -> bool:
+        return batch.pad_to is None and self._packed
+
     def _compute_share(
         self, batch: TokenBatch, lengths: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
     ) -> BatchResult:
@@ -211,7 +214,7 @@ class TorchBackend:
             return self._compute(batch.rows(rows), lengths[rows], Stopwatch(self._device))
 
     def _compute(self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch) -> BatchResult:
-        packs = batch.pad_to is None and self._packed
+        packs = self._packs(batch)
         step, order = self._packed_pass(batch, lengths, watch) if packs else self._padded_pass(batch, lengths, watch)
         watch.mark_device()
         hidden: Tensor = self._model(**step.inputs).last_hidden_state

@@ -151,7 +151,7 @@ class CostModel:
         No heed is paid to the fixed cost's share: while all passes have one size the fit may take all of it for fixed,
         and a limit that follows would grow without end.
         """
-        within = (time_ns - self.batch_ns) / self.token_ns
+        within = self.tokens_within(time_ns)
         return limit if within >= limit else min(max(int(within), floor), limit)
 
     @property

@@ -49,7 +49,6 @@ class Draft:
         "room_tokens",
         "rows",
         "small",
-        "spent_tokens",
         "tenant",
         "tokens",
     )
@@ -67,8 +66,6 @@ class Draft:
         self.parts: dict[int, tuple[Ticket, Sequence[int]]] = {}
         self.rows = 0
         self.tokens = 0
-        self.spent_tokens = 0
-        """Computed tokens so far."""
         self.tenant: Tenant | None = None
         """The one in quarantine that it is for alone."""
         self.due_ns: int | None = None
@@ -82,11 +79,15 @@ class Draft:
         self.tokens += tokens
         self.room_items -= len(indexes)
         self.room_tokens -= cost
-        self.spent_tokens += cost
         if ticket.large:
             self.large_tokens += cost
         else:
             self.small = True
+
+    @property
+    def computed_tokens(self) -> int:
+        """Computed tokens so far."""
+        return self.rows * self.edge or self.tokens
 
     @property
     def large_room_tokens(self) -> int:
@@ -142,7 +143,7 @@ class BatchPolicy:
                     return None
                 full_only = not self._packed
         waiting = [klass for klass in queue.classes if klass.items]
-        quantum = max(max_tokens // self._settings.quantum_divisor, self._buckets.limit)
+        quantum = self._settings.turn_tokens(max_tokens)
         owed = None
         if len(waiting) > 1 and not full_only:
             owed = next((k for k in reversed(waiting[1:]) if k.credit >= min(quantum, k.tokens)), None)
@@ -318,7 +319,7 @@ class BatchPolicy:
         draft.due_ns = due_ns
         left_ns = (due_ns - self._now_ns) / self._settings.pass_overrun_ratio
         limit = max(self._cost.tokens_within(left_ns), self._cost.least_tokens)
-        draft.room_tokens = min(draft.room_tokens, int(limit) - draft.spent_tokens)
+        draft.room_tokens = min(draft.room_tokens, int(limit) - draft.computed_tokens)
 
     def _settle_credit(self, waiting: list[PriorityClass], before: list[int], served: int, quantum: int) -> None:
         """Lower classes that wait on are owed their share of this batch, less what they had of it."""

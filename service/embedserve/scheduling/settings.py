@@ -107,6 +107,10 @@ class SchedulerSettings:
         _require(self.sojourn_window_ns > 0 and self.probe_after_ns > 0, "windows must be positive")
         _require(0 < self.wait_quantile < 1 and 0 < self.wait_quantile_step < 1, "wait_quantile lies between 0 and 1")
 
+    def turn_tokens(self, batch_tokens: int) -> int:
+        """Tokens of one turn of a flow in batches of so many; at least the longest item, as fair queueing needs."""
+        return max(batch_tokens // self.quantum_divisor, self.bucket_edges[-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputSettings:

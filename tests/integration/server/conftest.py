@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
-import structlog
 
 from embedserve.testing.server import InProcessServer, serving
+from tests.log_fixtures import silent_log
 
-
-@pytest.fixture(autouse=True)
-def silent_log() -> Iterator[None]:
-    """The server's log, without a handler of its own here, is dropped."""
-    structlog.configure(processors=[_drop])
-    yield
-    structlog.reset_defaults()
-
-
-def _drop(*_: object) -> dict[str, object]:
-    raise structlog.DropEvent
+__all__ = ["silent_log"]
 
 
 @pytest.fixture

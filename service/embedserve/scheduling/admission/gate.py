@@ -35,11 +35,11 @@ class Gate:
         "_max_batch_items",
         "_max_batch_ns",
         "_probe_after_ns",
-        "_quantum_divisor",
         "_queue",
         "_selected",
         "_sojourns",
         "_theta",
+        "_turn_tokens",
         "policies",
     )
 
@@ -57,7 +57,7 @@ class Gate:
         self._ladder = ladder
         self._flight = flight
         self._cost = cost
-        self._quantum_divisor = settings.quantum_divisor
+        self._turn_tokens = settings.turn_tokens
         self._max_batch_items = settings.max_batch_items
         self._max_batch_ns = settings.max_batch_ns
         self._floor_tokens = settings.bucket_edges[-1]  # the longest item must always fit
@@ -118,7 +118,7 @@ class Gate:
         drain_with = residual + cost.drain_ns(
             fair + candidate.tokens, items * fair // tokens + candidate.items, *limits
         )
-        ahead_items, ahead_tokens = self._ahead(candidate, fair)
+        ahead_items, ahead_tokens = self._ahead(candidate, fair, limits[0])
         wait = drain_with
         if ahead_tokens < fair:
             wait = residual + cost.drain_ns(ahead_tokens + candidate.tokens, ahead_items + candidate.items, *limits)
@@ -175,14 +175,14 @@ class Gate:
         beyond = tokens - order.tokens
         return min(tokens, own * (others + 1) - candidate.tokens + beyond)
 
-    def _ahead(self, candidate: Candidate, share: int) -> tuple[int, int]:
+    def _ahead(self, candidate: Candidate, share: int, pass_tokens: int) -> tuple[int, int]:
         """Items and tokens that are served before the candidate is done."""
         items, tokens = self._ladder.items, self._ladder.tokens
         for klass in self._queue.classes[: candidate.priority + 1]:
             items += klass.items
             tokens += klass.tokens
         # By fair order nobody gets more than this one does, or one turn, before it is done.
-        turn = max(self.pass_tokens // self._quantum_divisor, self._floor_tokens, candidate.tokens)
+        turn = max(self._turn_tokens(pass_tokens), candidate.tokens)
         fair = min(self._queue.submissions * turn + self._ladder.tokens, share)
         if tokens > fair:
             return items * fair // tokens, fair
