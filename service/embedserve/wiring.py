@@ -311,5 +311,6 @@ def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
         cost_per_token_s=scheduler.cost.token_ns / 1e9,
         device_memory_used_bytes=device.memory_used_bytes if device else 0,
         device_memory_total_bytes=device.memory_total_bytes if device else 0,
-        compiled=device.compiled if device else False,
+        variant="" if device is None else "compiled" if device.compiled else "eager",
+        warm_up_s=engine.warm_up_ns / 1e9 if engine.loaded else 0.0,
     )

@@ -76,6 +76,16 @@ class EngineObserver(Protocol):
     def canary(self, outcome: str) -> None:
         """A known text was sent through: ``ok``, ``timed_out``, ``refused`` (the queue was full) or ``wrong``."""
 
+    def model_swapped(self, variant: str, compile_s: float, *, cached: bool) -> None:
+        """From the next pass on another form of the model runs: ``compiled``, or ``eager`` where one is taken back.
+
+        ``compile_s`` is how long it took to make, 0 for one that was there already; ``cached`` that it was read from
+        a cache of compiled code, and not made anew.
+        """
+
+    def compile_failed(self, compile_s: float) -> None:
+        """A compiled model could not be made, after so long; the one that runs stays."""
+
     def request_finished(self, stages: Stages, *, verdict: str) -> None:
         """A request left the engine: ``done``, ``expired``, ``cancelled``, ``failed`` or ``rejected``."""
 
@@ -103,6 +113,12 @@ class SilentObserver:
         """Nothing."""
 
     def canary(self, outcome: str) -> None:
+        """Nothing."""
+
+    def model_swapped(self, variant: str, compile_s: float, *, cached: bool) -> None:
+        """Nothing."""
+
+    def compile_failed(self, compile_s: float) -> None:
         """Nothing."""
 
     def request_finished(self, stages: Stages, *, verdict: str) -> None:

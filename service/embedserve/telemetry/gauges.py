@@ -43,7 +43,7 @@ _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
     (table.ACCEPTING, lambda load: int(load.accepting)),
     (table.DEVICE_MEMORY_USED, lambda load: load.device_memory_used_bytes),
     (table.DEVICE_MEMORY_TOTAL, lambda load: load.device_memory_total_bytes),
-    (table.MODEL_COMPILED, lambda load: int(load.compiled)),
+    (table.WARM_UP, lambda load: load.warm_up_s),
 )
 """Gauges without a label, and the field that each shows."""
 
@@ -67,6 +67,7 @@ class Gauges:
             table.QUEUE_ITEMS.name: self._queue_items,
             table.LIFECYCLE.name: self._lifecycle,
             table.MODEL_INFO.name: self._model_info,
+            table.MODEL_VARIANT.name: self._variant,
             table.PROCESS_CPU.name: self._cpu,
             table.PROCESS_MEMORY.name: _memory,
             table.PROCESS_FDS.name: _file_descriptors,
@@ -99,6 +100,10 @@ class Gauges:
 
     def _model_info(self) -> Iterable[Observation]:
         return [Observation(1, self._model)] if self._model is not None else []
+
+    def _variant(self) -> Iterable[Observation]:
+        now = self._snapshot.read().variant
+        return [Observation(int(variant == now), {"variant": variant}) for variant in table.VARIANTS]
 
     def _cpu(self) -> Iterable[Observation]:
         times = os.times()

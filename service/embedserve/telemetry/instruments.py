@@ -52,7 +52,7 @@ class Instrument:
     series: tuple[tuple[str, ...], ...] | None = None
     """The declared label sets where not every combination can occur."""
     buckets: tuple[float, ...] = ()
-    """Of a histogram; histograms of seconds take the configured bounds instead."""
+    """Of a histogram; ``DURATION_BUCKETS_S`` stands for the configured bounds."""
     constant: tuple[tuple[str, str], ...] = ()
     """Attributes that every series carries."""
 
@@ -111,6 +111,11 @@ REFUSALS: Final = (
 )
 """Policy, reason and stage of every refusal that the scheduler knows; the tally takes a few that are not here."""
 
+VARIANTS: Final = ("eager", "compiled")
+COMPILE_OUTCOMES: Final = ("compiled", "cached", "failed")
+
+_COMPILE_BUCKETS: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Seconds: a cached model is read in one, a small encoder takes half a minute to compile, a large one many."""
 _RATIO_BUCKETS: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 _EFFICIENCY_BUCKETS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _ITEM_BUCKETS: Final = tuple(float(1 << power) for power in range(11))
@@ -259,7 +264,21 @@ LIFECYCLE: Final = _gauge(
 ACCEPTING: Final = _gauge("embedserve.accepting", "{process}", "1 while a request sent now would be taken.")
 DEVICE_MEMORY_USED: Final = _gauge("embedserve.device.memory.used", "By", "Device memory in use; 0 where unknown.")
 DEVICE_MEMORY_TOTAL: Final = _gauge("embedserve.device.memory.total", "By", "Device memory; 0 where unknown.")
-MODEL_COMPILED: Final = _gauge("embedserve.model.compiled", "{model}", "1 while passes run through a compiled model.")
+MODEL_VARIANT: Final = _gauge(
+    "embedserve.model.variant", "{model}", "1 for the form of the model that passes run through now.",
+    Label("variant", VARIANTS),
+)  # fmt: skip
+MODEL_SWAPS: Final = _counter(
+    "embedserve.model.swaps", "{swap}", "Times that another form of the model took over, by which one did.",
+    Label("variant", VARIANTS),
+)  # fmt: skip
+MODEL_COMPILE_DURATION: Final = _histogram(
+    "embedserve.model.compile.duration", "s", "Time to make a compiled model: anew, from a cache, or in vain.",
+    Label("outcome", COMPILE_OUTCOMES), buckets=_COMPILE_BUCKETS,
+)  # fmt: skip
+WARM_UP: Final = _gauge(
+    "embedserve.model.warm_up", "s", "How long loading and warm-up took, until the first text was answered; 0 before."
+)
 MODEL_INFO: Final = _gauge(
     "embedserve.model.info", "{model}", "1; its labels say which model is served.",
     Label("name"), Label("revision"), Label("weights_digest"), Label("dtype"), Label("device"), Label("pooling"),
@@ -289,7 +308,7 @@ class Instruments:
     def __init__(
         self, duration_buckets_s: tuple[float, ...] = DURATION_BUCKETS_S, bucket_edges: tuple[int, ...] = ()
     ) -> None:
-        """``duration_buckets_s`` are the bounds of every histogram of seconds; ``bucket_edges`` the scheduler's."""
+        """``duration_buckets_s`` bound all durations but compiling; ``bucket_edges`` are the scheduler's."""
         self.counters: dict[str, CounterTally] = {}
         self.histograms: dict[str, HistogramTally] = {}
         for instrument in INSTRUMENTS:
@@ -300,7 +319,7 @@ class Instruments:
             if instrument.kind is Kind.COUNTER or instrument is ACTIVE_CALLS:
                 self.counters[instrument.name] = CounterTally(labels, declared, dict(instrument.constant))
             elif instrument.kind is Kind.HISTOGRAM:
-                bounds = duration_buckets_s if instrument.unit == "s" else instrument.buckets
+                bounds = duration_buckets_s if instrument.buckets is DURATION_BUCKETS_S else instrument.buckets
                 self.histograms[instrument.name] = HistogramTally(labels, declared, dict(instrument.constant), bounds)
 
     def counter(self, instrument: Instrument) -> CounterTally:

@@ -40,7 +40,9 @@ class LoadSnapshot:
     cost_per_token_s: float = 0.0
     device_memory_used_bytes: int = 0
     device_memory_total_bytes: int = 0
-    compiled: bool = False
+    variant: str = ""
+    """``eager`` or ``compiled``; empty until a model is loaded."""
+    warm_up_s: float = 0.0
 
 
 LoadSource = Callable[[], LoadSnapshot]

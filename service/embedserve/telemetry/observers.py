@@ -72,6 +72,8 @@ class TelemetryEngineObserver:
         self._device_busy = counter(table.DEVICE_BUSY).cell()
         self._stalls = counter(table.STALLS).cell()
         self._canaries = counter(table.CANARIES)
+        self._swaps = counter(table.MODEL_SWAPS)
+        self._compiles = histogram(table.MODEL_COMPILE_DURATION)
 
     def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
         """A tokenizer thread has finished some texts."""
@@ -126,6 +128,16 @@ class TelemetryEngineObserver:
     def canary(self, outcome: str) -> None:
         """A known text has come back, or has not."""
         self._canaries.cell(outcome).value += 1
+
+    def model_swapped(self, variant: str, compile_s: float, *, cached: bool) -> None:
+        """Another form of the model runs."""
+        self._swaps.cell(variant).value += 1
+        if compile_s > 0:
+            self._compiles.cell("cached" if cached else "compiled").observe(compile_s)
+
+    def compile_failed(self, compile_s: float) -> None:
+        """There will be no compiled model."""
+        self._compiles.cell("failed").observe(compile_s)
 
     def request_finished(self, stages: Stages, *, verdict: str) -> None:
         """A request left the engine."""

@@ -234,7 +234,8 @@ class TestGauges:
                 cost_per_token_s=0.00002,
                 device_memory_used_bytes=10,
                 device_memory_total_bytes=20,
-                compiled=True,
+                variant="compiled",
+                warm_up_s=2.5,
             )
         )
         values = {(s.name, *s.labels.values()): s.value for s in scrape(telemetry)}
@@ -258,7 +259,9 @@ class TestGauges:
             ("embedserve_accepting",): 1,
             ("embedserve_device_memory_used_bytes",): 10,
             ("embedserve_device_memory_total_bytes",): 20,
-            ("embedserve_model_compiled",): 1,
+            ("embedserve_model_variant", "compiled"): 1,
+            ("embedserve_model_variant", "eager"): 0,
+            ("embedserve_model_warm_up_seconds",): 2.5,
         }.items():
             assert value == values[key], key
 

@@ -73,6 +73,17 @@ class TestEngineObserver:
         assert count(pipeline, table.STALLS) == 1
         assert [count(pipeline, table.CANARIES, outcome) for outcome in table.CANARY_OUTCOMES] == [1, 1, 1, 1]
 
+    def test_a_compiled_model_takes_over(self, pipeline: Pipeline) -> None:
+        pipeline.engine.model_swapped("compiled", 25.0, cached=False)
+        pipeline.engine.model_swapped("compiled", 0.75, cached=True)
+        pipeline.engine.model_swapped("eager", 0.0, cached=False)
+        pipeline.engine.compile_failed(3.0)
+
+        assert [count(pipeline, table.MODEL_SWAPS, variant) for variant in table.VARIANTS] == [1, 2]
+        assert [histogram(pipeline, table.MODEL_COMPILE_DURATION, outcome) for outcome in table.COMPILE_OUTCOMES] == [
+            (1, 25.0), (1, 0.75), (1, 3.0),
+        ]  # fmt: skip
+
     @pytest.mark.parametrize("verdict", [verdict.value for verdict in Verdict])
     def test_verdicts(self, pipeline: Pipeline, verdict: str) -> None:
         before = len(pipeline.instruments.counter(table.ITEMS_SETTLED).cells())
