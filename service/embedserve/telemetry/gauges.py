@@ -61,6 +61,7 @@ class Gauges:
         self._snapshot = snapshot
         self._edges = edges
         self._begun_s = time.monotonic()
+        self._begun_unix_s = time.time()
         self._model: dict[str, str] | None = None
         readers: dict[str, _Read] = {
             table.ACTIVE_CALLS.name: lambda: _values(instruments.counter(table.ACTIVE_CALLS)),
@@ -72,6 +73,7 @@ class Gauges:
             table.PROCESS_MEMORY.name: _memory,
             table.PROCESS_FDS.name: _file_descriptors,
             table.PROCESS_UPTIME.name: self._uptime,
+            table.PROCESS_START.name: lambda: [Observation(self._begun_unix_s, _NONE)],
         }
         for instrument, field in _LOAD:
             readers[instrument.name] = self._load(field)

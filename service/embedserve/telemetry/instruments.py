@@ -295,6 +295,9 @@ PROCESS_MEMORY: Final = _gauge("process.memory.usage", "By", "Resident memory.")
 PROCESS_CPU: Final = _counter("process.cpu.time", "s", "CPU time.", Label("cpu.mode", ("user", "system")))
 PROCESS_FDS: Final = _gauge("process.unix.file_descriptor.count", "{file_descriptor}", "Open file descriptors.")
 PROCESS_UPTIME: Final = _gauge("process.uptime", "s", "Time since telemetry was set up.")
+PROCESS_START: Final = _gauge(
+    "process.start_time", "s", "Unix time at which telemetry was set up; another value is another process."
+)
 
 INSTRUMENTS: Final[tuple[Instrument, ...]] = tuple(
     value for value in list(globals().values()) if isinstance(value, Instrument)

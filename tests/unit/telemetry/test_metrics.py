@@ -100,7 +100,7 @@ class TestFirstScrape:
         nonzero = {sample.name for sample in samples if sample.value != 0}
         assert {
             "target_info", "embedserve_lifecycle_state", "process_memory_usage_bytes", "process_cpu_time_seconds_total",
-            "process_unix_file_descriptor_count", "process_uptime_seconds",
+            "process_unix_file_descriptor_count", "process_uptime_seconds", "process_start_time_seconds",
         } >= nonzero  # fmt: skip
 
     def test_length_buckets_are_there(self, telemetry: Telemetry) -> None:
