@@ -12,12 +12,14 @@ once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+import grpc.aio
 import orjson
 import structlog
 
@@ -88,6 +90,7 @@ class App:
         self._calls = 0
         self._fatal: str | None = None
         self._health: HealthService | None = None
+        self._server: grpc.aio.Server | None = None
         self._log = structlog.get_logger("embedserve.app")
         self.lifecycle = Lifecycle()
         """To read and to listen to; only this class changes it."""
@@ -118,6 +121,14 @@ class App:
         finally:
             await loop.run_in_executor(None, telemetry.shutdown, config.shutdown.telemetry_flush_ms / 1000)
         return code
+
+    async def close(self) -> None:
+        """Close the port and every connection, for a process that goes on after ``live``.
+
+        After a broken invariant they are open still: see ``_end_broken``.
+        """
+        if self._server is not None:
+            await self._server.stop(None)
 
     def stop(self) -> None:
         """Drain and end, as on SIGTERM. May be called at any time."""
@@ -156,7 +167,7 @@ class App:
             observer=telemetry.call_observer,
             max_metadata_bytes=config.server.max_metadata_bytes,
         )
-        server = build_server(server_options(config), [guard])
+        server = self._server = build_server(server_options(config), [guard])
         servicer.add_to(server)
         health.add_to(server)
         if config.server.reflection:
@@ -238,12 +249,12 @@ class App:
     # ------------------------------------------------------------------------------------------------------ shutdown
 
     async def _shut_down(
-        self, server: object, health: HealthService, guard: Guard, operations: OperationsPort, engine: Engine
+        self, server: grpc.aio.Server, health: HealthService, guard: Guard, operations: OperationsPort, engine: Engine
     ) -> int:
         config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
         if self._broken():
-            return await self._end_broken(server, guard, operations, engine)
+            return await self._end_broken(guard, operations, engine)
         served = lifecycle.state in (State.SERVING, State.STALLED)
         lifecycle.to(State.DRAINING)
         self._log.info("draining", in_flight=guard.in_flight, settle_ms=config.settle_ms, grace_ms=config.grace_ms)
@@ -252,7 +263,7 @@ class App:
         health.close()
         cut_off = await self._drain(server, guard, engine)
         if self._broken():
-            return await self._end_broken(server, guard, operations, engine)
+            return await self._end_broken(guard, operations, engine)
         # A load cannot be interrupted and holds nobody's answer, nor does a device that is silent: not waited for.
         self.worker_ended = await engine.stop(WORKER_STOP_S if served and not engine.stalled else 0.0)
         await operations.stop()
@@ -260,15 +271,19 @@ class App:
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
-    async def _end_broken(self, server: object, guard: Guard, operations: OperationsPort, engine: Engine) -> int:
-        """Nothing more will run: those in flight are told, and that is all."""
+    async def _end_broken(self, guard: Guard, operations: OperationsPort, engine: Engine) -> int:
+        """Nothing more will run: those in flight are told, and that is all.
+
+        The gRPC server is not stopped: a stop says CANCELLED to the calls that it holds and no handler has seen
+        (grpc#41785), which a caller takes for its own doing. A connection that ends with its process says UNAVAILABLE.
+        """
         lifecycle = self.lifecycle
         if lifecycle.state is not State.FAILED:
             lifecycle.to(State.FAILED)
         self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
-        # Who is on the way is told UNAVAILABLE, which may be tried elsewhere; a stop would say CANCELLED to them.
-        await self._caught_up()
-        await server.stop(FATAL_ANSWER_S)  # type: ignore[attr-defined]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FATAL_ANSWER_S):
+                await guard.wait_idle()
         self.worker_ended = await engine.stop(0.0)
         await operations.stop()
         return lifecycle.exit_code
@@ -292,11 +307,11 @@ class App:
             seen = self._calls
             await asyncio.sleep(CATCH_UP_S)
 
-    async def _drain(self, server: object, guard: Guard, engine: Engine) -> int:
+    async def _drain(self, server: grpc.aio.Server, guard: Guard, engine: Engine) -> int:
         """Let calls in flight end within the grace; returns how many were cut off."""
         grace_s = self._config.shutdown.grace_ms / 1000
         await self._caught_up()
-        stopping = asyncio.ensure_future(server.stop(grace_s))  # type: ignore[attr-defined]
+        stopping = asyncio.ensure_future(server.stop(grace_s))
         cut_off = 0
         try:
             async with asyncio.timeout(grace_s):
@@ -306,7 +321,7 @@ class App:
             self._log.error("grace_exceeded", cut_off=cut_off, grace_ms=self._config.shutdown.grace_ms)
         # The engine takes calls until the server has none: gRPC may hold one that no handler has seen yet. Streams of
         # reflection have nothing to lose, and must not hold the exit for the whole grace.
-        await server.stop(min(grace_s, STRAGGLERS_S))  # type: ignore[attr-defined]
+        await server.stop(min(grace_s, STRAGGLERS_S))
         await stopping
         engine.drain()
         return cut_off
@@ -400,11 +415,14 @@ def run(
     async def live() -> tuple[int, bool]:
         app = App(config, make_backend=make_backend, checkpoint=checkpoint)
         app.handle_signals()
-        return await app.live(ready_line), app.worker_ended
+        code = await app.live(ready_line)
+        if code == ExitCode.BROKEN:
+            os._exit(code)  # with connections still open, so that who is on the way is not told CANCELLED
+        return code, app.worker_ended
 
     with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
         code, worker_ended = runner.run(live())
-    if code == ExitCode.BROKEN or not worker_ended:
+    if not worker_ended:
         # A thread that is stuck in native code, or still imports torch, would hold the interpreter's end for seconds.
         os._exit(code)
     return code

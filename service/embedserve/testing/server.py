@@ -139,7 +139,7 @@ async def serving(
     reached = asyncio.Event()
     awaited = State.SERVING if wait_ready else State.WARMING
     app.lifecycle.listen(lambda state: reached.set() if state is awaited else None)
-    life = asyncio.get_running_loop().create_task(app.live(lambda _line: None))
+    life = asyncio.get_running_loop().create_task(_live(app))
     life.add_done_callback(lambda _task: reached.set())
     server: InProcessServer | None = None
     try:
@@ -157,6 +157,12 @@ async def serving(
         app.stop()
         async with asyncio.timeout(LIMIT_S):
             await life
+
+
+async def _live(app: App) -> int:
+    code = await app.live(lambda _line: None)
+    await app.close()
+    return code
 
 
 def _silent() -> Telemetry:
