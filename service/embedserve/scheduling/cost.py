@@ -48,14 +48,6 @@ class Buckets:
             indexes[k].append(i)
         return [(k, own, [*accumulate((tokens[i] for i in own), initial=0)]) for k, own in enumerate(indexes) if own]
 
-    def histogram(self, tokens: Sequence[int]) -> list[int]:
-        """How many items fall into each bucket."""
-        counts = [0] * len(self.edges)
-        ordinal = self.ordinal
-        for t in tokens:
-            counts[ordinal[t]] += 1
-        return counts
-
 
 class CostModel:
     """Time of a pass as ``a + b * T`` over its computed tokens ``T``, learned online.

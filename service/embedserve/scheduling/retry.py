@@ -125,6 +125,11 @@ class RetryLadder:
         """Tokens of each item that waits to run again."""
         return (ticket.tokens[i] for group in self._groups for ticket, indexes in group.parts for i in indexes)
 
+    @property
+    def credit_ns(self) -> int:
+        """Device time that retries of failures may take now; at 0 and below they wait for those that never failed."""
+        return int(self._credit_ns)
+
     def oldest_ns(self) -> int | None:
         """Arrival of the oldest item that waits to run again."""
         return min((ticket.arrived_ns for group in self._groups for ticket, _ in group.parts), default=None)

@@ -117,6 +117,7 @@ class WaitingQueue:
         "items",
         "lanes",
         "tokens",
+        "tokens_by_bucket",
     )
 
     CROWD = "\0crowd"
@@ -131,6 +132,7 @@ class WaitingQueue:
         self.items = 0
         self.tokens = 0
         self.by_bucket = [0] * len(buckets.edges)
+        self.tokens_by_bucket = [0] * len(buckets.edges)
         self._tickets: dict[int, Ticket] = {}
         self._arrivals = Agenda(self._tickets.__contains__)
 
@@ -143,6 +145,31 @@ class WaitingQueue:
         """Arrival of the submission that has waited longest."""
         return self._arrivals.first_ns()
 
+    def oldest_by_bucket(self, items_max: int) -> list[int | None]:
+        """Arrival of what waits longest in each bucket, ``None`` for an empty one. A scan, for metrics.
+
+        After ``items_max`` items it ends: buckets that were not met until then get the last arrival that was seen, and
+        are no older than that.
+        """
+        found: list[int | None] = [None] * len(self.by_bucket)
+        missing = {bucket for bucket, items in enumerate(self.by_bucket) if items}
+        arrived = None
+        ordinal = self._buckets.ordinal
+        for ticket in self._tickets.values():  # in the order in which they were admitted
+            if not missing or items_max <= 0:
+                break
+            arrived = ticket.arrived_ns
+            for run in ticket.runs:
+                left = run.indexes[run.start :][:items_max]
+                items_max -= 1 if run.bucket >= 0 else len(left)
+                met = {run.bucket} if run.bucket >= 0 else {ordinal[ticket.tokens[i]] for i in left}
+                for bucket in met & missing:
+                    found[bucket] = arrived
+                missing -= met
+        for bucket in missing:
+            found[bucket] = arrived
+        return found
+
     def add(self, ticket: Ticket, submission: Submission, total: int) -> None:
         """All items of a submission wait; ``total`` is the sum of their tokens."""
         tokens, count = ticket.tokens, len(ticket.tokens)
@@ -153,6 +180,7 @@ class WaitingQueue:
             for bucket, indexes, sums in self._buckets.groups(tokens):
                 self._push(Run(ticket, bucket, bucket if self.lanes > 1 else 0, indexes, sums))
                 self.by_bucket[bucket] += len(indexes)
+                self.tokens_by_bucket[bucket] += sums[-1]
         else:
             sums = [0]
             reach = 0
@@ -160,8 +188,11 @@ class WaitingQueue:
                 reach += t
                 sums.append(reach)
             self._push(Run(ticket, -1, 0, range(count), sums))
-            for bucket, n in enumerate(self._buckets.histogram(tokens)):
-                self.by_bucket[bucket] += n
+            ordinal, by_bucket, tokens_by_bucket = self._buckets.ordinal, self.by_bucket, self.tokens_by_bucket
+            for t in tokens:
+                bucket = ordinal[t]
+                by_bucket[bucket] += 1
+                tokens_by_bucket[bucket] += t
         ticket.waiting = count
         self.items += count
         self.tokens += total
@@ -208,10 +239,15 @@ class WaitingQueue:
         klass.items_by_lane[run.lane] -= count
         if run.bucket >= 0:
             self.by_bucket[run.bucket] -= count
+            self.tokens_by_bucket[run.bucket] -= tokens
         else:
-            lengths, ordinal, by_bucket = ticket.tokens, self._buckets.ordinal, self.by_bucket
+            lengths, ordinal = ticket.tokens, self._buckets.ordinal
+            by_bucket, tokens_by_bucket = self.by_bucket, self.tokens_by_bucket
             for i in indexes:
-                by_bucket[ordinal[lengths[i]]] -= 1
+                t = lengths[i]
+                bucket = ordinal[t]
+                by_bucket[bucket] -= 1
+                tokens_by_bucket[bucket] -= t
         if not ticket.waiting:
             del self._tickets[ticket.id]
 

@@ -25,9 +25,6 @@ class TestBuckets:
 
         assert (bucket, list(indexes), sums[-1]) == (0, list(range(len(tokens))), sum(tokens))
 
-    def test_histogram(self):
-        assert Buckets((8, 16, 32)).histogram([1, 8, 9, 30, 32]) == [2, 1, 2]
-
 
 class TestCostModel:
     def model(self, batch_ns=1 * MS, token_ns=10_000, memory=0.95):

@@ -29,6 +29,24 @@ class TestWaitingQueue:
         add(q, 2, 30, arrived_ns=3)
 
         assert (q.items, q.tokens, q.by_bucket, q.submissions, q.oldest_ns()) == (5, 72, [2, 1, 2], 2, 3)
+        assert q.tokens_by_bucket == [13, 9, 50]
+
+    @LANES
+    def test_the_oldest_of_each_bucket(self, lanes):
+        q = queue(lanes)
+        add(q, 1, 5, 20, arrived_ns=3)
+        add(q, 2, 5, 21, 30, arrived_ns=7)
+
+        assert q.oldest_by_bucket(100) == [3, None, 3]
+
+    @LANES
+    def test_a_scan_that_ends_early_never_makes_a_bucket_younger(self, lanes):
+        q = queue(lanes)
+        for number in range(10):
+            add(q, number, 5, arrived_ns=number)
+        add(q, 10, 30, arrived_ns=10)
+
+        assert q.oldest_by_bucket(4) == [0, None, 3]
 
     @LANES
     def test_withdraw_takes_all_that_waits(self, lanes):
@@ -39,6 +57,7 @@ class TestWaitingQueue:
 
         assert len(q.withdraw(one)) == 3
         assert (q.items, q.tokens, q.by_bucket, q.submissions) == (1, 30, [0, 0, 1], 1)
+        assert q.tokens_by_bucket == [0, 0, 30]
 
     @LANES
     def test_a_submission_costs_runs_not_items(self, lanes):
