@@ -251,7 +251,7 @@ LIMITS += [
 async def while_tokenizing(server: InProcessServer, act: Act, other_act: Act | None = None) -> object:
     """``act`` while the only thread works for another."""
     other = asyncio.ensure_future((other_act or embed(LONG, truncate=pb.TRUNCATE_END))(server))
-    await until(lambda: server.engine.tokenizer_pending == 1)
+    await until(lambda: server.engine.tokenizer_use.pending == 1)
     try:
         return await act(server)
     finally:

@@ -25,7 +25,7 @@ from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.pending import WholeRequest
 from embedserve.engine.probe import send_probe
 from embedserve.engine.stream import piece_items, stream_portions
-from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
+from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
 from embedserve.engine.wall import post, settle, walled
 from embedserve.engine.watchdog import StallLimits, Watchdog
 from embedserve.engine.worker import Worker, WorkerReady
@@ -222,9 +222,9 @@ class Engine:
 
     @property
     def device(self) -> DeviceReport:
-        """The device as it was after warm-up; only after ``start``."""
-        assert self._ready is not None
-        return self._ready.report
+        """The device as it was lately, a second before the last pass at most; only after ``start``."""
+        assert self._ready is not None and self._worker is not None  # noqa: PT018
+        return self._worker.device or self._ready.report
 
     @property
     def warm_up_ns(self) -> int:
@@ -243,9 +243,9 @@ class Engine:
         return self._requests
 
     @property
-    def tokenizer_pending(self) -> int:
-        """Requests that wait for a tokenizer thread or are in one."""
-        return self._pool.pending
+    def tokenizer_use(self) -> TokenizerUse:
+        """How busy the tokenizer threads are."""
+        return self._pool.use
 
     @property
     def _running(self) -> Driver:

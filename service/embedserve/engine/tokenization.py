@@ -25,7 +25,7 @@ from embedserve.engine.wall import post, settle
 from embedserve.errors import DeadlineExpired, EmbedServeError, EngineFailed, Overloaded
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts, Truncation
 
-__all__ = ["Meter", "TokenizerPool", "TokenizerSettings"]
+__all__ = ["Meter", "TokenizerPool", "TokenizerSettings", "TokenizerUse"]
 
 _T = TypeVar("_T")
 
@@ -55,6 +55,20 @@ class Meter:
 
     def __init__(self) -> None:
         self.spent_ns = 0
+
+
+class TokenizerUse(NamedTuple):
+    """How busy the threads of a pool are."""
+
+    threads: int
+    busy: int
+    waiting: int
+    """Requests that wait for a thread."""
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait for a thread or are in one."""
+        return self.busy + self.waiting
 
 
 class _Done(NamedTuple):
@@ -110,9 +124,10 @@ class TokenizerPool:
             thread.start()
 
     @property
-    def pending(self) -> int:
-        """Requests that wait for a thread or are in one."""
-        return self._pending
+    def use(self) -> TokenizerUse:
+        """How busy the threads are now."""
+        busy = min(self._pending, self._settings.threads)  # none is idle while somebody waits
+        return TokenizerUse(self._settings.threads, busy, self._pending - busy)
 
     async def encode(
         self,

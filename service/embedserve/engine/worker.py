@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ from embedserve.model.backend import (
 from embedserve.scheduling.item import Failed, Fatal, Outcome, OutOfMemory, Skipped, Succeeded
 
 __all__ = ["Part", "Pass", "PassResult", "Riders", "Worker", "WorkerReady"]
+
+REPORT_INTERVAL_NS: Final = 1_000_000_000
+"""Between looks at the device's memory: some 20 us each, and nobody reads them more often."""
 
 
 class Part(NamedTuple):
@@ -148,6 +151,9 @@ class Worker:
         self._on_ready = on_ready
         self._on_result = on_result
         self._on_death = on_death
+        self.device: DeviceReport | None = None
+        """The device as it was lately: looked at after a pass, once in ``REPORT_INTERVAL_NS``. Any thread may read."""
+        self._looked_ns = 0
         self._passes: queue.SimpleQueue[Pass | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="embedserve-worker", daemon=True)
 
@@ -178,6 +184,7 @@ class Worker:
                 self._on_result(result)
                 if isinstance(result.outcome, Fatal):
                     return
+                self._look_at_device(backend)
                 # A result keeps a whole batch's vectors alive until the next pass otherwise.
                 del result, work
         except BaseException as death:  # noqa: BLE001 - the outermost frame of the thread: its death must be loud
@@ -185,6 +192,13 @@ class Worker:
                 self._on_death(death)
             else:
                 self._on_ready(death)
+
+    def _look_at_device(self, backend: Backend) -> None:
+        """After the result has gone, so that nobody waits for it."""
+        now = time.monotonic_ns()
+        if now - self._looked_ns >= REPORT_INTERVAL_NS:
+            self._looked_ns = now
+            self.device = backend.report()
 
     def _run(self, backend: Backend, work: Pass) -> PassResult:
         picked_up = time.monotonic_ns()

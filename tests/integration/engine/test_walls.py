@@ -190,7 +190,7 @@ class TestDeath:
             tokenizing = asyncio.ensure_future(bench.engine.embed(call("world")))
             queued = asyncio.ensure_future(bench.engine.embed(call("a text")))
             stream = asyncio.ensure_future(anext(bench.engine.embed_stream(call("the text"))))
-            await until(lambda: bench.engine.tokenizer_pending == 3)
+            await until(lambda: bench.engine.tokenizer_use.pending == 3)
             plan.die = SystemExit
             plan.gate.set()
             answers = await asyncio.wait_for(
@@ -264,7 +264,7 @@ class TestTokenizing:
     async def _begin(bench: Bench, gate: threading.Event, **options: object) -> asyncio.Future[object]:
         gate.clear()
         task = asyncio.ensure_future(bench.engine.embed(call(*["hello world"] * 16384, **options)))
-        await until(lambda: bench.engine.tokenizer_pending == 1)
+        await until(lambda: bench.engine.tokenizer_use.pending == 1)
         return task
 
     async def test_a_large_request_that_is_cancelled_between_pieces_is_left_alone(self) -> None:

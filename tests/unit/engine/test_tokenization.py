@@ -175,21 +175,37 @@ class TestLimit:
         bench.gate.clear()
         waiting = [asyncio.ensure_future(bench.encode("hello world the text")) for _ in range(SETTINGS.max_pending)]
         await asyncio.sleep(0)
+        use = bench.pool.use
         with pytest.raises(Overloaded) as caught:
             await bench.encode("hello world the text")
         bench.gate.set()
         await asyncio.gather(*waiting)
 
+        assert use == (2, 2, 0)
         assert (caught.value.policy, caught.value.reason) == ("tokenizer", "TOKENIZER_QUEUE_FULL")
         assert caught.value.retry_after_ms
-        assert bench.pool.pending == 0
+        assert bench.pool.use.pending == 0
 
     async def test_a_cancelled_request_gives_its_place_back_at_once(self, bench: Bench) -> None:
         bench.gate.clear()
         task = asyncio.ensure_future(bench.encode("hello world the text"))
         await asyncio.sleep(0)
-        pending = bench.pool.pending
+        pending = bench.pool.use.pending
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-        assert (pending, bench.pool.pending) == (1, 0)
+        assert (pending, bench.pool.use.pending) == (1, 0)
+
+    async def test_who_waits_is_told_from_who_is_at_work(self) -> None:
+        gate = threading.Event()
+        settings = TokenizerSettings(threads=1, max_pending=8, inline_chars=0, chunk_texts=4)
+        pool = TokenizerPool(Gated(tiny_tokenizer(), gate, []), settings, lambda *_: None)
+        idle = pool.use
+        tasks = [asyncio.ensure_future(pool.encode(["hello"], 5, truncation=Truncation.NONE)) for _ in range(3)]
+        await asyncio.sleep(0)
+        busy = pool.use
+        gate.set()
+        await asyncio.gather(*tasks)
+        pool.close()
+
+        assert [idle, busy, pool.use] == [(1, 0, 0), (1, 1, 2), (1, 0, 0)]
