@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from embedserve.scheduling.admission import Candidate, Policy
+from embedserve.scheduling.admission import Candidate, LoadState, Policy
 from embedserve.scheduling.admission.gate import Gate
 from embedserve.scheduling.census import Census, take_census, take_depth
 from embedserve.scheduling.cost import Buckets, CostModel
@@ -267,6 +267,10 @@ class Scheduler:
     def figures(self, now_ns: int) -> Mapping[str, Mapping[str, float]]:
         """State of each policy for metrics, by policy name."""
         return self._gate.figures(now_ns)
+
+    def opinions(self, tokens: int, now_ns: int) -> tuple[LoadState, Mapping[str, Rejection | None]]:
+        """What each policy would say to one item of so many tokens, and why; teaches nothing."""
+        return self._gate.opinions(Candidate(tokens, 1, None, Priority.DEFAULT, "", True, True), now_ns)
 
     def observe_sojourn(self, sojourn_ns: int, now_ns: int, *, timed_out: bool) -> None:
         """A request ended so long after it arrived, in success or timeout; refusals and cancellations do not count."""

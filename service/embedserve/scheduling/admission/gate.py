@@ -89,6 +89,12 @@ class Gate:
                     break
         return refused
 
+    def opinions(self, candidate: Candidate, now_ns: int) -> tuple[LoadState, Mapping[str, Rejection | None]]:
+        """What each policy says to an advisory candidate, and what it is told: for people, who want to see them all."""
+        assert candidate.advisory
+        load = self.load_state(candidate, now_ns)
+        return load, {policy.name: policy.judge(candidate, load, now_ns) for policy in (self._hard, *self.policies)}
+
     def drain_ns(self, now_ns: int) -> int:
         """Predicted time to work off all that is admitted."""
         queue, ladder = self._queue, self._ladder
