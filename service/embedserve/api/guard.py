@@ -355,6 +355,7 @@ class Guard(grpc.aio.ServerInterceptor):
         else:
             reply = status.unexpected(error)
         if reply.error_id is not None:
+            call.attributes["error_id"] = reply.error_id
             self._on_internal_error(reply.error_id, error)
         return reply
 

@@ -188,6 +188,7 @@ class TestErrors:
         assert await rpc.details() == f"internal error (error id {error_id})"
         assert SECRET not in repr(await rpc.trailing_metadata())
         assert (served.recorder.end.status, served.recorder.end.error_type) == ("INTERNAL", "ValueError")
+        assert served.recorder.end.attributes["error_id"] == error_id
 
     @STYLES
     async def test_refusals_are_told_with_policy_and_figures(self, serve: Any, style: Any) -> None:
