@@ -292,12 +292,16 @@ def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
     figures = scheduler.figures(now)
     report = engine.load()
     device = engine.device if engine.loaded else None
+    census, tokenizer = scheduler.census(now), engine.tokenizer_use
     return LoadSnapshot(
         lifecycle_state=lifecycle_state,
         accepting=report.accepting_requests,
         waiting_items_by_bucket=depth.waiting_by_bucket,
-        waiting_tokens=depth.waiting_tokens,
-        oldest_age_s=0.0 if depth.oldest_arrived_ns is None else (now - depth.oldest_arrived_ns) / 1e9,
+        waiting_tokens_by_bucket=census.tokens_by_bucket,
+        oldest_age_s_by_bucket={edge: age / 1e9 for edge, age in census.oldest_ns_by_bucket.items()},
+        retry_items=census.retry_items,
+        retry_budget_s=census.retry_credit_ns / 1e9,
+        quarantined_tenants=census.tenants_apart,
         running_items=depth.running_items,
         running_tokens=depth.running_tokens,
         pass_age_s=engine.pass_age_ns / 1e9,
@@ -306,6 +310,12 @@ def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
         p95_s=(load.p95_sojourn_ns or 0) / 1e9,
         shed_probability=figures.get("latency_p95", {}).get("shed_share", 0.0),
         theta=scheduler.theta,
+        policies=tuple(figures),
+        limit_tokens=figures.get("gradient", {}).get("limit_tokens", 0.0),
+        limit_signal=figures.get("gradient", {}).get("signal", 0.0),
+        tokenizer_threads=tokenizer.threads,
+        tokenizer_busy=tokenizer.busy,
+        tokenizer_waiting=tokenizer.waiting,
         max_batch_tokens=scheduler.max_batch_tokens,
         cost_fixed_s=scheduler.cost.batch_ns / 1e9,
         cost_per_token_s=scheduler.cost.token_ns / 1e9,

@@ -27,8 +27,14 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _NONE: Final[Mapping[str, str]] = {}
 
 _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
-    (table.QUEUE_TOKENS, lambda load: load.waiting_tokens),
-    (table.QUEUE_OLDEST, lambda load: load.oldest_age_s),
+    (table.RETRY_ITEMS, lambda load: load.retry_items),
+    (table.RETRY_BUDGET, lambda load: load.retry_budget_s),
+    (table.QUARANTINE, lambda load: load.quarantined_tenants),
+    (table.ADMISSION_LIMIT, lambda load: load.limit_tokens),
+    (table.ADMISSION_SIGNAL, lambda load: load.limit_signal),
+    (table.TOKENIZER_THREADS, lambda load: load.tokenizer_threads),
+    (table.TOKENIZER_BUSY, lambda load: load.tokenizer_busy),
+    (table.TOKENIZER_QUEUE, lambda load: load.tokenizer_waiting),
     (table.RUNNING_ITEMS, lambda load: load.running_items),
     (table.RUNNING_TOKENS, lambda load: load.running_tokens),
     (table.PASS_AGE, lambda load: load.pass_age_s),
@@ -54,9 +60,17 @@ class Gauges:
     """Registers an observable instrument for every counter and gauge of the table."""
 
     def __init__(
-        self, meter: Meter, instruments: Instruments, snapshot: SharedSnapshot, edges: tuple[int, ...]
+        self,
+        meter: Meter,
+        instruments: Instruments,
+        snapshot: SharedSnapshot,
+        edges: tuple[int, ...],
+        log_lines: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
-        """``edges`` are the scheduler's length buckets, shown at zero until a load source is registered."""
+        """``edges`` are the scheduler's length buckets, shown at zero until a load source is registered.
+
+        ``log_lines`` gives the lines that were written and those that were dropped.
+        """
         self._instruments = instruments
         self._snapshot = snapshot
         self._edges = edges
@@ -65,7 +79,11 @@ class Gauges:
         self._model: dict[str, str] | None = None
         readers: dict[str, _Read] = {
             table.ACTIVE_CALLS.name: lambda: _values(instruments.counter(table.ACTIVE_CALLS)),
-            table.QUEUE_ITEMS.name: self._queue_items,
+            table.QUEUE_ITEMS.name: self._by_bucket(lambda load: load.waiting_items_by_bucket),
+            table.QUEUE_TOKENS.name: self._by_bucket(lambda load: load.waiting_tokens_by_bucket),
+            table.QUEUE_OLDEST.name: self._by_bucket(lambda load: load.oldest_age_s_by_bucket),
+            table.ADMISSION_POLICY.name: self._policies,
+            table.LOG_LINES.name: lambda: _lines(log_lines()),
             table.LIFECYCLE.name: self._lifecycle,
             table.MODEL_INFO.name: self._model_info,
             table.MODEL_VARIANT.name: self._variant,
@@ -92,9 +110,16 @@ class Gauges:
     def _load(self, field: Callable[[LoadSnapshot], float]) -> _Read:
         return lambda: [Observation(field(self._snapshot.read()), _NONE)]
 
-    def _queue_items(self) -> Iterable[Observation]:
-        waiting = {**dict.fromkeys(self._edges, 0), **self._snapshot.read().waiting_items_by_bucket}
-        return [Observation(items, {"bucket": str(edge)}) for edge, items in waiting.items()]
+    def _by_bucket(self, field: Callable[[LoadSnapshot], Mapping[int, float]]) -> _Read:
+        def read() -> Iterable[Observation]:
+            values = {**dict.fromkeys(self._edges, 0), **field(self._snapshot.read())}
+            return [Observation(value, {"bucket": str(edge)}) for edge, value in values.items()]
+
+        return read
+
+    def _policies(self) -> Iterable[Observation]:
+        selected = self._snapshot.read().policies
+        return [Observation(int(policy in selected), {"policy": policy}) for policy in table.POLICIES]
 
     def _lifecycle(self) -> Iterable[Observation]:
         now = self._snapshot.read().lifecycle_state
@@ -125,6 +150,11 @@ def _register(meter: Meter, instrument: Instrument, read: _Read) -> None:
 
 def _values(tally: CounterTally) -> Iterable[Observation]:
     return [Observation(cell.value, cell.attributes) for cell in tally.cells()]
+
+
+def _lines(lines: tuple[int, int]) -> Iterable[Observation]:
+    written, dropped = lines
+    return [Observation(written, {"outcome": "written"}), Observation(dropped, {"outcome": "dropped"})]
 
 
 def _memory() -> Iterable[Observation]:

@@ -27,6 +27,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from embedserve.telemetry.instruments import INSTRUMENTS, Instruments, Kind
 from embedserve.telemetry.semconv import SCHEMA_URL
+from embedserve.telemetry.tally import CounterTally
 
 __all__ = ["HistogramProducer", "ProducingExporter"]
 
@@ -60,15 +61,22 @@ class ProducingExporter(MetricExporter):
     """Adds our histograms to what another exporter sends, in the temporality that it prefers."""
 
     def __init__(
-        self, exporter: MetricExporter, producer: HistogramProducer, resource: Resource, scope: InstrumentationScope
+        self,
+        exporter: MetricExporter,
+        producer: HistogramProducer,
+        resource: Resource,
+        scope: InstrumentationScope,
+        outcomes: CounterTally,
     ) -> None:
-        """Wrap ``exporter``."""
+        """Wrap ``exporter``; ``outcomes`` counts what becomes of each push, exported or failed."""
         temporality = exporter._preferred_temporality or {}  # noqa: SLF001 - what its own reader reads
         super().__init__(temporality, exporter._preferred_aggregation)  # noqa: SLF001
         self._exporter = exporter
         self._producer = producer
         self._resource = resource
         self._scope = scope
+        self._exported = outcomes.cell("exported")
+        self._failed = outcomes.cell("failed")
         self._delta = temporality.get(SdkHistogram) is AggregationTemporality.DELTA
         self._sent: dict[tuple[str, frozenset[tuple[str, object]]], HistogramDataPoint] = {}
 
@@ -78,7 +86,9 @@ class ProducingExporter(MetricExporter):
         if self._delta:
             metrics = [self._since_last(metric) for metric in metrics]
         together = self._together(metrics_data, metrics)
-        return self._exporter.export(together, timeout_millis=timeout_millis, **kwargs)
+        result = self._exporter.export(together, timeout_millis=timeout_millis, **kwargs)
+        (self._exported if result is MetricExportResult.SUCCESS else self._failed).value += 1
+        return result
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         """Ask the wrapped exporter."""

@@ -7,79 +7,16 @@ looked up at a scrape). OPERATIONS.md, the dashboards and the alerts are made fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
 from itertools import product
 from typing import Final
 
 from embedserve.scheduling.item import Verdict
 from embedserve.telemetry import semconv
+from embedserve.telemetry.instrument import Instrument, Kind, Label, prometheus_label, prometheus_name
 from embedserve.telemetry.settings import DURATION_BUCKETS_S
 from embedserve.telemetry.tally import CounterTally, HistogramTally
 
 __all__ = ["INSTRUMENTS", "Instrument", "Instruments", "Kind", "Label", "prometheus_label", "prometheus_name"]
-
-
-class Kind(Enum):
-    """What becomes of a value over time."""
-
-    COUNTER = "counter"
-    """Only grows."""
-    GAUGE = "gauge"
-    """Read at the scrape."""
-    HISTOGRAM = "histogram"
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """An attribute of a metric, and the values that are declared for it."""
-
-    name: str
-    values: tuple[str, ...] = ()
-    """Empty: known at run time only, such as a model's name; still few."""
-
-
-@dataclass(frozen=True, slots=True)
-class Instrument:
-    """One metric."""
-
-    name: str
-    kind: Kind
-    unit: str
-    """UCUM, as OpenTelemetry writes it: ``s``, ``By``, ``1`` or a noun in braces."""
-    description: str
-    labels: tuple[Label, ...] = ()
-    series: tuple[tuple[str, ...], ...] | None = None
-    """The declared label sets where not every combination can occur."""
-    buckets: tuple[float, ...] = ()
-    """Of a histogram; ``DURATION_BUCKETS_S`` stands for the configured bounds."""
-    constant: tuple[tuple[str, str], ...] = ()
-    """Attributes that every series carries."""
-
-    def declared(self) -> tuple[tuple[str, ...], ...]:
-        """Label sets that are there from the first scrape."""
-        return self.series if self.series is not None else tuple(product(*(label.values for label in self.labels)))
-
-
-_UNITS: Final = {"s": "seconds", "By": "bytes", "1": "ratio"}
-
-
-def prometheus_name(name: str, unit: str, kind: Kind) -> str:
-    """The name that a scrape shows, without ``_bucket``, ``_sum`` and ``_count``.
-
-    After OpenTelemetry's "Prometheus and OpenMetrics Compatibility": dots become underscores, the unit a suffix (a unit
-    in braces none, ``1`` becomes ``ratio`` on gauges only), counters end in ``_total``.
-    """
-    words = "".join(char if char.isalnum() else "_" for char in name)
-    suffix = _UNITS.get(unit, "")
-    if suffix and not (suffix == "ratio" and kind is not Kind.GAUGE) and not words.endswith(f"_{suffix}"):
-        words += f"_{suffix}"
-    return f"{words}_total" if kind is Kind.COUNTER else words
-
-
-def prometheus_label(name: str) -> str:
-    """The label that an attribute becomes."""
-    return "".join(char if char.isalnum() else "_" for char in name)
 
 
 _EMBEDDING_STATUSES: Final = (
@@ -89,14 +26,14 @@ _EMBEDDING_STATUSES: Final = (
 _INFORMATION_STATUSES: Final = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "NOT_FOUND", "INTERNAL", "UNAVAILABLE")
 _METHOD: Final = Label(semconv.RPC_METHOD, semconv.METHODS)
 
-STAGES: Final = ("validate", "admit", "tokenize", "queue", "assemble", "forward", "respond")
+STAGES: Final = ("receive", "validate", "admit", "tokenize", "queue", "assemble", "forward", "respond")
 PASS_STAGES: Final = ("assemble", "copy_in", "forward", "pool", "copy_out")
 OUTCOMES: Final = ("ok", "out_of_memory", "failed", "non_finite", "fatal", "skipped")
 CANARY_OUTCOMES: Final = ("ok", "timed_out", "refused", "wrong")
 VERDICTS: Final = tuple(verdict.value for verdict in Verdict)
 REQUEST_VERDICTS: Final = ("done", "expired", "cancelled", "failed", "rejected")
 STATES: Final = ("starting", "warming", "serving", "stalled", "draining", "stopped", "failed")
-POLICIES: Final = ("throughput", "latency_p95")
+POLICIES: Final = ("throughput", "latency_p95", "gradient")
 REFUSALS: Final = (
     *product(("queue",), ("QUEUE_FULL",), ("estimate", "exact")),
     *product(("too_large",), ("SUBMISSION_EXCEEDS_QUEUE", "ITEM_EXCEEDS_BATCH"), ("estimate", "exact")),
@@ -111,6 +48,7 @@ REFUSALS: Final = (
 )
 """Policy, reason and stage of every refusal that the scheduler knows; the tally takes a few that are not here."""
 
+EXPORT_OUTCOMES: Final = ("exported", "failed", "dropped")
 VARIANTS: Final = ("eager", "compiled")
 COMPILE_OUTCOMES: Final = ("compiled", "cached", "failed")
 
@@ -158,8 +96,15 @@ RETRIES: Final = _counter(
     "Calls that are retries of a gRPC client, by attempt; 5: the fifth, or what it says is not believed.",
     Label("attempt", ("2", "3", "4", "5")),
 )
+RPC_ERRORS: Final = _counter(
+    "embedserve.rpc.errors",
+    "{call}",
+    "Calls that were not OK. expected: wrong, refused, too late or given up by the caller; unexpected: our fault.",
+    _METHOD, Label("kind", semconv.ERROR_KINDS),
+)  # fmt: skip
 STAGE_DURATION: Final = _histogram(
-    "embedserve.stage.duration", "s", "Time of a call in each stage; the stages of a call add up to its duration.",
+    "embedserve.stage.duration", "s",
+    "Time of a call in each stage, once a call and stage that it reached; the stages of a call add up to its duration.",
     Label("stage", STAGES),
 )  # fmt: skip
 REQUESTS: Final = _counter(
@@ -188,12 +133,19 @@ QUEUE_WAIT: Final = _histogram(
     "embedserve.queue.wait", "s", "Time from the queue to the worker, by bucket of the longest text, expired ones too.",
     Label("bucket"),
 )  # fmt: skip
+WAIT_PREDICTED: Final = _histogram(
+    "embedserve.wait.predicted", "s", "Time in queue and pass that admission predicted of requests that were answered."
+)
+WAIT_ACTUAL: Final = _histogram("embedserve.wait.actual", "s", "Time in queue and pass that these requests took.")
 WAIT_PREDICTION: Final = _histogram(
     "embedserve.wait.prediction", "1", "Actual over predicted time in queue and pass; above 1: admission too hopeful.",
     buckets=_RATIO_BUCKETS,
 )  # fmt: skip
 TOKENIZER_WAIT: Final = _histogram("embedserve.tokenizer.wait", "s", "Wait for a tokenizer thread.")
 TOKENIZER_DURATION: Final = _histogram("embedserve.tokenizer.duration", "s", "Time of a tokenizer thread at work.")
+TOKENIZER_THREADS: Final = _gauge("embedserve.tokenizer.threads", "{thread}", "Tokenizer threads.")
+TOKENIZER_BUSY: Final = _gauge("embedserve.tokenizer.busy", "{thread}", "Tokenizer threads that are at work.")
+TOKENIZER_QUEUE: Final = _gauge("embedserve.tokenizer.queue", "{request}", "Requests that wait for a tokenizer thread.")
 TOKENIZER_TEXTS: Final = _counter("embedserve.tokenizer.texts", "{text}", "Texts that were tokenised.")
 TOKENIZER_TOKENS: Final = _counter("embedserve.tokenizer.tokens", "{token}", "Tokens that came out of the tokenizer.")
 BATCH_DURATION: Final = _histogram(
@@ -219,6 +171,10 @@ BATCH_EFFICIENCY: Final = _histogram(
 BATCH_PREDICTION: Final = _histogram(
     "embedserve.batch.prediction", "1", "Actual over predicted device time of a pass.", buckets=_RATIO_BUCKETS
 )
+BATCH_RETRIES: Final = _counter("embedserve.batch.retries", "{batch}", "Passes that ran texts of a failed pass again.")
+RETRY_BUSY: Final = _counter(
+    "embedserve.batch.retry.busy", "s", "Device time of such passes, as far as they ended well."
+)
 DEVICE_BUSY: Final = _counter(
     "embedserve.device.busy", "s", "Time in which the device worked; its rate is the busy fraction."
 )
@@ -233,8 +189,21 @@ CANARIES: Final = _counter(
 )  # fmt: skip
 
 QUEUE_ITEMS: Final = _gauge("embedserve.queue.items", "{item}", "Texts that wait, by length bucket.", Label("bucket"))
-QUEUE_TOKENS: Final = _gauge("embedserve.queue.tokens", "{token}", "Tokens that wait.")
-QUEUE_OLDEST: Final = _gauge("embedserve.queue.oldest_age", "s", "Age of the oldest text that waits; 0 when none does.")
+QUEUE_TOKENS: Final = _gauge("embedserve.queue.tokens", "{token}", "Tokens that wait, by bucket.", Label("bucket"))
+QUEUE_OLDEST: Final = _gauge(
+    "embedserve.queue.oldest_age", "s", "Age of the oldest text that waits in each bucket; 0 when none does.",
+    Label("bucket"),
+)  # fmt: skip
+RETRY_ITEMS: Final = _gauge("embedserve.batch.retry.items", "{item}", "Texts of failed passes that wait to run again.")
+RETRY_BUDGET: Final = _gauge(
+    "embedserve.batch.retry.budget", "s",
+    "Device time that retries of failures may take now; at 0 and below they wait for texts that never failed.",
+)  # fmt: skip
+QUARANTINE: Final = _gauge(
+    "embedserve.quarantine.tenants",
+    "{tenant}",
+    "Tenants that ride in batches of their own since a text of theirs failed.",
+)
 RUNNING_ITEMS: Final = _gauge("embedserve.running.items", "{item}", "Texts in passes that run or are prepared.")
 RUNNING_TOKENS: Final = _gauge("embedserve.running.tokens", "{token}", "Tokens in passes that run or are prepared.")
 PASS_AGE: Final = _gauge("embedserve.pass.age", "s", "How long the running pass has been at work; 0 while none runs.")
@@ -250,6 +219,16 @@ SHED_PROBABILITY: Final = _gauge(
 )
 THETA: Final = _gauge(
     "embedserve.admission.theta", "1", "0.95 quantile of actual over predicted wait; scales the prediction."
+)
+ADMISSION_POLICY: Final = _gauge(
+    "embedserve.admission.policy", "{policy}", "1 for each admission policy that is selected.",
+    Label("policy", POLICIES),
+)  # fmt: skip
+ADMISSION_LIMIT: Final = _gauge(
+    "embedserve.admission.limit", "{token}", "Tokens that may wait or run, as the gradient policy finds; 0 without it."
+)
+ADMISSION_SIGNAL: Final = _gauge(
+    "embedserve.admission.signal", "1", "What moves that limit: wait over what batching explains; about 1 when well."
 )
 MAX_BATCH_TOKENS: Final = _gauge(
     "embedserve.batch.max_tokens", "{token}", "Token budget of a pass now; falls when memory ran out."
@@ -289,7 +268,20 @@ LOOP_LAG: Final = _histogram(
 )
 SPANS: Final = _counter(
     "embedserve.telemetry.spans", "{span}", "Spans: exported, failed (the exporter gave up) or dropped (queue full).",
-    Label("outcome", ("exported", "failed", "dropped")),
+    Label("outcome", EXPORT_OUTCOMES),
+)  # fmt: skip
+LOG_RECORDS: Final = _counter(
+    "embedserve.telemetry.log_records", "{record}", "Log records over OTLP, as spans; 0 unless that is asked for.",
+    Label("outcome", EXPORT_OUTCOMES),
+)  # fmt: skip
+METRIC_EXPORTS: Final = _counter(
+    "embedserve.telemetry.metric_exports", "{export}", "Pushes of all metrics over OTLP.",
+    Label("outcome", ("exported", "failed")),
+)  # fmt: skip
+LOG_LINES: Final = _counter(
+    "embedserve.telemetry.log_lines", "{line}",
+    "Log lines: written to standard error, or dropped because it took none (full pipe or disk).",
+    Label("outcome", ("written", "dropped")),
 )  # fmt: skip
 PROCESS_MEMORY: Final = _gauge("process.memory.usage", "By", "Resident memory.")
 PROCESS_CPU: Final = _counter("process.cpu.time", "s", "CPU time.", Label("cpu.mode", ("user", "system")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -25,8 +25,11 @@ class LoadSnapshot:
     accepting: bool = False
     waiting_items_by_bucket: Mapping[int, int] = field(default_factory=dict)
     """Bucket edge to texts that wait, all edges present; ``scheduling.item.Depth.waiting_by_bucket``."""
-    waiting_tokens: int = 0
-    oldest_age_s: float = 0.0
+    waiting_tokens_by_bucket: Mapping[int, int] = field(default_factory=dict)
+    oldest_age_s_by_bucket: Mapping[int, float] = field(default_factory=dict)
+    retry_items: int = 0
+    retry_budget_s: float = 0.0
+    quarantined_tenants: int = 0
     running_items: int = 0
     running_tokens: int = 0
     pass_age_s: float = 0.0
@@ -35,6 +38,13 @@ class LoadSnapshot:
     p95_s: float = 0.0
     shed_probability: float = 0.0
     theta: float = 0.0
+    policies: Collection[str] = ()
+    """Admission policies that are selected, by name."""
+    limit_tokens: float = 0.0
+    limit_signal: float = 0.0
+    tokenizer_threads: int = 0
+    tokenizer_busy: int = 0
+    tokenizer_waiting: int = 0
     max_batch_tokens: int = 0
     cost_fixed_s: float = 0.0
     cost_per_token_s: float = 0.0

@@ -42,6 +42,9 @@ class LogStream:
         self._patient_from = 0.0
         self._torn = False
         self._dropped = 0
+        self.lines_written = 0
+        self.lines_dropped = 0
+        """Since the start; ``dropped_lines`` begins anew when a line passes."""
 
     @property
     def dropped_lines(self) -> int:
@@ -55,7 +58,9 @@ class LogStream:
         with self._lock:
             if not self._passes(line, self._descriptor):
                 self._dropped += 1
+                self.lines_dropped += 1
                 return len(line)
+            self.lines_written += 1
             dropped, self._dropped = self._dropped, 0
         if dropped:
             self._on_loss_over(dropped)

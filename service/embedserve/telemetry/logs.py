@@ -79,10 +79,11 @@ def configure_logs(
     levels: Mapping[str, str],
     form: LogFormat,
     stream: TextIO | None = None,
-) -> None:
+) -> LogStream | None:
     """Set up structlog and the standard library's root logger, replacing what was there.
 
     ``levels`` maps a logger's name to its level, for it and all below it. ``stream`` defaults to standard error.
+    Returns what lines go through, where they go to a descriptor: it counts them.
     """
     out = stream or sys.stderr
     target = _target(out)
@@ -125,6 +126,7 @@ def configure_logs(
     for name, number in by_logger.items():
         logging.getLogger(name).setLevel(number)
     logging.captureWarnings(capture=True)
+    return target if isinstance(target, LogStream) else None
 
 
 class _LevelByLogger:

@@ -60,6 +60,10 @@ class TelemetryEngineObserver:
         self._edges = sorted(bucket_edges)
         # What lies beyond the last edge, and everything where the edges are not known.
         self._queue_waits = [histogram(table.QUEUE_WAIT).cell(word) for word in (*map(str, self._edges), OTHER)]
+        self._wait_predicted = histogram(table.WAIT_PREDICTED).cell()
+        self._wait_actual = histogram(table.WAIT_ACTUAL).cell()
+        self._retries = counter(table.BATCH_RETRIES).cell()
+        self._retry_busy = counter(table.RETRY_BUSY).cell()
         self._wait_prediction = histogram(table.WAIT_PREDICTION).cell()
         self._batch_duration = histogram(table.BATCH_DURATION)
         stages = histogram(table.BATCH_STAGE_DURATION)
@@ -104,8 +108,10 @@ class TelemetryEngineObserver:
         self._batch_padded_tokens.observe(batch.padded_tokens)
         if batch.padded_tokens > 0:
             self._batch_efficiency.observe(batch.tokens / batch.padded_tokens)
+        if batch.attempt:
+            self._retries.value += 1
         if record.times is not None:
-            self._pass_ended(record.times, record.predicted_ns)
+            self._pass_ended(record.times, record.predicted_ns, again=batch.attempt > 0)
         if self._spans is None:
             return None
         sampled = [member for member in record.members if member.trace is not None]
@@ -150,9 +156,12 @@ class TelemetryEngineObserver:
         cell = self._queue_waits[bisect_left(self._edges, stages.bucket)]
         cell.observe(max(0, taken_ns - stages.queued_ns) * _S_PER_NS)
         if verdict == "done" and stages.predicted_ns > 0:
-            self._wait_prediction.observe(max(0, stages.computed_ns - stages.queued_ns) / stages.predicted_ns)
+            took_ns = max(0, stages.computed_ns - stages.queued_ns)
+            self._wait_predicted.observe(stages.predicted_ns * _S_PER_NS)
+            self._wait_actual.observe(took_ns * _S_PER_NS)
+            self._wait_prediction.observe(took_ns / stages.predicted_ns)
 
-    def _pass_ended(self, times: PassTimes, predicted_ns: int) -> None:
+    def _pass_ended(self, times: PassTimes, predicted_ns: int, *, again: bool) -> None:
         marks = (
             times.start_ns, times.assembled_ns, times.copied_in_ns, times.forward_ns, times.pooled_ns,
             times.copied_out_ns,
@@ -161,5 +170,7 @@ class TelemetryEngineObserver:
             cell.observe((end_ns - begin_ns) * _S_PER_NS)
         busy_ns = times.copied_out_ns - times.start_ns
         self._device_busy.value += busy_ns * _S_PER_NS
+        if again:
+            self._retry_busy.value += busy_ns * _S_PER_NS
         if predicted_ns > 0:
             self._batch_prediction.observe(busy_ns / predicted_ns)

@@ -29,6 +29,12 @@ OTHER: Final = "_OTHER"
 """What the conventions write for a value outside the known set."""
 
 ERROR_TYPE: Final = "error.type"
+ERROR_KIND: Final = "embedserve.error.kind"
+EXPECTED: Final = "expected"
+"""What the service is made to say: the request is wrong, refused, too late, or its caller has gone."""
+UNEXPECTED: Final = "unexpected"
+"""A fault of ours: somebody should look."""
+ERROR_KINDS: Final = (EXPECTED, UNEXPECTED)
 NETWORK_PEER_ADDRESS: Final = "network.peer.address"
 NETWORK_PEER_PORT: Final = "network.peer.port"
 

@@ -25,6 +25,7 @@ from embedserve.telemetry.gauges import Gauges
 from embedserve.telemetry.histograms import HistogramProducer, ProducingExporter
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.load import LoadSource, SharedSnapshot
+from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.observers import TelemetryEngineObserver
 from embedserve.telemetry.prometheus import PrometheusRenderer
@@ -95,7 +96,7 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
 
     Raises ``ConfigError`` when a variable has a value that is not known.
     """
-    configure_logs(level=settings.log_level, levels=settings.log_levels, form=settings.log_format)
+    lines = configure_logs(level=settings.log_level, levels=settings.log_levels, form=settings.log_format)
     load_propagator()
     _unpatch_stock_interceptor()
     log_call = None
@@ -120,12 +121,14 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
     renderer = PrometheusRenderer(producer, resource) if prometheus else None
     readers: list[MetricReader] = [renderer.reader] if renderer is not None else []
     if metric_exporter is not None:
-        readers.append(PeriodicExportingMetricReader(ProducingExporter(metric_exporter, producer, resource, scope)))
+        pushes = instruments.counter(table.METRIC_EXPORTS)
+        pushing = ProducingExporter(metric_exporter, producer, resource, scope, pushes)
+        readers.append(PeriodicExportingMetricReader(pushing))
     meters = MeterProvider(readers, resource, shutdown_on_exit=False) if readers else None
     gauges = None
     if meters is not None:
         meter = meters.get_meter(scope.name, scope.version, scope.schema_url)
-        gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges)
+        gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges, _line_counts(lines))
     spans = None
     if span_exporter is not None:
         factory = SpanFactory(resource, scope, links_max=settings.span_links_max)
@@ -147,6 +150,10 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
         meters=meters,
         shed_log=shed_log,
     )
+
+
+def _line_counts(lines: LogStream | None) -> Callable[[], tuple[int, int]]:
+    return lambda: (0, 0) if lines is None else (lines.lines_written, lines.lines_dropped)
 
 
 def _stop_meters(meters: MeterProvider, timeout_s: float, done: threading.Event) -> None:

@@ -39,7 +39,18 @@ from embedserve.engine.observer import BatchRecord, Member
 from embedserve.engine.stages import Ride, Stages
 from embedserve.telemetry import semconv
 
-__all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "Segment", "SpanFactory", "SpanName", "segments"]
+__all__ = [
+    "ADMIT_EXACT",
+    "BATCH_SPAN",
+    "SPANS",
+    "BatchTrace",
+    "CallRecord",
+    "Segment",
+    "SpanFactory",
+    "SpanName",
+    "error_kind",
+    "segments",
+]
 
 ATTRIBUTE_CHARS_MAX: Final = 256
 """Of a string in a span; a caller names the model, and could name it with a megabyte."""
@@ -81,8 +92,8 @@ SPANS: Final = (
 Segment = tuple[str, int, int]
 """Stage, begin and end; monotonic nanoseconds."""
 
-_ADMIT_EXACT: Final = "admit_exact"
-_NEXT: Final = ("validate", "admit", "tokenize", _ADMIT_EXACT, "queue", "assemble", "forward", "respond")
+ADMIT_EXACT: Final = "admit_exact"
+_NEXT: Final = ("validate", "admit", "tokenize", ADMIT_EXACT, "queue", "assemble", "forward", "respond")
 
 
 def segments(stages: Stages, ended_ns: int, *, answered: bool) -> list[Segment]:
@@ -107,6 +118,20 @@ def segments(stages: Stages, ended_ns: int, *, answered: bool) -> list[Segment]:
             reached = index + 1
     found.append(("respond" if answered else _NEXT[reached], at, ended_ns))
     return found
+
+
+def error_kind(status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]) -> str:
+    """``expected`` or ``unexpected``, of a call that is not OK.
+
+    A fault of ours has an error id, whatever its status; a device that is silent has none, since a pass is all that it
+    waits for.
+    """
+    ours = "error_id" in attributes or status in _FAULTS or error_type in _FAULT_WORDS
+    return semconv.UNEXPECTED if ours else semconv.EXPECTED
+
+
+_FAULTS: Final = frozenset({"UNKNOWN", "INTERNAL", "DATA_LOSS"})
+_FAULT_WORDS: Final = frozenset({"ENGINE_STALLED", "ENGINE_FAILED"})
 
 
 class SpanFactory:
@@ -194,9 +219,17 @@ class CallRecord:
             self.ended_ns,
             kind=SpanKind.SERVER,
             attributes=self._server_attributes(),
-            status=Status(StatusCode.ERROR, self.error_type) if self.status in semconv.SERVER_FAULTS else None,
+            status=Status(StatusCode.ERROR, self.error_type) if self._is_error else None,
         )
         return [server, *self._children(factory)]
+
+    @property
+    def _is_error(self) -> bool:
+        return self.status in semconv.SERVER_FAULTS or (self.status != "OK" and self._kind == semconv.UNEXPECTED)
+
+    @property
+    def _kind(self) -> str:
+        return error_kind(self.status, self.error_type, self.attributes)
 
     def _children(self, factory: SpanFactory) -> list[ReadableSpan]:
         spans: list[ReadableSpan] = []
@@ -216,7 +249,7 @@ class CallRecord:
                 name = "forward"
                 start_ns, begun_ns = (begun_ns if begun_ns is not None else begin_ns), None
                 links = [_ride_link(ride) for ride in self.rides if ride.trace is not None][: factory.links_max]
-            elif stage in {"admit", _ADMIT_EXACT}:
+            elif stage in {"admit", ADMIT_EXACT}:
                 name = "admit"
                 attributes[semconv.ADMISSION_STAGE] = "estimate" if stage == "admit" else "exact"
             elif stage == "queue" and self.stages is not None:
@@ -233,6 +266,8 @@ class CallRecord:
         }
         if self.error_type is not None:
             attributes[semconv.ERROR_TYPE] = self.error_type
+        if self.status != "OK":
+            attributes[semconv.ERROR_KIND] = self._kind
         if self.method in semconv.EMBEDDING_METHODS:
             attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.EMBEDDINGS
             attributes[semconv.GEN_AI_PROVIDER_NAME] = semconv.PROVIDER

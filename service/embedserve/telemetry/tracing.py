@@ -16,7 +16,7 @@ stock patch off ``grpc.aio.server`` before the server is made, and says so in th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
@@ -41,7 +41,7 @@ from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.loop_lag import LoopLag
 from embedserve.telemetry.propagation import Propagation
 from embedserve.telemetry.span_queue import SpanQueue
-from embedserve.telemetry.spans import CallRecord, segments
+from embedserve.telemetry.spans import ADMIT_EXACT, CallRecord, Segment, error_kind, segments
 from embedserve.telemetry.tally import CounterCell, HistogramCell
 
 __all__ = ["CallEnd", "RequestTracer", "current_span_context"]
@@ -51,6 +51,7 @@ current_span_context: ContextVar[SpanContext | None] = ContextVar("embedserve_sp
 
 _ROOT: Final = Context()
 _S_PER_NS: Final = 1e-9
+_ADMITS: Final = ("admit", ADMIT_EXACT)
 
 LogCall = Callable[["CallEnd"], None]
 
@@ -105,7 +106,6 @@ class RequestTracer:
         self._other: _Method | None = None
         stage = instruments.histogram(table.STAGE_DURATION)
         self._stages = {name: stage.cell(name) for name in table.STAGES}
-        self._stages["admit_exact"] = self._stages["admit"]
         retries = instruments.counter(table.RETRIES)
         self._retries = {attempt: retries.cell(str(attempt)) for attempt in range(2, 6)}
         self._active = 0
@@ -166,10 +166,12 @@ class RequestTracer:
         _observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced)
         if "attempt" in attributes:
             self._retries[int(attributes["attempt"])].value += 1
-        parts = segments(stages, ended_ns, answered=status == "OK") if stages is not None else []
-        cells = self._stages
-        for stage, begin_ns, end_ns in parts:
-            _observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced)
+        if status != "OK":
+            self._count_error(method, status, error_type, attributes)
+        parts: list[Segment] = []
+        if stages is not None:
+            parts = segments(stages, ended_ns, answered=status == "OK")
+            self._observe_stages(parts, stages.arrived_ns - call.arrived_ns, traced)
         if context is not None and self._spans is not None:
             rides = tuple(stages.rides) if stages is not None else ()
             self._spans.put(
@@ -180,6 +182,26 @@ class RequestTracer:
             )  # fmt: skip
         if self._log_call is not None:
             self._log_call(CallEnd(method.name, status, ended_ns - call.arrived_ns, error_type, call.peer, attributes))
+
+    def _observe_stages(self, parts: Sequence[Segment], received_ns: int, traced: SpanContext | None) -> None:
+        """Each stage once: both halves of admission are one."""
+        cells = self._stages
+        _observe(cells["receive"], received_ns * _S_PER_NS, traced)
+        admitted_ns, was_judged = 0, False
+        for stage, begin_ns, end_ns in parts:
+            if stage in _ADMITS:
+                admitted_ns += end_ns - begin_ns
+                was_judged = True
+            else:
+                _observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced)
+        if was_judged:
+            _observe(cells["admit"], admitted_ns * _S_PER_NS, traced)
+
+    def _count_error(
+        self, method: _Method, status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]
+    ) -> None:
+        kind = error_kind(status, error_type, attributes)
+        self._instruments.counter(table.RPC_ERRORS).cell(method.name, kind).value += 1
 
 
 def _observe(cell: HistogramCell, value: float, context: SpanContext | None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+import structlog
 from opentelemetry.sdk.metrics import Histogram as SdkHistogram
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
@@ -104,8 +106,9 @@ class TestFirstScrape:
         } >= nonzero  # fmt: skip
 
     def test_length_buckets_are_there(self, telemetry: Telemetry) -> None:
-        buckets = {s.labels["bucket"] for s in scrape(telemetry) if s.name == "embedserve_queue_items"}
-        assert {str(edge) for edge in EDGES} == buckets
+        samples = scrape(telemetry)
+        for name in ("embedserve_queue_items", "embedserve_queue_tokens", "embedserve_queue_oldest_age_seconds"):
+            assert {str(edge) for edge in EDGES} == {s.labels["bucket"] for s in samples if s.name == name}
 
     def test_no_series_carries_a_scope(self, telemetry: Telemetry) -> None:
         assert not [sample for sample in scrape(telemetry) if any("scope" in label for label in sample.labels)]
@@ -125,6 +128,21 @@ class TestCardinality:
 
     def test_the_first_scrape_is_of_bounded_size(self, telemetry: Telemetry) -> None:
         assert len(scrape(telemetry)) < 2500
+
+    def test_no_metric_is_told_apart_by_what_a_caller_may_write(self) -> None:
+        """Tenants, texts, peers, trace ids and error ids belong into spans."""
+        labels = {label.name for instrument in INSTRUMENTS for label in instrument.labels}
+
+        assert labels == {
+            "rpc.method", "rpc.response.status_code", "attempt", "kind", "stage", "verdict", "decision", "policy",
+            "reason", "bucket", "outcome", "variant", "state", "cpu.mode",
+            "name", "revision", "weights_digest", "dtype", "device", "pooling", "dimension",
+        }  # fmt: skip
+        free = {instrument.name for instrument in INSTRUMENTS for label in instrument.labels if not label.values}
+        assert free == {
+            "embedserve.admission.decisions", "embedserve.queue.wait", "embedserve.queue.items",
+            "embedserve.queue.tokens", "embedserve.queue.oldest_age", "embedserve.model.info",
+        }  # fmt: skip
 
 
 class TestTable:
@@ -220,8 +238,17 @@ class TestGauges:
                 lifecycle_state="serving",
                 accepting=True,
                 waiting_items_by_bucket={16: 2, 32: 0, 64: 5},
-                waiting_tokens=99,
-                oldest_age_s=1.5,
+                waiting_tokens_by_bucket={16: 20, 32: 0, 64: 300},
+                oldest_age_s_by_bucket={16: 0.5, 32: 0.0, 64: 1.5},
+                retry_items=7,
+                retry_budget_s=-0.25,
+                quarantined_tenants=2,
+                policies=("queue", "gradient"),
+                limit_tokens=4096.0,
+                limit_signal=1.5,
+                tokenizer_threads=4,
+                tokenizer_busy=3,
+                tokenizer_waiting=9,
                 running_items=8,
                 running_tokens=80,
                 service_rate_tokens_per_s=45_000,
@@ -242,8 +269,20 @@ class TestGauges:
 
         for key, value in {
             ("embedserve_queue_items", "64"): 5,
-            ("embedserve_queue_tokens",): 99,
-            ("embedserve_queue_oldest_age_seconds",): 1.5,
+            ("embedserve_queue_tokens", "64"): 300,
+            ("embedserve_queue_tokens", "32"): 0,
+            ("embedserve_queue_oldest_age_seconds", "64"): 1.5,
+            ("embedserve_queue_oldest_age_seconds", "16"): 0.5,
+            ("embedserve_batch_retry_items",): 7,
+            ("embedserve_batch_retry_budget_seconds",): -0.25,
+            ("embedserve_quarantine_tenants",): 2,
+            ("embedserve_admission_policy", "gradient"): 1,
+            ("embedserve_admission_policy", "throughput"): 0,
+            ("embedserve_admission_limit",): 4096,
+            ("embedserve_admission_signal_ratio",): 1.5,
+            ("embedserve_tokenizer_threads",): 4,
+            ("embedserve_tokenizer_busy",): 3,
+            ("embedserve_tokenizer_queue",): 9,
             ("embedserve_running_items",): 8,
             ("embedserve_running_tokens",): 80,
             ("embedserve_service_rate",): 45_000,
@@ -309,6 +348,16 @@ class TestGauges:
             info.value,
         ) == ("m/n", "abc", "384", 1)
 
+    def test_log_lines_are_counted(self, capfd: pytest.CaptureFixture[str]) -> None:
+        made = setup_telemetry(TelemetrySettings(log_format="json"))
+        structlog.get_logger("embedserve.test").warning("one")
+        logging.getLogger("foreign").warning("two")
+        lines = {s.labels["outcome"]: s.value for s in scrape(made) if s.name == "embedserve_telemetry_log_lines_total"}
+        made.shutdown(5)
+
+        assert len(capfd.readouterr().err.splitlines()) == lines["written"] >= 2
+        assert lines["dropped"] == 0
+
     def test_the_process_is_shown(self, telemetry: Telemetry) -> None:
         values = {s.name: s.value for s in scrape(telemetry)}
         assert values["process_memory_usage_bytes"] > 1 << 20
@@ -320,10 +369,11 @@ class _Keeping(MetricExporter):
     def __init__(self, temporality: AggregationTemporality) -> None:
         super().__init__({SdkHistogram: temporality})
         self.sent: list[MetricsData] = []
+        self.result = MetricExportResult.SUCCESS
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: object) -> MetricExportResult:
         self.sent.append(metrics_data)
-        return MetricExportResult.SUCCESS
+        return self.result
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         return True
@@ -332,7 +382,25 @@ class _Keeping(MetricExporter):
         pass
 
 
+def exporter_of(keeping: _Keeping, instruments: Instruments) -> ProducingExporter:
+    outcomes = instruments.counter(table.METRIC_EXPORTS)
+    return ProducingExporter(keeping, HistogramProducer(instruments), Resource({}), InstrumentationScope("t"), outcomes)
+
+
 class TestExport:
+    def test_each_push_is_counted_by_what_became_of_it(self) -> None:
+        instruments = Instruments()
+        keeping = _Keeping(AggregationTemporality.CUMULATIVE)
+        exporter = exporter_of(keeping, instruments)
+
+        exporter.export(MetricsData([]))
+        keeping.result = MetricExportResult.FAILURE
+        exporter.export(MetricsData([]))
+        exporter.export(MetricsData([]))
+
+        outcomes = instruments.counter(table.METRIC_EXPORTS)
+        assert (outcomes.cell("exported").value, outcomes.cell("failed").value) == (1, 2)
+
     @pytest.mark.parametrize(
         ("temporality", "counts"), [(AggregationTemporality.CUMULATIVE, [1, 3]), (AggregationTemporality.DELTA, [1, 2])]
     )
@@ -341,7 +409,7 @@ class TestExport:
     ) -> None:
         instruments = Instruments()
         keeping = _Keeping(temporality)
-        exporter = ProducingExporter(keeping, HistogramProducer(instruments), Resource({}), InstrumentationScope("t"))
+        exporter = exporter_of(keeping, instruments)
         cell = instruments.histogram(table.TOKENIZER_WAIT).cell()
 
         cell.observe(0.5)

@@ -65,6 +65,16 @@ class TestEngineObserver:
                 pipeline, table.BATCH_STAGE_DURATION, stage
             )
 
+    def test_a_pass_that_runs_texts_again(self, pipeline: Pipeline) -> None:
+        record = record_of([None])
+        pipeline.engine.batch_finished(record)
+        first = count(pipeline, table.BATCH_RETRIES), count(pipeline, table.RETRY_BUSY)
+        pipeline.engine.batch_finished(record._replace(batch=record.batch._replace(attempt=1)))
+
+        assert first == (0, 0)
+        assert count(pipeline, table.BATCH_RETRIES) == 1
+        assert pytest.approx(0.005) == count(pipeline, table.RETRY_BUSY) == count(pipeline, table.DEVICE_BUSY) / 2
+
     def test_stalls_and_canaries(self, pipeline: Pipeline) -> None:
         pipeline.engine.stalled()
         for outcome in table.CANARY_OUTCOMES:
@@ -99,6 +109,8 @@ class TestEngineObserver:
         assert count(pipeline, table.REQUESTS, "done") == 1
         assert (1, pytest.approx(0.002)) == histogram(pipeline, table.QUEUE_WAIT, "16")
         assert (1, pytest.approx(0.5)) == histogram(pipeline, table.WAIT_PREDICTION)
+        assert (1, pytest.approx(0.008)) == histogram(pipeline, table.WAIT_PREDICTED)
+        assert (1, pytest.approx(0.004)) == histogram(pipeline, table.WAIT_ACTUAL)
 
     def test_a_request_that_expired_in_the_queue_has_waited_too(self, pipeline: Pipeline) -> None:
         now = time.monotonic_ns()

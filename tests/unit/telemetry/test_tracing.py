@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, TraceIdRatioBased
+from opentelemetry.trace import StatusCode
 
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.propagation import Propagation
@@ -121,6 +122,45 @@ class TestMetrics:
         }
         assert point.sum == pytest.approx(sum(stage.values()))
         assert pytest.approx((stage["admit"], stage["tokenize"], stage["queue"])) == (0.002, 0.002, 0.002)
+        assert {1} == {cell.point(0).count for cell in pipeline.instruments.histogram(table.STAGE_DURATION).cells()}
+
+    async def test_a_slow_upload_is_a_stage_too(self, pipeline: Pipeline) -> None:
+        begun = time.monotonic_ns() - 50 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        call.end(status="OK", stages=stages_of(begun + 30 * MS), error_type=None, attributes={})
+
+        stages = pipeline.instruments.histogram(table.STAGE_DURATION)
+        assert stages.cell("receive").point(0).sum == pytest.approx(0.03)
+        total = pipeline.instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").point(0).sum
+        assert total == pytest.approx(sum(cell.point(0).sum for cell in stages.cells()))
+
+    @pytest.mark.parametrize(
+        ("status", "error_type", "attributes", "kind"),
+        [
+            ("INVALID_ARGUMENT", "InvalidRequest", {}, "expected"),
+            ("RESOURCE_EXHAUSTED", "DRAIN_TIME_EXCEEDED", {"policy": "throughput"}, "expected"),
+            ("DEADLINE_EXCEEDED", "DeadlineExpired", {}, "expected"),
+            ("CANCELLED", "CANCELLED", {}, "expected"),
+            ("UNAVAILABLE", "NOT_SERVING", {}, "expected"),
+            ("UNAVAILABLE", "ENGINE_STALLED", {}, "unexpected"),
+            ("INTERNAL", "ItemFailed", {"error_id": "0123"}, "unexpected"),
+            ("RESOURCE_EXHAUSTED", "ItemTooLarge", {"error_id": "0123"}, "unexpected"),
+            ("UNKNOWN", None, {}, "unexpected"),
+        ],
+    )
+    async def test_faults_of_ours_are_told_from_what_callers_do(
+        self, pipeline: Pipeline, status: str, error_type: str, attributes: dict[str, str], kind: str
+    ) -> None:
+        call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
+        call.end(status=status, stages=None, error_type=error_type, attributes=attributes)
+
+        counted = {
+            cell.attributes["kind"] for cell in pipeline.instruments.counter(table.RPC_ERRORS).cells() if cell.value
+        }
+        (span,) = pipeline.finish()
+        assert counted == {kind} == {span.attributes["embedserve.error.kind"]}
+        if kind == "unexpected":
+            assert span.status.status_code is StatusCode.ERROR
 
     async def test_exemplars_lead_to_sampled_calls_only(self, make_pipeline: Callable[..., Pipeline]) -> None:
         pipeline = make_pipeline(ParentBased(ALWAYS_OFF))
