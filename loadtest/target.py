@@ -31,6 +31,10 @@ class Reply:
     """Tokens of this call's texts; 0 where the server does not say."""
     padding_efficiency: float = 0.0
     """Useful over computed tokens of that batch; 0 where the server does not say."""
+    server_ms: float = 0.0
+    """From arrival to the finished answer, by the server's own clock; 0 where it does not say."""
+    first_ms: float = 0.0
+    """From sending to the first vector of a stream; 0 of a call that is answered at once."""
 
 
 class Target(Protocol):

@@ -1,0 +1,1 @@
+"""Servers that a load test can drive, one protocol a file."""
