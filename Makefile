@@ -7,7 +7,7 @@ SCENARIO ?= burst
 FUZZ_SECONDS ?= 300
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint types imports proto proto-check format generate simulate fuzz bench clean
+.PHONY: serve test check lint types imports proto proto-check format generate dashboards dashboards-check simulate fuzz bench clean
 
 serve: $(VENV)/.serve ## Install and serve all-MiniLM-L6-v2 on localhost:50051
 	@$(BIN)/embedserve serve $(ARGS)
@@ -15,7 +15,7 @@ serve: $(VENV)/.serve ## Install and serve all-MiniLM-L6-v2 on localhost:50051
 test: $(VENV)/.dev ## All tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: lint types imports proto-check generate-check ## What CI checks beside the tests
+check: lint types imports proto-check generate-check dashboards-check ## What CI checks beside the tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +42,14 @@ generate-check: $(VENV)/.dev ## The tables in OPERATIONS.md are what the code sa
 
 generate: $(VENV)/.dev ## Write the tables in OPERATIONS.md anew
 	$(BIN)/python -m tests.contract.operations_page --write
+
+dashboards: $(VENV)/.dev ## Make the dashboards and rules anew
+	$(BIN)/python -m dashboards.build --write
+
+dashboards-check: $(VENV)/.dev ## The dashboards and rules are what the code says, and Prometheus takes the rules
+	$(BIN)/python -m dashboards.build --check
+	@if command -v promtool >/dev/null; then promtool check rules dashboards/rules/*.yml; \
+	else echo "promtool is not installed (Debian: prometheus): rules are not checked"; fi
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,222 @@
+"""The *Engine* board: forward time, busy fraction, memory, compiling, and who is the bottleneck.
+
+Decides how a slow device, a slow tokenizer and a late event loop are told apart. Must never show callers: *Service*
+does.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dashboards.board import Board, Row
+from dashboards.panels import Limits, Target, figure, heat, lines, timeline
+from dashboards.query import BOARD, share
+from embedserve.telemetry import instruments as m
+
+__all__ = ["ENGINE"]
+
+EACH: Final = ("instance",)
+OK: Final = {"outcome": "ok"}
+TOKENS_PER_S: Final = "si:tok/s"
+BUSY: Final = BOARD.rate(m.DEVICE_BUSY, EACH)
+
+
+def _glance() -> Row:
+    return Row(
+        "At a glance",
+        (
+            figure("Busy", "Which share of the time does the busiest device work?", Target(f"max ({BUSY})", "busiest"),
+                   unit="percentunit", limits=Limits(0.8, 0.95)),
+            figure("P95 of a pass", "How long does a pass take?",
+                   Target(BOARD.quantile(0.95, m.BATCH_DURATION, where=OK), "P95"), unit="s", none="no passes"),
+            figure("Tokens", "How much is embedded?", Target(BOARD.rate(m.BATCH_TOKENS, part="_sum"), "tokens"),
+                   unit=TOKENS_PER_S),
+            figure("Wait for a tokenizer", "Is the tokenizer the limit: P95 of the wait for one of its threads?",
+                   Target(BOARD.quantile(0.95, m.TOKENIZER_WAIT), "P95"), unit="s", limits=Limits(0.01, 0.1)),
+            figure("Event loop", "Is the process itself too slow: how late is its event loop, P95?",
+                   Target(BOARD.quantile(0.95, m.LOOP_LAG), "P95"), unit="s", limits=Limits(0.01, 0.1), none="idle"),
+            figure("Form", "How many processes run compiled, how many eager?",
+                   Target(f"{BOARD.gauge(m.MODEL_VARIANT, 'sum', ('variant',))} > 0", "{{variant}}"), unit="short",
+                   none="none loaded", named=True),
+        ),
+    )  # fmt: skip
+
+
+def _bottleneck() -> Row:
+    calls = BOARD.rate(m.STAGE_DURATION, where={"stage": "forward"}, part="_count")
+    groups = {"tokenizer": "tokenize", "device": "queue|assemble|forward", "this process": "validate|admit|respond"}
+    return Row(
+        "Is the device or the tokenizer the bottleneck?",
+        (
+            lines(
+                "Time of a call, by who makes it wait", "Who is the bottleneck, and since when? device: queue and "
+                "passes; tokenizer: wait for a thread and its work.",
+                *(
+                    Target(share(BOARD.rate(m.STAGE_DURATION, where={"stage": stages}, part="_sum"), calls), name)
+                    for name, stages in groups.items()
+                ),
+                unit="s", stacked=True,
+            ),
+            lines(
+                "Busy", "Is the device at its limit? 100 %: it never rests.", Target(BUSY, "{{instance}}"),
+                unit="percentunit", high=1, limits=Limits(0.8, 0.95),
+            ),
+            lines(
+                "Tokenizer threads at work", "How many tokenizer threads work? At tokenizer.threads, it is the limit.",
+                Target(BOARD.rate(m.TOKENIZER_DURATION, EACH, part="_sum"), "{{instance}}"), unit="none",
+            ),
+            lines(
+                "Tokenizer", "How long do requests wait for a tokenizer thread, and keep it?",
+                *(Target(BOARD.quantile(q, m.TOKENIZER_WAIT), f"wait P{q * 100:g}") for q in (0.5, 0.95)),
+                *(Target(BOARD.quantile(q, m.TOKENIZER_DURATION), f"work P{q * 100:g}") for q in (0.5, 0.95)), unit="s",
+            ),
+            lines(
+                "Tokenizer's output", "How much does the tokenizer do?",
+                Target(BOARD.rate(m.TOKENIZER_TOKENS), "tokens"), Target(BOARD.rate(m.TOKENIZER_TEXTS), "texts"),
+                unit="short",
+            ),
+            lines(
+                "Event loop lag", "Is the process too busy to serve, whatever the device does?",
+                *(Target(BOARD.quantile(q, m.LOOP_LAG), f"P{q * 100:g}") for q in (0.5, 0.95, 0.99)), unit="s",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _passes() -> Row:
+    return Row(
+        "Passes",
+        (
+            lines(
+                "Duration of a pass", "How long do passes take, and since when? Points are sampled traces.",
+                *(
+                    Target(BOARD.quantile(q, m.BATCH_DURATION, where=OK), f"P{q * 100:g}", exemplar=True)
+                    for q in (0.5, 0.95, 0.99)
+                ), unit="s",
+            ),
+            lines(
+                "Where a pass's time goes", "Is it the model, or copying and gathering? Mean of each stage.",
+                Target(
+                    share(
+                        BOARD.rate(m.BATCH_STAGE_DURATION, ("stage",), part="_sum"),
+                        BOARD.rate(m.BATCH_STAGE_DURATION, where={"stage": "forward"}, part="_count"),
+                        spread=("stage",),
+                    ), "{{stage}}",
+                ), unit="s", stacked=True,
+            ),
+            heat(
+                "All passes", "Are passes alike, or are some much longer?",
+                Target(BOARD.rate(m.BATCH_DURATION, ("le",), where=OK, part="_bucket"), "{{le}}", exemplar=True),
+                unit="s",
+            ),
+            lines(
+                "Passes by outcome", "Do passes fail, run out of memory, or give NaN?",
+                Target(BOARD.rate(m.BATCH_DURATION, ("outcome",), part="_count"), "{{outcome}}"), unit="ops",
+                colors={"ok": "green", "failed": "red", "fatal": "dark-red", "out_of_memory": "orange"},
+            ),
+            lines(
+                "Age of the running pass", "Does a pass hang, and since when?",
+                Target(BOARD.gauge(m.PASS_AGE, "max", EACH), "{{instance}}"), unit="s", limits=Limits(1, 5),
+            ),
+            lines(
+                "Stalls", "How often was a device silent for longer than a pass may take?",
+                Target(BOARD.increase(m.STALLS, EACH), "{{instance}}"), unit="short",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _speed() -> Row:
+    return Row(
+        "Speed",
+        (
+            lines(
+                "Tokens in a second of work", "How fast is the device? Falling under the same traffic: it slows.",
+                Target(BOARD.gauge(m.SERVICE_RATE, "max", EACH), "{{instance}}"), unit=TOKENS_PER_S,
+            ),
+            lines(
+                "Cost of an empty pass", "What does a pass cost whatever is in it? High: larger batches pay.",
+                Target(BOARD.gauge(m.COST_FIXED, "max", EACH), "{{instance}}"), unit="s",
+            ),
+            lines(
+                "Cost of a token", "What does one more token cost?",
+                Target(BOARD.gauge(m.COST_PER_TOKEN, "max", EACH), "{{instance}}"), unit="s",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _memory() -> Row:
+    return Row(
+        "Memory",
+        (
+            lines(
+                "Device memory", "How near is the device to its memory's end? 0 where the device does not say (a CPU).",
+                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "max", EACH), "used {{instance}}"),
+                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "max", EACH), "all {{instance}}"), unit="bytes",
+            ),
+            lines(
+                "Token budget", "Did memory run out? The budget of a pass falls then, and comes back slowly.",
+                Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", EACH), "{{instance}}"), unit="si:tok",
+            ),
+            lines(
+                "Process memory", "Does the process grow?",
+                Target(BOARD.gauge(m.PROCESS_MEMORY, "max", EACH), "{{instance}}"), unit="bytes",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _compiling() -> Row:
+    return Row(
+        "Compiling and start",
+        (
+            timeline(
+                "Form of the model", "Which processes run a compiled model, and since when?",
+                Target(BOARD.gauge(m.MODEL_VARIANT, "max", EACH, where={"variant": "compiled"}), "{{instance}}"),
+                states={0: ("eager", "blue"), 1: ("compiled", "green")}, width=8,
+            ),
+            lines(
+                "Compiled models", "How many were made, from a cache or anew, and how many in vain? Since each start.",
+                Target(BOARD.total(m.MODEL_COMPILE_DURATION, ("outcome",), part="_count"), "{{outcome}}"), unit="short",
+                width=4,
+            ),
+            lines(
+                "Time to compile", "How long did compiling take in all, since each start?",
+                Target(BOARD.total(m.MODEL_COMPILE_DURATION, EACH, part="_sum"), "{{instance}}"), unit="s", width=4,
+            ),
+            lines(
+                "Swaps", "How often did another form of the model take over?",
+                Target(BOARD.total(m.MODEL_SWAPS, ("variant",)), "to {{variant}}"), unit="short", width=4,
+            ),
+            lines(
+                "Start", "How long did loading and warm-up take?",
+                Target(BOARD.gauge(m.WARM_UP, "max", EACH), "{{instance}}"), unit="s", width=4,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _process() -> Row:
+    return Row(
+        "Process",
+        (
+            lines(
+                "CPU", "How many cores does a process use?",
+                Target(BOARD.rate(m.PROCESS_CPU, ("instance", "cpu_mode")), "{{instance}} {{cpu_mode}}"), unit="none",
+                stacked=True, width=12,
+            ),
+            lines(
+                "File descriptors", "Do connections pile up?",
+                Target(BOARD.gauge(m.PROCESS_FDS, "max", EACH), "{{instance}}"), unit="short", width=12,
+            ),
+        ),
+    )  # fmt: skip
+
+
+ENGINE: Final = Board(
+    "engine",
+    "Engine",
+    "Is the device or the tokenizer the bottleneck? Passes, speed, memory, compiling.",
+    (_glance(), _bottleneck(), _passes(), _speed(), _memory(), _compiling(), _process()),
+)
