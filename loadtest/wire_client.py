@@ -2,29 +2,90 @@
 
 Decides nothing about load: it sends one request and tells how it ended. Whoever measures a server on the cores that the
 client runs on too measures the client as well; 300 calls a second through grpc.aio took 13 % of a core here. One
-connection, unary calls, no compression; the dynamic table is refused in the first SETTINGS, so that headers can be read
-where they stand. Sources: RFC 9113 and 7541, gRPC over HTTP/2.
+connection, no compression; the dynamic table is refused in the first SETTINGS, so that each header block can be read by
+itself. Both directions keep to flow control, a call that is given up is reset, and a connection that says GOAWAY ends
+what it has. Sources: RFC 9113 and 7541, gRPC over HTTP/2.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import re
 import struct
+import time
 from collections import deque
 from typing import Any, Final
 
-__all__ = ["Connection"]
+from loadtest.header_block import fields_of, literal
+
+__all__ = ["Answer", "Connection"]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-END_STREAM, ACK, END_HEADERS = 0x1, 0x1, 0x4
+END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 WINDOW: Final = (1 << 31) - 1
-HEADER_TABLE_SIZE, INITIAL_WINDOW_SIZE = 1, 4
-UNAVAILABLE, UNKNOWN, CANCELLED = 14, 2, 1
-# Literals with a literal name: length and text, then the value's. gRPC codes nothing that we look for by Huffman.
-STATUS = re.compile(rb"\x0bgrpc-status[\x01\x02](\d{1,2})")
-PUSHBACK = re.compile(rb"\x16grpc-retry-pushback-ms[\x01-\x0a](-?\d{1,9})")
+GIVE_BACK: Final = 1 << 28
+"""Bytes after which the server is told that its answers were read."""
+HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 1, 3, 4, 5
+LAST_STREAM: Final = WINDOW - 1000
+"""Stream numbers end there; a call later would be refused."""
+CANCEL: Final = 8
+CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE = 1, 2, 4, 8, 13, 14
+OF_RESET: Final = {0: INTERNAL, 7: UNAVAILABLE, 8: CANCELLED, 11: RESOURCE_EXHAUSTED}
+"""gRPC's status of an HTTP/2 reset code; INTERNAL of the others."""
+OF_HTTP: Final = {b"400": INTERNAL, b"401": 16, b"403": 7, b"404": 12} | dict.fromkeys(
+    (b"429", b"502", b"503", b"504"), UNAVAILABLE
+)
+"""gRPC's status of an HTTP one that came from a proxy; UNKNOWN of the others."""
+# The whole of a good ending: a literal name and one digit. Everything else is read field by field.
+GOOD: Final = re.compile(rb"\x0bgrpc-status\x010(?!\d)")
+NO_NUMBER: Final = float("nan")
+
+
+class Answer:
+    """How one call ended."""
+
+    __slots__ = ("_parts", "code", "details", "first_at", "pushback_ms")
+
+    def __init__(self) -> None:
+        """Nothing has come yet."""
+        self.code = UNKNOWN
+        self.pushback_ms = NO_NUMBER
+        self.details = b""
+        """``google.rpc.Status``, serialised; empty where there is none."""
+        self.first_at = 0.0
+        """``time.monotonic`` when the first message began to come in; 0 without one."""
+        self._parts: list[bytes] = []
+
+    def messages(self) -> list[bytes]:
+        """Every message, serialised. ``ValueError`` when one is compressed or cut."""
+        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        found, at = [], 0
+        while at < len(body):
+            end = at + 5 + int.from_bytes(body[at + 1 : at + 5], "big")
+            if body[at] or end > len(body):
+                raise ValueError("a message is compressed or incomplete")
+            found.append(body[at + 5 : end])
+            at = end
+        return found
+
+
+class _Stream:
+    """One call in flight."""
+
+    __slots__ = ("answer", "body", "done", "http_status", "keep", "window")
+
+    def __init__(self, done: asyncio.Future[Answer], keep: bool, window: int) -> None:
+        self.done = done
+        self.keep = keep
+        self.answer = Answer()
+        self.window = window
+        """Bytes of DATA that the server still takes on this stream."""
+        self.body: memoryview | None = None
+        """What is left to send."""
+        self.http_status = b""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -32,66 +93,142 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack("!I", len(payload) << 8 | kind) + struct.pack("!BI", flags, stream) + payload
 
 
-def _literal(name: str, value: str) -> bytes:
-    """A header that enters no table; lengths under 127 only."""
-    return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-
-
 class Connection(asyncio.Protocol):
-    """One connection to one server. ``call`` may be used by many tasks at once."""
+    """One connection to one server. ``call`` and ``exchange`` may be used by many tasks at once."""
 
     def __init__(
-        self, authority: str, path: str, timeout_s: float | None, metadata: tuple[tuple[str, str], ...]
+        self,
+        authority: str,
+        path: str,
+        timeout_s: float | None,
+        metadata: tuple[tuple[str, str], ...],
+        *,
+        secure: bool = False,
     ) -> None:
         """Every call has this path, deadline and metadata."""
-        head = b"\x83\x86" + b"\x04" + bytes([len(path)]) + path.encode()
-        head += b"\x01" + bytes([len(authority)]) + authority.encode()
-        head += _literal("content-type", "application/grpc") + _literal("te", "trailers")
+        head = (b"\x83\x87" if secure else b"\x83\x86") + b"\x04" + literal("", path)[2:]
+        head += b"\x01" + literal("", authority)[2:]
+        head += literal("content-type", "application/grpc") + literal("te", "trailers")
         if timeout_s is not None:
-            head += _literal("grpc-timeout", f"{round(timeout_s * 1000)}m")
+            head += literal("grpc-timeout", f"{max(1, round(timeout_s * 1000))}m")
         for name, value in metadata:
-            head += _literal(name, value)
+            head += literal(name.lower(), value)
         self._head = head
         self._transport: Any = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stream = -1
-        self._calls: dict[int, asyncio.Future[tuple[int, float]]] = {}
+        self._next = -1
+        self._streams: dict[int, _Stream] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._streams_max = WINDOW
         self._buffer = b""
         self._block = b""
+        self._block_ends_stream = False
         self._window = 65_535
-        """Bytes of DATA that the server still takes."""
-        self._held: deque[tuple[int, bytes]] = deque()
         self._stream_window = 65_535
+        self._frame_max = 16_384
+        self._held: deque[int] = deque()
+        """Streams that have more to send than the server takes now, in order."""
+        self._unread = 0
+        self._leaving = False
 
     async def ready(self) -> None:
-        """Until the server has said its settings."""
+        """Until the server has said its settings. Raises ``ConnectionError`` when it goes away instead."""
         await self._ready
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new call may be sent."""
+        return not (self._leaving or self._transport.is_closing() or self._next > LAST_STREAM)
 
     async def call(self, message: bytes) -> tuple[int, float]:
         """Send one request; its status code, and the pushback in milliseconds (NaN where there was none)."""
-        assert self._transport is not None
-        self._stream += 2
-        stream = self._stream
-        done: asyncio.Future[tuple[int, float]] = asyncio.get_running_loop().create_future()
-        if self._transport.is_closing():
-            return UNAVAILABLE, float("nan")
-        self._calls[stream] = done
-        body = frame(DATA, END_STREAM, stream, b"\x00" + struct.pack("!I", len(message)) + message)
-        assert len(message) + 5 <= min(self._stream_window, 16_384), "one DATA frame a request"
-        self._transport.write(frame(HEADERS, END_HEADERS, stream, self._head))
-        if self._held or len(message) + 5 > self._window:
-            self._held.append((len(message) + 5, body))
-        else:
-            self._window -= len(message) + 5
-            self._transport.write(body)
-        return await done
+        answer = await self._exchange(message, keep=False)
+        return answer.code, answer.pushback_ms
+
+    async def exchange(self, message: bytes, timeout_s: float | None = None) -> Answer:
+        """Send one request and keep what comes back.
+
+        A call whose time is over, and one whose caller is cancelled, is reset at the server; the former ends as
+        DEADLINE_EXCEEDED, as it does with every gRPC client.
+        """
+        return await self._exchange(message, keep=True, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """End the connection; calls in flight end as CANCELLED."""
+        """End the connection; calls in flight end as UNAVAILABLE."""
         if self._transport is not None:
             self._transport.close()
 
-    # ------------------------------------------------------------------------------------------------------ asyncio
+    async def _exchange(self, message: bytes, *, keep: bool, timeout_s: float | None = None) -> Answer:
+        assert self._transport is not None
+        while len(self._streams) >= self._streams_max and self.usable:
+            await self._turn()
+        if not self.usable:
+            answer = Answer()
+            answer.code = UNAVAILABLE
+            return answer
+        self._next += 2
+        number = self._next
+        stream = self._streams[number] = _Stream(
+            asyncio.get_running_loop().create_future(), keep, self._stream_window
+        )
+        self._send(number, stream, b"\x00" + struct.pack("!I", len(message)) + message)
+        if timeout_s is None:
+            timer = None
+        else:
+            timer = asyncio.get_running_loop().call_later(timeout_s, self._give_up, number, DEADLINE_EXCEEDED)
+        try:
+            return await stream.done
+        except asyncio.CancelledError:
+            self._give_up(number, CANCELLED)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _turn(self) -> None:
+        """Until another call has ended."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had come, and somebody else shall have it
+                self._wake(1)
+            raise
+
+    # ------------------------------------------------------------------------------------------------------- sending
+
+    def _send(self, number: int, stream: _Stream, body: bytes) -> None:
+        size, write = len(body), self._transport.write
+        head = frame(HEADERS, END_HEADERS, number, self._head)
+        if not self._held and size <= min(self._window, stream.window, self._frame_max):
+            self._window -= size
+            write(head + frame(DATA, END_STREAM, number, body))
+            return
+        write(head)
+        stream.body = memoryview(body)
+        self._held.append(number)
+        self._send_held()
+
+    def _send_held(self) -> None:
+        """As much of what is held as the windows allow, oldest stream first."""
+        for number in list(self._held):
+            stream = self._streams.get(number)
+            while stream is not None and stream.body is not None:
+                size = min(len(stream.body), self._window, stream.window, self._frame_max)
+                if size <= 0:
+                    break
+                part, rest = stream.body[:size], stream.body[size:]
+                self._window -= size
+                stream.window -= size
+                stream.body = rest if len(rest) else None
+                self._transport.write(frame(DATA, 0 if len(rest) else END_STREAM, number, bytes(part)))
+            if stream is None or stream.body is None:
+                self._held.remove(number)
+            if self._window <= 0:
+                return
+
+    # ------------------------------------------------------------------------------------------------------- asyncio
 
     def connection_made(self, transport: Any) -> None:
         """Say who we are: no dynamic table, and all the window that there is."""
@@ -100,12 +237,14 @@ class Connection(asyncio.Protocol):
         opening = PREFACE + frame(SETTINGS, 0, 0, settings)
         transport.write(opening + frame(WINDOW_UPDATE, 0, 0, struct.pack("!I", WINDOW - 65_535)))
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+    def connection_lost(self, exc: Exception | None) -> None:
         """Everybody who waits is told."""
-        for done in self._calls.values():
-            if not done.done():
-                done.set_result((UNAVAILABLE, float("nan")))
-        self._calls.clear()
+        self._leaving = True
+        if not self._ready.done():
+            self._ready.set_exception(ConnectionError(f"the server closed the connection: {exc or 'no HTTP/2 there?'}"))
+        for number in list(self._streams):
+            self._settle(number, UNAVAILABLE)
+        self._wake(len(self._waiting))
 
     def data_received(self, data: bytes) -> None:
         """Frames, whole or not."""
@@ -120,39 +259,147 @@ class Connection(asyncio.Protocol):
             at += 9 + size
         self._buffer = buffer[at:]
 
-    def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        assert self._transport is not None
-        if kind in (HEADERS, CONTINUATION):
-            self._block = payload if kind == HEADERS else self._block + payload
-            if flags & END_HEADERS and b"grpc-status" in self._block:
-                self._end(stream, self._block)
+    # ----------------------------------------------------------------------------------------------------- receiving
+
+    def _take(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        if kind == DATA:
+            self._data(flags, number, payload)
+        elif kind in (HEADERS, CONTINUATION):
+            self._headers(kind, flags, number, payload)
         elif kind == SETTINGS and not flags & ACK:
-            for at in range(0, len(payload), 6):
-                name, value = struct.unpack_from("!HI", payload, at)
-                if name == INITIAL_WINDOW_SIZE:
-                    self._stream_window = value
-            self._transport.write(frame(SETTINGS, ACK, 0, b""))
-            if not self._ready.done():
-                self._ready.set_result(None)
+            self._settings(payload)
         elif kind == PING and not flags & ACK:
             self._transport.write(frame(PING, ACK, 0, payload))
-        elif kind == WINDOW_UPDATE and not stream:
-            self._window += int.from_bytes(payload, "big")
-            while self._held and self._held[0][0] <= self._window:
-                size, body = self._held.popleft()
-                self._window -= size
-                self._transport.write(body)
+        elif kind == WINDOW_UPDATE:
+            self._grant(number, int.from_bytes(payload, "big"))
         elif kind == RST_STREAM:
-            self._settle(stream, (CANCELLED, float("nan")))
+            self._settle(number, OF_RESET.get(int.from_bytes(payload[:4], "big"), INTERNAL))
         elif kind == GOAWAY:
+            self._leaving = True
+            last = int.from_bytes(payload[:4], "big") & WINDOW
+            for beyond in [n for n in self._streams if n > last]:
+                self._settle(beyond, UNAVAILABLE)
+            self._wake(len(self._waiting))
+            self._close_if_done()
+
+    def _data(self, flags: int, number: int, payload: bytes) -> None:
+        self._unread += len(payload)
+        if self._unread >= GIVE_BACK:
+            self._transport.write(frame(WINDOW_UPDATE, 0, 0, struct.pack("!I", self._unread)))
+            self._unread = 0
+        stream = self._streams.get(number)
+        if stream is None:
+            return
+        if flags & PADDED:
+            payload = payload[1 : len(payload) - payload[0]]
+        if stream.keep and payload:
+            answer = stream.answer
+            if not answer.first_at:
+                answer.first_at = time.monotonic()
+            answer._parts.append(payload)  # noqa: SLF001 - of this module
+        if flags & END_STREAM:  # without trailers
+            self._settle(number, UNKNOWN)
+
+    def _headers(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        if kind == HEADERS:
+            if flags & PADDED:
+                payload = payload[1 : len(payload) - payload[0]]
+            if flags & PRIORITY:
+                payload = payload[5:]
+            self._block_ends_stream = bool(flags & END_STREAM)
+            self._block = payload
+        else:
+            self._block += payload
+        if not flags & END_HEADERS:
+            return
+        if self._block_ends_stream:
+            self._end(number, self._block)
+        elif b"\x88" != self._block[:1] and (stream := self._streams.get(number)) is not None:
+            # Not the static table's ":status 200": remember what a proxy says, should it be the last word.
+            stream.http_status = fields_of(self._block).get(b":status", b"")
+
+    def _settings(self, payload: bytes) -> None:
+        for at in range(0, len(payload) - 5, 6):
+            name, value = struct.unpack_from("!HI", payload, at)
+            if name == INITIAL_WINDOW_SIZE:
+                for number in self._held:
+                    if (stream := self._streams.get(number)) is not None:
+                        stream.window += value - self._stream_window
+                self._stream_window = value
+            elif name == MAX_FRAME_SIZE:
+                self._frame_max = value
+            elif name == MAX_CONCURRENT_STREAMS:
+                self._streams_max = value
+        self._transport.write(frame(SETTINGS, ACK, 0, b""))
+        if not self._ready.done():
+            self._ready.set_result(None)
+        self._send_held()
+        self._wake(len(self._waiting))
+
+    def _grant(self, number: int, size: int) -> None:
+        if not number:
+            self._window += size
+        elif (stream := self._streams.get(number)) is not None:
+            stream.window += size
+        if self._held:
+            self._send_held()
+
+    def _end(self, number: int, block: bytes) -> None:
+        if GOOD.search(block):
+            self._settle(number, 0)
+            return
+        stream = self._streams.get(number)
+        if stream is None:
+            return
+        try:
+            fields = fields_of(block)
+        except ValueError:
+            self._settle(number, INTERNAL)
+            return
+        http_status = fields.get(b":status", stream.http_status)
+        status = fields.get(b"grpc-status", b"")
+        code = int(status) if status.isdigit() else OF_HTTP.get(http_status, UNKNOWN)
+        pushback = fields.get(b"grpc-retry-pushback-ms", b"")
+        if pushback.removeprefix(b"-").isdigit():
+            stream.answer.pushback_ms = float(pushback)
+        details = fields.get(b"grpc-status-details-bin", b"")
+        try:
+            stream.answer.details = base64.b64decode(details + b"=" * (-len(details) % 4))
+        except binascii.Error:
+            stream.answer.details = b""
+        self._settle(number, code)
+
+    # ------------------------------------------------------------------------------------------------------- endings
+
+    def _give_up(self, number: int, code: int) -> None:
+        if number in self._streams:
+            self._reset(number)
+            self._settle(number, code)
+
+    def _reset(self, number: int) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(frame(RST_STREAM, 0, number, struct.pack("!I", CANCEL)))
+
+    def _settle(self, number: int, code: int) -> None:
+        stream = self._streams.pop(number, None)
+        if stream is None:
+            return
+        if stream.body is not None:  # the server has answered before it had read all
+            stream.body = None
+            self._reset(number)
+        if not stream.done.done():
+            stream.answer.code = code
+            stream.done.set_result(stream.answer)
+        self._wake(1)
+        self._close_if_done()
+
+    def _wake(self, count: int) -> None:
+        while count and self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                count -= 1
+
+    def _close_if_done(self) -> None:
+        if self._leaving and not self._streams:
             self._transport.close()
-
-    def _end(self, stream: int, block: bytes) -> None:
-        status, pushback = STATUS.search(block), PUSHBACK.search(block)
-        code = int(status.group(1)) if status else UNKNOWN
-        self._settle(stream, (code, float(pushback.group(1)) if pushback else float("nan")))
-
-    def _settle(self, stream: int, how: tuple[int, float]) -> None:
-        done = self._calls.pop(stream, None)
-        if done is not None and not done.done():
-            done.set_result(how)

@@ -1,0 +1,263 @@
+"""embedserve's own API (``embedserve.v1.EmbeddingService``), by the wire client or by grpc.aio.
+
+Decides what a call looks like on the wire and what of its answer is told. Must never know a schedule. Texts that are
+longer than the model takes are cut at their end: other servers do that without being asked. Both clients give the same
+replies; the wire client is the default because it takes less from a server that it shares cores with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from embedserve.v1 import embedding_pb2 as pb
+from loadtest.target import Reply
+from loadtest.wire_client import Answer, Connection
+
+__all__ = ["AioTarget", "Options", "WireTarget"]
+
+PATHS: Final = {
+    "embed": "/embedserve.v1.EmbeddingService/Embed",
+    "stream": "/embedserve.v1.EmbeddingService/EmbedStream",
+}
+OPEN_S: Final = 10.0
+RECEIVE_BYTES: Final = 64 << 20
+"""More than a server may send by default: the limit under test is the server's."""
+KEPT_REQUESTS: Final = 16_384
+"""Serialised requests that are kept for the next time that the same texts are sent."""
+STATUS_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a deployment is reached."""
+
+    address: str
+    """``host:port``."""
+    method: Literal["embed", "stream"] = "embed"
+    connections: int = 4
+    """Of each client process: a balancer that counts connections sees more than one."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Sent with each call, such as an authorization or ``x-embedserve-tenant``."""
+    tls: bool = False
+    ca_file: str | None = None
+    """Certificates that are trusted, PEM; absent: the system's."""
+
+
+class _Requests:
+    """Serialised requests, each made once."""
+
+    def __init__(self, options: Options) -> None:
+        self._make = pb.EmbedRequest if options.method == "embed" else pb.EmbedStreamRequest
+        self._kept: dict[int, tuple[Sequence[str], bytes]] = {}
+
+    def of(self, texts: Sequence[str]) -> bytes:
+        kept = self._kept.get(id(texts))
+        if kept is not None and kept[0] is texts:
+            return kept[1]
+        message: bytes = self._make(texts=texts, truncate=pb.TRUNCATE_END).SerializeToString()
+        if len(self._kept) < KEPT_REQUESTS:
+            self._kept[id(texts)] = (texts, message)
+        return message
+
+
+class WireTarget:
+    """By hand-made HTTP/2: see ``wire_client.py``."""
+
+    def __init__(self, options: Options) -> None:
+        """Nothing is opened yet."""
+        self._options = options
+        self._requests = _Requests(options)
+        self._read = _read_embed if options.method == "embed" else _read_stream
+        self._slots: list[Connection | None] = [None] * options.connections
+        self._opening: dict[int, asyncio.Task[Connection]] = {}
+        self._turn = itertools.cycle(range(options.connections))
+        self._timeout_s: float | None = None
+
+    async def open(self) -> None:
+        """Connect once, to see that somebody answers; the others come with their first call."""
+        try:
+            (await self._connect(None)).close()
+        except (OSError, TimeoutError) as error:
+            raise ConnectionError(f"{self._options.address} cannot be reached: {error or 'no answer in 10 s'}") from None
+
+    async def embed(self, texts: Sequence[str], *, timeout_s: float) -> Reply:
+        """One call."""
+        if timeout_s != self._timeout_s:  # the header is the connection's
+            await self.close()
+            self._timeout_s = timeout_s
+        slot = next(self._turn)
+        connection = self._slots[slot]
+        if connection is None or not connection.usable:
+            try:
+                connection = await self._opened(slot)
+            except (OSError, TimeoutError):
+                return Reply("UNAVAILABLE", "NO_CONNECTION")
+        sent = time.monotonic()
+        answer = await connection.exchange(self._requests.of(texts), timeout_s)
+        if answer.code:
+            return _refusal(STATUS_NAMES.get(answer.code, "UNKNOWN"), answer)
+        try:
+            return self._read(answer.messages(), (answer.first_at - sent) * 1e3)
+        except (ValueError, DecodeError):
+            return Reply("INTERNAL", "NOT_READABLE")
+
+    async def close(self) -> None:
+        """End all connections."""
+        for opening in self._opening.values():
+            opening.cancel()
+        for connection in self._slots:
+            if connection is not None:
+                connection.close()
+        self._slots = [None] * self._options.connections
+
+    async def _opened(self, slot: int) -> Connection:
+        """The connection of a slot; however many wait for it, it is opened once."""
+        opening = self._opening.get(slot)
+        if opening is None:
+            opening = self._opening[slot] = asyncio.ensure_future(self._connect(self._timeout_s))
+            opening.add_done_callback(lambda _: self._opening.pop(slot, None))
+        # A caller who goes away must not take the connection from the others.
+        connection = await asyncio.shield(opening)
+        self._slots[slot] = connection
+        return connection
+
+    async def _connect(self, timeout_s: float | None) -> Connection:
+        options = self._options
+        host, _, port = options.address.rpartition(":")
+        secure = None
+        if options.tls:
+            secure = ssl.create_default_context(cafile=options.ca_file)
+            secure.set_alpn_protocols(["h2"])
+
+        def make() -> Connection:
+            path = PATHS[options.method]
+            return Connection(options.address, path, timeout_s, options.metadata, secure=options.tls)
+
+        async with asyncio.timeout(OPEN_S):
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(make, host.strip("[]"), int(port), ssl=secure)
+            await connection.ready()
+        return connection
+
+
+class AioTarget:
+    """By grpc.aio: the plain client that most users have."""
+
+    def __init__(self, options: Options) -> None:
+        """Nothing is opened yet."""
+        self._options = options
+        self._requests = _Requests(options)
+        self._channels: list[Any] = []
+        self._calls: list[Any] = []
+        self._turn = itertools.cycle(range(options.connections))
+
+    async def open(self) -> None:
+        """Connect each channel."""
+        options = self._options
+        for number in range(options.connections):
+            # Channels with the same arguments share one connection.
+            settings = [("grpc.max_receive_message_length", RECEIVE_BYTES), ("embedserve.loadtest.channel", number)]
+            if options.tls:
+                roots = Path(options.ca_file).read_bytes() if options.ca_file else None
+                credentials = grpc.ssl_channel_credentials(roots)
+                channel = grpc.aio.secure_channel(options.address, credentials, options=settings)
+            else:
+                channel = grpc.aio.insecure_channel(options.address, options=settings)
+            self._channels.append(channel)
+            make = channel.unary_unary if options.method == "embed" else channel.unary_stream
+            self._calls.append(make(PATHS[options.method]))
+        try:
+            async with asyncio.timeout(OPEN_S):
+                await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
+        except TimeoutError:
+            raise ConnectionError(f"{options.address} cannot be reached: no answer in 10 s") from None
+
+    async def embed(self, texts: Sequence[str], *, timeout_s: float) -> Reply:
+        """One call."""
+        options = self._options
+        make = self._calls[next(self._turn)]
+        call = make(self._requests.of(texts), timeout=timeout_s, metadata=options.metadata or None)
+        sent, first_ms, messages = time.monotonic(), 0.0, []
+        try:
+            if options.method == "embed":
+                messages.append(await call)
+            else:
+                async for message in call:
+                    first_ms = first_ms or (time.monotonic() - sent) * 1e3
+                    messages.append(message)
+        except grpc.aio.AioRpcError as error:
+            trailers = {name: value for name, value in error.trailing_metadata() or ()}
+            answer = Answer()
+            answer.details = trailers.get("grpc-status-details-bin", b"")
+            pushback = trailers.get("grpc-retry-pushback-ms")
+            answer.pushback_ms = float(pushback) if pushback is not None else answer.pushback_ms
+            return _refusal(error.code().name, answer)
+        return (_read_embed if options.method == "embed" else _read_stream)(messages, first_ms)
+
+    async def close(self) -> None:
+        """End all channels."""
+        for channel in self._channels:
+            await channel.close()
+
+
+def _read_embed(messages: list[bytes], _first_ms: float) -> Reply:
+    response = pb.EmbedResponse.FromString(messages[0]) if messages else pb.EmbedResponse()
+    embeddings = response.embeddings
+    return Reply(
+        "OK",
+        items=len(embeddings),
+        batch_items=max((e.batch_size for e in embeddings), default=0),
+        tokens=response.usage.tokens,
+        server_ms=response.timings.total_ms,
+    )
+
+
+def _read_stream(messages: list[bytes], first_ms: float) -> Reply:
+    items = batch_items = failed = 0
+    summary = pb.EmbedStreamSummary()
+    for message in messages:
+        part = pb.EmbedStreamResponse.FromString(message)
+        items += len(part.embeddings)
+        batch_items = max(batch_items, *(e.batch_size for e in part.embeddings), 0)
+        failed += len(part.errors)
+        if part.HasField("summary"):
+            summary = part.summary
+    if failed:
+        return Reply("INTERNAL", "ITEM_ERRORS", items=items)
+    return Reply(
+        "OK",
+        items=items,
+        batch_items=batch_items,
+        tokens=summary.usage.tokens,
+        server_ms=summary.timings.total_ms,
+        first_ms=first_ms,
+    )
+
+
+def _refusal(name: str, answer: Answer) -> Reply:
+    reason = ""
+    if answer.details:
+        status = status_pb2.Status()
+        try:
+            status.ParseFromString(answer.details)
+            for detail in status.details:
+                if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                    info = error_details_pb2.ErrorInfo()
+                    detail.Unpack(info)
+                    reason = info.reason
+        except DecodeError:
+            reason = "NOT_READABLE"
+    pushback = answer.pushback_ms
+    return Reply(name, reason, retry_after_ms=None if pushback != pushback else pushback)  # noqa: PLR0124 - NaN
