@@ -14,14 +14,16 @@ from typing import Final
 
 from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, MetricExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from embedserve.errors import ConfigError
 from embedserve.telemetry.semconv import SCHEMA_URL
 from embedserve.telemetry.settings import TelemetrySettings
+from embedserve.telemetry.span_senders import OtlpSender, ReadableSender, SpanSender
 
-__all__ = ["exemplars_enabled", "metric_exporter", "resource", "sampler", "sdk_disabled", "span_exporter"]
+__all__ = ["exemplars_enabled", "metric_exporter", "resource", "sampler", "sdk_disabled", "span_sender"]
 
 _PROTOCOLS: Final = ("grpc", "http/protobuf")
 
@@ -39,31 +41,33 @@ def exemplars_enabled(settings: TelemetrySettings) -> bool:
     return settings.exemplars and os.environ.get("OTEL_METRICS_EXEMPLAR_FILTER", "").strip().lower() != "always_off"
 
 
-def span_exporter() -> SpanExporter | None:
+def span_sender(resource: Resource, scope: InstrumentationScope) -> SpanSender | None:
     """What ``OTEL_TRACES_EXPORTER`` asks for: ``otlp``, ``console`` or ``none``; unset, OTLP if an endpoint is set.
 
     Raises ``ConfigError`` for a name or protocol that is not known.
     """
+    protocol = _protocol("TRACES")
     match _choice("TRACES"):
+        case "otlp" if protocol == "grpc":
+            from embedserve.telemetry.otlp_grpc import GrpcSpans  # noqa: PLC0415
+
+            return OtlpSender(GrpcSpans(), resource, scope)
         case "otlp":
-            if _protocol("TRACES") == "grpc":
-                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc  # noqa: PLC0415
+            from embedserve.telemetry.otlp_http import HttpSpans  # noqa: PLC0415
 
-                return Grpc()
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http  # noqa: PLC0415
-
-            return Http()
+            return OtlpSender(HttpSpans(), resource, scope)
         case "console":
-            return ConsoleSpanExporter(out=sys.stderr)
+            return ReadableSender(ConsoleSpanExporter(out=sys.stderr), resource, scope)
         case _:
             return None
 
 
 def metric_exporter() -> MetricExporter | None:
-    """What ``OTEL_METRICS_EXPORTER`` asks for, as ``span_exporter``; ``prometheus`` is served elsewhere."""
+    """What ``OTEL_METRICS_EXPORTER`` asks for, as ``span_sender``; ``prometheus`` is served elsewhere."""
+    protocol = _protocol("METRICS")
     match _choice("METRICS"):
         case "otlp":
-            if _protocol("METRICS") == "grpc":
+            if protocol == "grpc":
                 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as Grpc  # noqa: PLC0415
 
                 return Grpc()

@@ -32,8 +32,8 @@ from embedserve.telemetry.prometheus import PrometheusRenderer
 from embedserve.telemetry.propagation import load_propagator
 from embedserve.telemetry.semconv import SCHEMA_URL
 from embedserve.telemetry.settings import TelemetrySettings
+from embedserve.telemetry.span_data import SpanFactory
 from embedserve.telemetry.span_queue import SpanQueue, SpanQueueLimits
-from embedserve.telemetry.spans import SpanFactory
 from embedserve.telemetry.tracing import RequestTracer
 
 __all__ = ["Telemetry", "setup_telemetry"]
@@ -105,18 +105,20 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
             structlog.get_logger("embedserve.access").bind(), settings.log_requests, settings.log_requests_ratio
         )
     disabled = exporters.sdk_disabled()
-    span_exporter = None if disabled else exporters.span_exporter()
+    resource = exporters.resource(settings)
+    scope = InstrumentationScope("embedserve", settings.service_version, SCHEMA_URL)
+    sampler = None if disabled else exporters.sampler(settings)
+    limits = SpanQueueLimits() if disabled else SpanQueueLimits.from_environment()
+    sender = None if disabled else exporters.span_sender(resource, scope)
     metric_exporter = None if disabled else exporters.metric_exporter()
     prometheus = settings.prometheus_enabled and not disabled
     snapshot = SharedSnapshot()
-    if span_exporter is None and metric_exporter is None and not prometheus and log_call is None:
+    if sender is None and metric_exporter is None and not prometheus and log_call is None:
         return Telemetry(
             engine_observer=SilentObserver(), call_observer=SilentCallObserver(), render_metrics=None,
             snapshot=snapshot, gauges=None, spans=None, meters=None, shed_log=None,
         )  # fmt: skip
     instruments = Instruments(settings.duration_buckets_s, settings.bucket_edges)
-    resource = exporters.resource(settings)
-    scope = InstrumentationScope("embedserve", settings.service_version, SCHEMA_URL)
     producer = HistogramProducer(instruments)
     renderer = PrometheusRenderer(producer, resource) if prometheus else None
     readers: list[MetricReader] = [renderer.reader] if renderer is not None else []
@@ -130,15 +132,15 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
         meter = meters.get_meter(scope.name, scope.version, scope.schema_url)
         gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges, _line_counts(lines))
     spans = None
-    if span_exporter is not None:
-        factory = SpanFactory(resource, scope, links_max=settings.span_links_max)
-        spans = SpanQueue(span_exporter, factory, instruments.counter(table.SPANS), SpanQueueLimits.from_environment())
+    if sender is not None:
+        factory = SpanFactory(links_max=settings.span_links_max)
+        spans = SpanQueue(sender, factory, instruments.counter(table.SPANS), limits)
     shed_log = ShedLog(structlog.get_logger("embedserve.admission").bind())
     return Telemetry(
         engine_observer=TelemetryEngineObserver(instruments, spans, shed_log, settings.bucket_edges),
         call_observer=RequestTracer(
             instruments,
-            sampler=exporters.sampler(settings) if spans is not None else None,
+            sampler=sampler if spans is not None else None,
             spans=spans,
             exemplars=exporters.exemplars_enabled(settings),
             log_call=log_call,

@@ -1,9 +1,12 @@
-"""Spans on their way out: a bounded queue, one thread, one exporter.
+"""Spans on their way out: a bounded queue, one thread, one sender.
 
 Decides when spans are sent and what is dropped. Must never know what a span tells. The event loop only appends to a
 deque; spans are built, encoded and sent in the thread. Not the SDK's BatchSpanProcessor (1.45): it ignores the timeouts
 of export and flush (opentelemetry-python#4555, #4568), logs a warning for every span that it drops, counts none, and
 wants finished spans.
+
+The thread holds the interpreter while it builds and encodes, and the event loop, woken meanwhile, would wait for the
+switch interval of 5 ms: so it sleeps for a moment after each few spans.
 """
 
 from __future__ import annotations
@@ -13,15 +16,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import structlog
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from embedserve.errors import ConfigError
-from embedserve.telemetry.spans import SpanFactory
+from embedserve.telemetry.span_data import SpanData, SpanFactory
+from embedserve.telemetry.span_senders import SpanSender
 from embedserve.telemetry.tally import CounterTally
 
 __all__ = ["SpanQueue", "SpanQueueLimits", "SpanRecord"]
@@ -30,10 +33,20 @@ LINKS_PER_EXPORT_MAX: Final = 8192
 """Links in one request, about 0.8 MB encoded: collectors refuse messages over 4 MiB by default."""
 
 
+BREATH_SPANS: Final = 64
+"""Spans that are built and encoded at a stretch: a third of a millisecond..."""
+BREATH_S: Final = 0.0002
+"""... and the sleep after them, in which whoever waits for the interpreter gets it."""
+
+
 class SpanRecord(Protocol):
     """What was noted on the hot path, and turns into spans here."""
 
-    def spans(self, factory: SpanFactory) -> Sequence[ReadableSpan]:
+    @property
+    def span_count(self) -> int:
+        """Spans that it will be, about: for counting those that are dropped unbuilt."""
+
+    def spans(self, factory: SpanFactory) -> Sequence[SpanData]:
         """One span or more."""
 
 
@@ -70,10 +83,10 @@ class SpanQueue:
     """Takes records from the event loop and sends their spans."""
 
     def __init__(
-        self, exporter: SpanExporter, factory: SpanFactory, outcomes: CounterTally, limits: SpanQueueLimits
+        self, sender: SpanSender, factory: SpanFactory, outcomes: CounterTally, limits: SpanQueueLimits
     ) -> None:
-        """Start the thread. ``outcomes`` counts spans by exported, failed and (records) dropped."""
-        self._exporter = exporter
+        """Start the thread. ``outcomes`` counts spans by exported, failed and dropped."""
+        self._sender = sender
         self._factory = factory
         self._limits = limits
         self._exported = outcomes.cell("exported")
@@ -91,11 +104,8 @@ class SpanQueue:
         """Take ``record``; never blocks. Called from the event loop only."""
         waiting = len(self._records)
         if waiting >= self._limits.records_max:
-            try:
-                self._records.popleft()
-                self._dropped.value += 1
-            except IndexError:
-                pass  # the thread has just taken all of them
+            with suppress(IndexError):  # the thread may just have taken all of them
+                self._dropped.value += self._records.popleft().span_count
         self._records.append(record)
         if waiting == 0:
             self._filled.set()
@@ -103,15 +113,15 @@ class SpanQueue:
             self._pressing.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Send what waits and stop, within ``timeout_s``; whether all was sent. The exporter is shut down."""
+        """Send what waits and stop, within ``timeout_s``; whether all was sent. The sender is shut down."""
         ends = time.monotonic() + timeout_s
         self._closing = True
         self._pressing.set()
         self._filled.set()
         self._thread.join(timeout_s)
         sent = not self._thread.is_alive()
-        # Shutting the exporter down wakes an export that waits for a dead collector; it may wait itself.
-        stopper = threading.Thread(target=self._exporter.shutdown, name="embedserve-spans-stop", daemon=True)
+        # Shutting the sender down wakes an export that waits for a dead collector; it may wait itself.
+        stopper = threading.Thread(target=self._sender.shutdown, name="embedserve-spans-stop", daemon=True)
         stopper.start()
         stopper.join(max(0.0, ends - time.monotonic()))
         return sent
@@ -126,26 +136,29 @@ class SpanQueue:
         self._send_waiting()
 
     def _send_waiting(self) -> None:
-        spans: list[ReadableSpan] = []
-        links = 0
+        ready = links = unrested = 0
         self._factory.set_clock()
         while self._records:
-            for span in self._records.popleft().spans(self._factory):
-                spans.append(span)
-                links += len(span.links)
-            if len(spans) >= self._limits.export_spans_max or links >= LINKS_PER_EXPORT_MAX:
-                self._send(spans)
-                spans, links = [], 0
-        if spans:
-            self._send(spans)
+            spans = self._records.popleft().spans(self._factory)
+            self._sender.add(spans)
+            ready += len(spans)
+            unrested += len(spans)
+            links += sum([len(span.links) for span in spans])
+            if ready >= self._limits.export_spans_max or links >= LINKS_PER_EXPORT_MAX:
+                self._send(ready)
+                ready = links = unrested = 0
+            elif unrested >= BREATH_SPANS and not self._closing:
+                time.sleep(BREATH_S)
+                unrested = 0
+        if ready:
+            self._send(ready)
 
-    def _send(self, spans: list[ReadableSpan]) -> None:
+    def _send(self, spans: int) -> None:
         try:
-            result = self._exporter.export(spans)
+            sent = self._sender.send()
         except Exception:  # noqa: BLE001
             # The exporter is foreign code that the environment chooses. Its fault must not end tracing, nor hide: it
             # is counted, alerted on, and logged with its traceback.
-            structlog.get_logger(__name__).exception("span_export_failed", spans=len(spans))
-            result = SpanExportResult.FAILURE
-        outcome = self._exported if result is SpanExportResult.SUCCESS else self._failed
-        outcome.value += len(spans)
+            structlog.get_logger(__name__).exception("span_export_failed", spans=spans)
+            sent = False
+        (self._exported if sent else self._failed).value += spans

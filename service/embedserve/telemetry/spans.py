@@ -22,38 +22,20 @@ Children share their borders, so that their sum is the parent: exactly, not near
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanLimits
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
-from opentelemetry.util.types import AttributeValue
+from opentelemetry.trace import SpanContext
 
 from embedserve.engine.observer import BatchRecord, Member
 from embedserve.engine.stages import Ride, Stages
 from embedserve.telemetry import semconv
+from embedserve.telemetry.segments import ADMIT_EXACT, Segment
+from embedserve.telemetry.span_data import SERVER, LinkData, SpanData, SpanFactory, Value
 
-__all__ = [
-    "ADMIT_EXACT",
-    "BATCH_SPAN",
-    "SPANS",
-    "BatchTrace",
-    "CallRecord",
-    "Segment",
-    "SpanFactory",
-    "SpanName",
-    "error_kind",
-    "segments",
-]
+__all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "SpanName", "error_kind"]
 
-ATTRIBUTE_CHARS_MAX: Final = 256
-"""Of a string in a span; a caller names the model, and could name it with a megabyte."""
 _NS_PER_MS: Final = 1e6
 
 BATCH_SPAN: Final = "batch"
@@ -89,36 +71,6 @@ SPANS: Final = (
 )  # fmt: skip
 """Every span, for the docs."""
 
-Segment = tuple[str, int, int]
-"""Stage, begin and end; monotonic nanoseconds."""
-
-ADMIT_EXACT: Final = "admit_exact"
-_NEXT: Final = ("validate", "admit", "tokenize", ADMIT_EXACT, "queue", "assemble", "forward", "respond")
-
-
-def segments(stages: Stages, ended_ns: int, *, answered: bool) -> list[Segment]:
-    """The stages that a call went through, without gaps, from its arrival to ``ended_ns``.
-
-    A mark that was never set is left out. The last segment is the stage in which the call ended: ``respond`` when it
-    was ``answered``, otherwise whatever follows the last mark that was reached.
-    """
-    at = stages.arrived_ns
-    found: list[Segment] = []
-    reached = 0
-    marks = (
-        stages.validated_ns, stages.admitted_ns, stages.tokenized_ns, stages.queued_ns, stages.dequeued_ns,
-        stages.assembled_ns, stages.computed_ns,
-    )  # fmt: skip
-    for index, mark in enumerate(marks):
-        if mark:
-            # Windows of a stream overlap: a later window's mark may lie before an earlier window's next one.
-            end = min(max(mark, at), ended_ns)
-            found.append((_NEXT[index], at, end))
-            at = end
-            reached = index + 1
-    found.append(("respond" if answered else _NEXT[reached], at, ended_ns))
-    return found
-
 
 def error_kind(status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]) -> str:
     """``expected`` or ``unexpected``, of a call that is not OK.
@@ -134,66 +86,7 @@ _FAULTS: Final = frozenset({"UNKNOWN", "INTERNAL", "DATA_LOSS"})
 _FAULT_WORDS: Final = frozenset({"ENGINE_STALLED", "ENGINE_FAILED"})
 
 
-class SpanFactory:
-    """Makes spans of one resource and scope, on the wall clock."""
-
-    def __init__(self, resource: Resource, scope: InstrumentationScope, *, links_max: int) -> None:
-        """``links_max`` links on one span; the first are kept."""
-        self._resource = resource
-        self._scope = scope
-        self._limits = SpanLimits(max_links=links_max)
-        self._ids = RandomIdGenerator()
-        self.links_max = links_max
-        self._offset_ns = 0
-        self.set_clock()
-
-    def set_clock(self) -> None:
-        """Take the wall clock's distance from the monotonic one: before each export, since it may be stepped."""
-        self._offset_ns = time.time_ns() - time.monotonic_ns()
-
-    def child(self, parent: SpanContext, name: str, begin_ns: int, end_ns: int, **rest: object) -> ReadableSpan:
-        """An INTERNAL span below ``parent``; ``rest`` may hold ``attributes`` and ``links``."""
-        context = SpanContext(
-            parent.trace_id, self._ids.generate_span_id(), False, parent.trace_flags, parent.trace_state
-        )
-        return self.span(context, parent, name, begin_ns, end_ns, **rest)  # type: ignore[arg-type]
-
-    def span(
-        self,
-        context: SpanContext,
-        parent: SpanContext | None,
-        name: str,
-        begin_ns: int,
-        end_ns: int,
-        *,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, AttributeValue] | None = None,
-        links: Sequence[Link] = (),
-        status: Status | None = None,
-    ) -> ReadableSpan:
-        """A finished span; times are monotonic nanoseconds."""
-        limits = self._limits
-        bounded = BoundedAttributes(
-            limits.max_span_attributes, attributes, immutable=True,
-            max_value_len=limits.max_span_attribute_length or ATTRIBUTE_CHARS_MAX,
-        ) if attributes else None  # fmt: skip
-        return ReadableSpan(
-            name=name,
-            context=context,
-            parent=parent,
-            resource=self._resource,
-            attributes=bounded,
-            links=links,
-            kind=kind,
-            status=status or Status(StatusCode.UNSET),
-            start_time=begin_ns + self._offset_ns,
-            end_time=end_ns + self._offset_ns,
-            instrumentation_scope=self._scope,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class CallRecord:
+class CallRecord(NamedTuple):
     """A sampled call that has ended: all that its spans need."""
 
     context: SpanContext
@@ -207,72 +100,63 @@ class CallRecord:
     attributes: Mapping[str, str | int | float | bool]
     segments: Sequence[Segment]
     stages: Stages | None
-    rides: Sequence[Ride]
 
-    def spans(self, factory: SpanFactory) -> list[ReadableSpan]:
+    @property
+    def span_count(self) -> int:
+        """Spans that it will be, about."""
+        return 1 + len(self.segments)
+
+    def spans(self, factory: SpanFactory) -> list[SpanData]:
         """The SERVER span and its children."""
+        kind = None if self.status == "OK" else error_kind(self.status, self.error_type, self.attributes)
+        is_error = kind == semconv.UNEXPECTED or self.status in semconv.SERVER_FAULTS
         server = factory.span(
             self.context,
             self.parent,
             self.method,
             self.arrived_ns,
             self.ended_ns,
-            kind=SpanKind.SERVER,
-            attributes=self._server_attributes(),
-            status=Status(StatusCode.ERROR, self.error_type) if self._is_error else None,
+            kind=SERVER,
+            attributes=self._server_attributes(kind),
+            error=(self.error_type or self.status) if is_error else None,
         )
         return [server, *self._children(factory)]
 
-    @property
-    def _is_error(self) -> bool:
-        return self.status in semconv.SERVER_FAULTS or (self.status != "OK" and self._kind == semconv.UNEXPECTED)
-
-    @property
-    def _kind(self) -> str:
-        return error_kind(self.status, self.error_type, self.attributes)
-
-    def _children(self, factory: SpanFactory) -> list[ReadableSpan]:
-        spans: list[ReadableSpan] = []
-        if self.segments and self.segments[0][1] > self.arrived_ns:
-            spans.append(factory.child(self.context, "receive", self.arrived_ns, self.segments[0][1]))
-        begun_ns = None
-        for stage, begin_ns, end_ns in self.segments:
-            attributes: dict[str, AttributeValue] = {}
-            links: list[Link] = []
-            name, start_ns = stage, begin_ns
-            if stage == "assemble" and self.segments[-1][0] != "assemble":
-                begun_ns = (
-                    begin_ns  # the request's own view: one stretch in the worker, told apart in the batch's trace
-                )
-                continue
-            if stage in {"assemble", "forward"}:
-                name = "forward"
-                start_ns, begun_ns = (begun_ns if begun_ns is not None else begin_ns), None
-                links = [_ride_link(ride) for ride in self.rides if ride.trace is not None][: factory.links_max]
-            elif stage in {"admit", ADMIT_EXACT}:
-                name = "admit"
-                attributes[semconv.ADMISSION_STAGE] = "estimate" if stage == "admit" else "exact"
-            elif stage == "queue" and self.stages is not None:
-                attributes = _queue_attributes(self.stages)
-            spans.append(factory.child(self.context, name, start_ns, end_ns, attributes=attributes, links=links))
+    def _children(self, factory: SpanFactory) -> list[SpanData]:
+        context, parts, stages = self.context, self.segments, self.stages
+        if stages is None or not parts:
+            return []
+        spans: list[SpanData] = []
+        if parts[0][1] > self.arrived_ns:
+            spans.append(factory.child(context, "receive", self.arrived_ns, parts[0][1]))
+        begun_ns = 0
+        for stage, begin_ns, end_ns in parts:
+            if stage == "assemble" and parts[-1][0] != "assemble":
+                # The request's own view: one stretch in the worker, told apart in the batch's trace.
+                begun_ns = begin_ns
+            elif stage in _IN_WORKER:
+                links = [_ride_link(ride) for ride in stages.rides if ride.trace is not None]
+                spans.append(factory.child(context, "forward", begun_ns or begin_ns, end_ns, links=links))
+            elif stage == "queue":
+                spans.append(factory.child(context, stage, begin_ns, end_ns, _queue_attributes(stages)))
+            elif stage in _ADMIT:
+                spans.append(factory.child(context, "admit", begin_ns, end_ns, _ADMIT[stage]))
+            else:
+                spans.append(factory.child(context, stage, begin_ns, end_ns))
         return spans
 
-    def _server_attributes(self) -> dict[str, AttributeValue]:
-        attributes: dict[str, AttributeValue] = {
+    def _server_attributes(self, kind: str | None) -> dict[str, Value]:
+        attributes: dict[str, Value] = {
             semconv.RPC_SYSTEM_NAME: semconv.GRPC,
             semconv.RPC_METHOD: self.method,
             semconv.RPC_STATUS_CODE: self.status,
             **_peer(self.peer),
         }
-        if self.error_type is not None:
-            attributes[semconv.ERROR_TYPE] = self.error_type
-        if self.status != "OK":
-            attributes[semconv.ERROR_KIND] = self._kind
         if self.method in semconv.EMBEDDING_METHODS:
             attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.EMBEDDINGS
             attributes[semconv.GEN_AI_PROVIDER_NAME] = semconv.PROVIDER
-        if "policy" in self.attributes and self.error_type is not None:
-            attributes[semconv.ADMISSION_REASON] = self.error_type
+        if self.stages is not None and self.stages.tokens:
+            attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] = self.stages.tokens
         for key, value in self.attributes.items():
             name = _KNOWN.get(key)
             if name is not None:
@@ -280,12 +164,22 @@ class CallRecord:
             elif not isinstance(value, str):
                 # Numbers have no words in them; a string under an unknown name could be anything, even a text.
                 attributes[key if key.startswith("embedserve.") else semconv.ADMISSION_FIGURE + key] = value
+        if kind is not None:
+            attributes[semconv.ERROR_KIND] = kind
+        if self.error_type is not None:
+            attributes[semconv.ERROR_TYPE] = self.error_type
+            if "policy" in self.attributes:
+                attributes[semconv.ADMISSION_REASON] = self.error_type
         return attributes
 
 
+_IN_WORKER: Final = ("assemble", "forward")
+_ADMIT: Final[Mapping[str, Mapping[str, Value]]] = {
+    "admit": {semconv.ADMISSION_STAGE: "estimate"},
+    ADMIT_EXACT: {semconv.ADMISSION_STAGE: "exact"},
+}
 _KNOWN: Final = {
     "model": semconv.GEN_AI_REQUEST_MODEL,
-    "tokens": semconv.GEN_AI_USAGE_INPUT_TOKENS,
     "dimensions": semconv.GEN_AI_DIMENSION_COUNT,
     "encoding": semconv.GEN_AI_ENCODING_FORMATS,
     "texts": semconv.TEXTS,
@@ -293,26 +187,30 @@ _KNOWN: Final = {
     "reason": semconv.ADMISSION_REASON,
     "retry_after_ms": "embedserve.admission.retry_after_ms",
     "truncated": "embedserve.truncated",
-    "tenant": "embedserve.tenant",
+    "tenant": semconv.TENANT,
     "priority": "embedserve.priority",
     "attempt": "embedserve.attempt",
+    "deadline_ms": semconv.DEADLINE_MS,
     "error_id": "embedserve.error_id",
 }
 """What the API tells of a call, and the attribute that it becomes. Other numbers are figures of an admission policy."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchTrace:
+class BatchTrace(NamedTuple):
     """A pass in which a sampled request rode."""
 
     context: SpanContext
     record: BatchRecord
     sampled: Sequence[Member]
 
-    def spans(self, factory: SpanFactory) -> list[ReadableSpan]:
+    @property
+    def span_count(self) -> int:
+        """Spans that it will be."""
+        return 1 if self.record.times is None else 8
+
+    def spans(self, factory: SpanFactory) -> list[SpanData]:
         """The batch span and its children."""
         record, times = self.record, self.record.times
-        failed = record.outcome != "ok"
         root = factory.span(
             self.context,
             None,
@@ -320,8 +218,8 @@ class BatchTrace:
             record.dispatched_ns,
             record.returned_ns,
             attributes=self._attributes(),
-            links=[_member_link(member) for member in self.sampled[: factory.links_max]],
-            status=Status(StatusCode.ERROR, record.outcome) if failed else None,
+            links=[_member_link(member) for member in self.sampled],
+            error=None if record.outcome == "ok" else record.outcome,
         )
         if times is None:
             return [root]
@@ -337,9 +235,9 @@ class BatchTrace:
             at = end
         return spans
 
-    def _attributes(self) -> dict[str, AttributeValue]:
+    def _attributes(self) -> dict[str, Value]:
         batch = self.record.batch
-        attributes: dict[str, AttributeValue] = {
+        attributes: dict[str, Value] = {
             semconv.BATCH_ID: batch.id,
             semconv.BATCH_SHAPE: batch.shape.value,
             semconv.BATCH_EDGE: batch.edge,
@@ -357,9 +255,9 @@ class BatchTrace:
         return attributes
 
 
-def _member_link(member: Member) -> Link:
+def _member_link(member: Member) -> LinkData:
     assert isinstance(member.trace, SpanContext)
-    return Link(
+    return LinkData(
         member.trace,
         {
             semconv.LINK_FIRST_INDEX: member.first_index,
@@ -369,15 +267,15 @@ def _member_link(member: Member) -> Link:
     )
 
 
-def _ride_link(ride: Ride) -> Link:
+def _ride_link(ride: Ride) -> LinkData:
     assert isinstance(ride.trace, SpanContext)
-    return Link(
+    return LinkData(
         ride.trace,
         {semconv.BATCH_ID: ride.batch_id, semconv.BATCH_ROWS: ride.batch_rows, semconv.LINK_ROWS: ride.rows},
     )
 
 
-def _queue_attributes(stages: Stages) -> dict[str, AttributeValue]:
+def _queue_attributes(stages: Stages) -> dict[str, Value]:
     return {
         semconv.BUCKET: stages.bucket,
         semconv.TEXTS: stages.texts,
@@ -388,7 +286,7 @@ def _queue_attributes(stages: Stages) -> dict[str, AttributeValue]:
     }
 
 
-def _peer(peer: str) -> dict[str, AttributeValue]:
+def _peer(peer: str) -> dict[str, Value]:
     # grpc writes "ipv4:10.0.0.1:50051", "ipv6:%5B::1%5D:50051" or "unix:path".
     family, _, rest = peer.partition(":")
     if family == "unix":

@@ -50,7 +50,7 @@ class HistogramCell:
         self.attributes = dict(attributes)
         self._bounds = tuple(bounds)
         self._counts = [0] * (len(self._bounds) + 1)
-        self._exemplars: list[Exemplar | None] = [None] * len(self._counts)
+        self._exemplars: list[tuple[float, SpanContext, int] | None] = [None] * len(self._counts)
         self._sum = 0.0
         self._since_ns = time.time_ns()
 
@@ -59,12 +59,12 @@ class HistogramCell:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def observe_traced(self, value: float, context: SpanContext) -> None:
-        """Count ``value`` and let its bucket remember the sampled trace that it belongs to."""
+    def observe_traced(self, value: float, context: SpanContext, now_ns: int) -> None:
+        """Count ``value``; its bucket remembers the sampled trace that it belongs to. ``now_ns`` is wall clock."""
         index = bisect_left(self._bounds, value)
         self._counts[index] += 1
         self._sum += value
-        self._exemplars[index] = Exemplar({}, value, time.time_ns(), context.span_id, context.trace_id)
+        self._exemplars[index] = (value, context, now_ns)
 
     def point(self, now_ns: int) -> HistogramDataPoint:
         """Everything since the start, as OpenTelemetry's cumulative data point."""
@@ -80,8 +80,12 @@ class HistogramCell:
             # Extremes of a whole life are of no use to anyone; the protocol makes both optional, the SDK's type not.
             min=None,  # type: ignore[arg-type]
             max=None,  # type: ignore[arg-type]
-            exemplars=[exemplar for exemplar in self._exemplars.copy() if exemplar is not None],
+            exemplars=[_exemplar(*kept) for kept in self._exemplars.copy() if kept is not None],
         )
+
+
+def _exemplar(value: float, context: SpanContext, at_ns: int) -> Exemplar:
+    return Exemplar({}, value, at_ns, context.span_id, context.trace_id)
 
 
 CellT = TypeVar("CellT")

@@ -40,8 +40,9 @@ from embedserve.telemetry import semconv
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.loop_lag import LoopLag
 from embedserve.telemetry.propagation import Propagation
+from embedserve.telemetry.segments import ADMIT_EXACT, Segment, segments
 from embedserve.telemetry.span_queue import SpanQueue
-from embedserve.telemetry.spans import ADMIT_EXACT, CallRecord, Segment, error_kind, segments
+from embedserve.telemetry.spans import CallRecord, error_kind
 from embedserve.telemetry.tally import CounterCell, HistogramCell
 
 __all__ = ["CallEnd", "RequestTracer", "current_span_context"]
@@ -163,7 +164,8 @@ class RequestTracer:
             name = status if status in semconv.STATUSES else "UNKNOWN"
             duration = self._instruments.histogram(table.RPC_DURATION).cell(method.name, name)
             method.durations[name] = duration
-        _observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced)
+        now_ns = 0 if traced is None else time.time_ns()
+        _observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced, now_ns)
         if "attempt" in attributes:
             self._retries[int(attributes["attempt"])].value += 1
         if status != "OK":
@@ -171,31 +173,32 @@ class RequestTracer:
         parts: list[Segment] = []
         if stages is not None:
             parts = segments(stages, ended_ns, answered=status == "OK")
-            self._observe_stages(parts, stages.arrived_ns - call.arrived_ns, traced)
+            self._observe_stages(parts, stages.arrived_ns - call.arrived_ns, traced, now_ns)
         if context is not None and self._spans is not None:
-            rides = tuple(stages.rides) if stages is not None else ()
             self._spans.put(
                 CallRecord(
                     context, call.parent, method.name, call.peer, call.arrived_ns, ended_ns, status, error_type,
-                    attributes, parts, stages, rides,
+                    attributes, parts, stages,
                 )
             )  # fmt: skip
         if self._log_call is not None:
             self._log_call(CallEnd(method.name, status, ended_ns - call.arrived_ns, error_type, call.peer, attributes))
 
-    def _observe_stages(self, parts: Sequence[Segment], received_ns: int, traced: SpanContext | None) -> None:
+    def _observe_stages(
+        self, parts: Sequence[Segment], received_ns: int, traced: SpanContext | None, now_ns: int
+    ) -> None:
         """Each stage once: both halves of admission are one."""
         cells = self._stages
-        _observe(cells["receive"], received_ns * _S_PER_NS, traced)
+        _observe(cells["receive"], received_ns * _S_PER_NS, traced, now_ns)
         admitted_ns, was_judged = 0, False
         for stage, begin_ns, end_ns in parts:
             if stage in _ADMITS:
                 admitted_ns += end_ns - begin_ns
                 was_judged = True
             else:
-                _observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced)
+                _observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced, now_ns)
         if was_judged:
-            _observe(cells["admit"], admitted_ns * _S_PER_NS, traced)
+            _observe(cells["admit"], admitted_ns * _S_PER_NS, traced, now_ns)
 
     def _count_error(
         self, method: _Method, status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]
@@ -204,11 +207,11 @@ class RequestTracer:
         self._instruments.counter(table.RPC_ERRORS).cell(method.name, kind).value += 1
 
 
-def _observe(cell: HistogramCell, value: float, context: SpanContext | None) -> None:
+def _observe(cell: HistogramCell, value: float, context: SpanContext | None, now_ns: int) -> None:
     if context is None:
         cell.observe(value)
     else:
-        cell.observe_traced(value, context)
+        cell.observe_traced(value, context, now_ns)
 
 
 class _Call:

@@ -42,5 +42,5 @@ def ride_together(telemetry: Telemetry, metadata: list[list[tuple[str, str | byt
             rides=[Ride(1, rows, 10, 1, begun + 8 * MS, begun + 14 * MS, handle)],
         )  # fmt: skip
         telemetry.engine_observer.request_finished(stages, verdict="done")
-        call.end(status="OK", stages=stages, error_type=None, attributes={"texts": 1, "tokens": 10, "model": "m"})
+        call.end(status="OK", stages=stages, error_type=None, attributes={"texts": 1, "model": "m"})
     return Traffic([call.trace_id for call in calls])

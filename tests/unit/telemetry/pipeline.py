@@ -19,8 +19,9 @@ from embedserve.scheduling.item import Batch, Rejection, Shape, Slice
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.observers import TelemetryEngineObserver
+from embedserve.telemetry.span_data import SpanFactory
 from embedserve.telemetry.span_queue import SpanQueue, SpanQueueLimits
-from embedserve.telemetry.spans import SpanFactory
+from embedserve.telemetry.span_senders import ReadableSender
 from embedserve.telemetry.tracing import CallEnd, RequestTracer
 from tests.canary import WATCH
 
@@ -85,8 +86,8 @@ def make_pipeline(
     """A pipeline that samples everything unless told otherwise."""
     instruments = Instruments(bucket_edges=(16, 32))
     exporter = KeepingExporter()
-    factory = SpanFactory(Resource({"service.name": "t"}), InstrumentationScope("t"), links_max=links_max)
-    queue = SpanQueue(exporter, factory, instruments.counter(table.SPANS), limits)
+    sender = ReadableSender(exporter, Resource({"service.name": "t"}), InstrumentationScope("t"))
+    queue = SpanQueue(sender, SpanFactory(links_max=links_max), instruments.counter(table.SPANS), limits)
     ended: list[CallEnd] = []
     rejections: list[tuple[Rejection, str]] = []
     calls = RequestTracer(

@@ -191,7 +191,7 @@ class TestRender:
     def test_exemplars_lead_to_the_trace(self) -> None:
         instruments = Instruments()
         context = SpanContext(0xABC, 0xDEF, False, TraceFlags(1))
-        instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").observe_traced(0.003, context)
+        instruments.histogram(table.RPC_DURATION).cell(EMBED, "OK").observe_traced(0.003, context, 1)
         renderer = PrometheusRenderer(HistogramProducer(instruments), Resource({}))
         _, openmetrics = renderer.render(OPENMETRICS)
         _, text = renderer.render("text/plain")

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import grpc.aio
 import pytest
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetrics
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpans
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetrics
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpans
 from opentelemetry.instrumentation.grpc import GrpcAioInstrumentorServer
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from embedserve.api.observer import SilentCallObserver
 from embedserve.engine.observer import SilentObserver
@@ -21,6 +21,8 @@ from embedserve.errors import ConfigError
 from embedserve.telemetry import exporters
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.observers import TelemetryEngineObserver
+from embedserve.telemetry.otlp_grpc import GrpcSpans
+from embedserve.telemetry.otlp_http import HttpSpans
 from embedserve.telemetry.settings import TelemetrySettings
 from embedserve.telemetry.setup import setup_telemetry
 from embedserve.telemetry.tracing import RequestTracer
@@ -97,10 +99,12 @@ class TestExporters:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
 
-        made = exporters.span_exporter(), exporters.metric_exporter()
+        sender = exporters.span_sender(Resource({}), InstrumentationScope("t"))
+        made = exporters.metric_exporter()
 
-        assert (spans, metrics) == tuple(None if one is None else type(one) for one in made)
-        for one in made:
+        takes = getattr(sender, "_transport", None) or getattr(sender, "_exporter", None)
+        assert (spans, metrics) == tuple(None if one is None else type(one) for one in (takes, made))
+        for one in (sender, made):
             if one is not None:
                 one.shutdown()
 
@@ -109,16 +113,29 @@ class TestExporters:
         [
             ("OTEL_TRACES_EXPORTER", "jaeger"),
             ("OTEL_TRACES_SAMPLER", "sometimes"),
+            ("OTEL_TRACES_SAMPLER_ARG", "2"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "many"),
         ],
     )
+    @pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:1"])
     def test_a_value_that_nobody_knows_stops_the_start_and_says_so(
-        self, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+        self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, endpoint: str | None
     ) -> None:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+        """Whether anything is exported or not: else the endpoint, once it is set, stops a service that ran."""
+        if endpoint is not None:
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        if name == "OTEL_TRACES_SAMPLER_ARG":
+            monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
         monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=name):
             setup_telemetry(TelemetrySettings())
+
+    def test_what_is_switched_off_reads_no_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER", "sometimes")
+
+        setup_telemetry(TelemetrySettings()).shutdown(1)
 
 
 class TestSampler:

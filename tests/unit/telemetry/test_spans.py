@@ -13,10 +13,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
 from embedserve.engine.stages import Ride, Stages
-from embedserve.telemetry.spans import SPANS, segments
+from embedserve.telemetry.segments import segments
+from embedserve.telemetry.spans import SPANS
 from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, record_of, stages_of
 
-ATTRIBUTES = {"texts": 2, "tokens": 20, "model": "m", "dimensions": 4, "encoding": "float"}
+ATTRIBUTES = {"texts": 2, "model": "m", "dimensions": 4, "encoding": "float"}
 
 
 def by_name(spans: Sequence[ReadableSpan], name: str) -> ReadableSpan:

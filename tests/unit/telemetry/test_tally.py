@@ -25,9 +25,9 @@ class TestHistogram:
         cell = HistogramTally([], [()], {}, (1, 2)).cell()
         later = SpanContext(0x123, 0x456, False, TraceFlags(1))
 
-        cell.observe_traced(0.5, CONTEXT)
-        cell.observe_traced(0.75, later)
-        cell.observe_traced(5, CONTEXT)
+        cell.observe_traced(0.5, CONTEXT, 7)
+        cell.observe_traced(0.75, later, 8)
+        cell.observe_traced(5, CONTEXT, 9)
         cell.observe(1.5)
 
         found = [(e.value, e.trace_id, e.span_id) for e in cell.point(1).exemplars]

@@ -1,0 +1,35 @@
+"""OTLP over gRPC: OpenTelemetry's exporters, given bytes.
+
+Decides nothing: endpoint, credentials, headers, compression and retries are the library's, as ``OTEL_EXPORTER_OTLP_*``
+say. Must never know what is sent.
+"""
+
+from __future__ import annotations
+
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace.export import SpanExportResult
+
+__all__ = ["GrpcSpans"]
+
+
+class GrpcSpans(OTLPSpanExporter):
+    """Sends requests that are encoded already."""
+
+    def __init__(self) -> None:
+        """As the environment says."""
+        super().__init__()
+        self._count = 0
+
+    def send(self, request: bytes, spans: int) -> bool:
+        """Send ``request``, which holds so many spans; whether it was taken. Retries for as long as its timeout."""
+        self._count = spans
+        result: SpanExportResult = self._export(request)  # type: ignore[arg-type]
+        return result is SpanExportResult.SUCCESS
+
+    def _translate_data(self, data: bytes) -> ExportTraceServiceRequest:  # type: ignore[override]
+        # The stub wants a message. Parsing is C: 0.2 us a span.
+        return ExportTraceServiceRequest.FromString(data)
+
+    def _count_data(self, data: bytes) -> int:  # type: ignore[override]  # noqa: ARG002
+        return self._count

@@ -1,0 +1,115 @@
+"""Our bytes of a span are OpenTelemetry's own message, whatever the span holds."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, TraceFlags, TraceState
+
+from embedserve.telemetry.span_data import LinkData, SpanData
+from embedserve.telemetry.span_senders import ReadableSender
+from embedserve.telemetry.span_wire import SpanEncoder
+
+RESOURCE = Resource({"service.name": "t", "process.pid": 7}, "https://opentelemetry.io/schemas/1.44.0")
+SCOPE = InstrumentationScope("embedserve", "1.2.3", "https://opentelemetry.io/schemas/1.44.0")
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=300)
+values = st.one_of(
+    texts, st.booleans(), st.integers(-(1 << 63), (1 << 63) - 1), st.floats(allow_nan=False),
+    st.lists(texts, min_size=1, max_size=3),
+)  # fmt: skip
+attributes = st.dictionaries(
+    st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1), values, max_size=6
+)
+ids = st.integers(1, (1 << 64) - 1)
+contexts = st.builds(
+    lambda trace_id, span_id, remote: SpanContext(trace_id, span_id, remote, TraceFlags(1)),
+    st.integers(1, (1 << 128) - 1), ids, st.booleans(),
+)  # fmt: skip
+links = st.builds(LinkData, contexts, attributes)
+spans = st.builds(
+    SpanData,
+    trace_id=st.integers(1, (1 << 128) - 1),
+    span_id=ids,
+    parent_id=st.integers(0, (1 << 64) - 1),
+    parent_is_remote=st.booleans(),
+    trace_state=st.sampled_from([None, TraceState([("vendor", "a:b"), ("x", "1")])]),
+    name=texts,
+    kind=st.sampled_from([1, 2]),
+    begin_ns=st.integers(0, (1 << 63) - 1),
+    end_ns=st.integers(0, (1 << 63) - 1),
+    attributes=attributes,
+    links=st.lists(links, max_size=3),
+    dropped_links=st.integers(0, 1 << 20),
+    error=st.none() | texts,
+)
+
+
+def stock(span: SpanData) -> ExportTraceServiceRequest:
+    """What OpenTelemetry's encoder makes of the same span."""
+    exporter = InMemorySpanExporter()
+    sender = ReadableSender(exporter, RESOURCE, SCOPE)
+    sender.add([span])
+    assert sender.send()
+    (readable,) = exporter.get_finished_spans()
+    assert isinstance(readable, ReadableSpan)
+    return encode_spans([readable])
+
+
+class TestSpanEncoder:
+    @given(spans)
+    def test_it_writes_what_the_library_would(self, span: SpanData) -> None:
+        encoder = SpanEncoder(RESOURCE, SCOPE)
+        request = ExportTraceServiceRequest.FromString(encoder.request([encoder.span(span)]))
+
+        expected = stock(span)
+        (theirs,) = expected.resource_spans[0].scope_spans[0].spans
+        if not span.parent_id:  # it has no parent to be remote
+            theirs.flags = 0x300 if span.parent_is_remote else 0x100
+        theirs.dropped_links_count = span.dropped_links  # the SDK counts what it has dropped itself
+        assert request == expected
+
+    def test_a_text_that_is_no_unicode_costs_its_own_characters_only(self) -> None:
+        encoder = SpanEncoder(RESOURCE, SCOPE)
+        span = SpanData(1, 2, 0, False, None, "n", 1, 0, 0, {"peer": "a\ud800b"}, [], 0, None)
+
+        (written,) = (
+            ExportTraceServiceRequest.FromString(encoder.request([encoder.span(span)]))
+            .resource_spans[0].scope_spans[0].spans
+        )  # fmt: skip
+        assert written.attributes[0].value.string_value == "a?b"
+
+    def test_words_that_callers_make_up_do_not_pile_up(self) -> None:
+        encoder = SpanEncoder(RESOURCE, SCOPE)
+        for number in range(10_000):
+            encoder.span(SpanData(1, 2, 0, False, None, f"n{number}", 1, 0, 0, {"tenant": f"t{number}"}, [], 0, None))
+
+        assert len(encoder._strings) <= 2048
+        assert len(encoder._heads) <= 2048
+
+    def test_a_request_holds_all_of_its_spans(self) -> None:
+        encoder = SpanEncoder(RESOURCE, SCOPE)
+        encoded = [
+            encoder.span(SpanData(1, number + 1, 0, False, None, "n" * number, 1, 0, 0, {}, [], 0, None))
+            for number in range(300)
+        ]
+
+        (scope,) = ExportTraceServiceRequest.FromString(encoder.request(encoded)).resource_spans[0].scope_spans
+        assert [len(span.name) for span in scope.spans] == list(range(300))
+
+
+def test_an_exporter_that_refuses_is_heard() -> None:
+    class Refusing(InMemorySpanExporter):
+        def export(self, spans: object) -> SpanExportResult:
+            return SpanExportResult.FAILURE
+
+    sender = ReadableSender(Refusing(), RESOURCE, SCOPE)
+    sender.add([])
+    assert not sender.send()
