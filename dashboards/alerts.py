@@ -90,6 +90,10 @@ def _month(objective: Objective) -> Record:
 
 
 BUSY: Final = Record("job_instance:embedserve_device_busy:ratio_rate5m", EACH.rate(m.DEVICE_BUSY))
+TOKENIZING: Final = Record(
+    "job_instance:embedserve_tokenizer_busy:ratio_rate5m",
+    share(EACH.rate(m.TOKENIZER_DURATION, part="_sum"), EACH.gauge(m.TOKENIZER_THREADS)),
+)
 SHED_SHARE: Final = Record(
     "job:embedserve_calls_shed:ratio_rate5m",
     share(
@@ -107,6 +111,7 @@ RECORDS: Final = (
     *map(_month, OBJECTIVES),
     SHED_SHARE,
     BUSY,
+    TOKENIZING,
     WAITING,
 )
 
@@ -215,6 +220,18 @@ def _queue_causes() -> tuple[Alert, ...]:
             "Queue saturated", "engine",
         ),
         Alert(
+            "EmbedserveTokenizerSaturated", "ticket", [[Condition(TOKENIZING.selector(), ">", 0.95)]], "30m",
+            "The tokenizer threads of {{ $labels.instance }} never rest",
+            "They work {{ $value | humanizePercentage }} of the time, and the device waits for them.",
+            "Queue saturated", "engine",
+        ),
+        Alert(
+            "EmbedserveQuarantine", "ticket", [[Condition(EACH.gauge(m.QUARANTINE, "max"), ">", 0)]], "15m",
+            "A caller of {{ $labels.instance }} keeps sending texts that fail",
+            "{{ $value | humanize }} tenants have been in quarantine for 15 minutes: each failing text renews it.",
+            "Texts that fail", "scheduler",
+        ),
+        Alert(
             "EmbedserveTextsFail", "ticket",
             [[Condition(
                 EACH.over("15m").increase(m.ITEMS_SETTLED, where={"verdict": "item_error|non_finite"}), ">=", 3
@@ -227,7 +244,15 @@ def _queue_causes() -> tuple[Alert, ...]:
 
 def _process_causes() -> tuple[Alert, ...]:
     ours = f"count by (job, instance) (count_over_time({RULE.series(m.ACCEPTING)}[1d]))"
-    lost = EACH.over("15m").increase(m.SPANS, where={"outcome": "failed|dropped"})
+    quarter = EACH.over("15m")
+    lost = " + ".join(
+        (
+            quarter.increase(m.SPANS, where={"outcome": "failed|dropped"}),
+            quarter.increase(m.LOG_RECORDS, where={"outcome": "failed|dropped"}),
+            quarter.increase(m.METRIC_EXPORTS, where={"outcome": "failed"}),
+        )
+    )
+    dropped = quarter.increase(m.LOG_LINES, where={"outcome": "dropped"})
     return (
         Alert(
             "EmbedserveInstanceDown", "ticket",
@@ -243,10 +268,16 @@ def _process_causes() -> tuple[Alert, ...]:
             "Restarts", "service",
         ),
         Alert(
-            "EmbedserveSpansLost", "ticket", [[Condition(lost, ">", 0)]], "15m",
-            "Traces of {{ $labels.instance }} are lost",
-            "{{ $value | humanize }} spans in 15 minutes did not reach the collector. Calls are not affected.",
+            "EmbedserveTelemetryLost", "ticket", [[Condition(f"({lost})", ">", 0)]], "15m",
+            "Telemetry of {{ $labels.instance }} does not reach the collector",
+            "{{ $value | humanize }} spans, log records and pushes of metrics in 15 minutes. Calls are not affected.",
             "Collector down", "service",
+        ),
+        Alert(
+            "EmbedserveLogLinesDropped", "ticket", [[Condition(dropped, ">", 0)]], "0m",
+            "{{ $labels.instance }} cannot write its log",
+            "{{ $value | humanize }} lines in 15 minutes were dropped: nobody reads them, or the disk is full.",
+            "Log lines dropped", "service",
         ),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Writes what is committed, or says what differs: ``python -m dashboards.build --write|--check``.
 
 Decides which files there are and how they look. Must never hold a query. The files are committed so that nobody needs
-Python to import a dashboard, and checked so that nobody edits them by hand and loses it. ``--operations`` is what runbook
-links begin with: where OPERATIONS.md can be read from your pager.
+Python to import a dashboard, and checked so that nobody edits them by hand and loses it. ``--operations`` is what
+runbook links begin with: where OPERATIONS.md can be read from your pager.
 """
 
 from __future__ import annotations

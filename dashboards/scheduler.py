@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from dashboards.board import Board, Row
-from dashboards.panels import Limits, Target, figure, heat, lines
+from dashboards.panels import Limits, Target, figure, heat, lines, timeline
 from dashboards.query import BOARD, share
 from embedserve.telemetry import instruments as m
 
@@ -58,7 +58,11 @@ def _buckets() -> Row:
             lines(
                 "Waiting by bucket", "In which length bucket do texts pile up, and since when?",
                 Target(BOARD.gauge(m.QUEUE_ITEMS, "sum", ("bucket",)), "to {{bucket}} tokens"), unit="short",
-                stacked=True,
+                stacked=True, width=6,
+            ),
+            lines(
+                "Oldest text by bucket", "Which bucket is passed over, and since when?",
+                Target(BOARD.gauge(m.QUEUE_OLDEST, "max", ("bucket",)), "to {{bucket}} tokens"), unit="s", width=6,
             ),
             lines(
                 "P95 wait by bucket", "Which bucket is slow? Time from the queue to the worker.",
@@ -69,7 +73,7 @@ def _buckets() -> Row:
             lines(
                 "Requests by bucket", "How long are the texts that come? A request counts by its longest.",
                 Target(BOARD.rate(m.QUEUE_WAIT, ("bucket",), part="_count"), "to {{bucket}} tokens"), unit="reqps",
-                stacked=True,
+                stacked=True, width=6,
             ),
         ),
     )  # fmt: skip
@@ -135,19 +139,24 @@ def _predictions() -> Row:
         "Predictions: may admission be believed?",
         (
             lines(
+                "Wait, predicted and actual", "What does admission expect of those it lets in, and what comes? P95.",
+                Target(BOARD.quantile(0.95, m.WAIT_PREDICTED), "predicted"),
+                Target(BOARD.quantile(0.95, m.WAIT_ACTUAL), "actual"), unit="s", width=6,
+            ),
+            lines(
                 "Actual over predicted wait", "Are waits predicted well? Above 1 too many are let in, below too few.",
                 *(Target(BOARD.quantile(q, m.WAIT_PREDICTION), f"P{q * 100:g}") for q in (0.5, 0.95)),
                 Target(BOARD.gauge(m.THETA, "max", EACH), "correction {{instance}}"), unit="none",
-                limits=Limits(1, 1.5),
+                limits=Limits(1, 1.5), width=6,
             ),
             lines(
                 "Actual over predicted pass", "Is the cost of a pass predicted well? It decides how large batches are.",
                 *(Target(BOARD.quantile(q, m.BATCH_PREDICTION), f"P{q * 100:g}") for q in (0.5, 0.95)), unit="none",
-                limits=Limits(1.5, 2.25),
+                limits=Limits(1.5, 2.25), width=6,
             ),
             heat(
                 "Waits", "Are all waits alike, or do some texts wait much longer?",
-                Target(BOARD.rate(m.QUEUE_WAIT, ("le",), part="_bucket"), "{{le}}", exemplar=True), unit="s",
+                Target(BOARD.rate(m.QUEUE_WAIT, ("le",), part="_bucket"), "{{le}}", exemplar=True), unit="s", width=6,
             ),
         ),
     )  # fmt: skip
@@ -159,26 +168,68 @@ def _policies() -> Row:
         "Policies: what is refused, and why?",
         (
             lines(
-                "Decisions by policy", "Which policy refuses, and since when?",
-                Target(BOARD.rate(m.DECISIONS, ("policy",), where=refused), "{{policy}}"),
-                unit="reqps", stacked=True,
-            ),
-            lines(
-                "Decisions by stage", "Are refusals cheap? estimate is before tokenising, exact after it.",
-                Target(BOARD.rate(m.DECISIONS, ("decision", "stage")), "{{decision}} on {{stage}}"), unit="reqps",
-                stacked=True,
+                "Refusals by policy", "Which policy refuses, and since when?",
+                Target(BOARD.rate(m.DECISIONS, ("policy",), where=refused), "{{policy}}"), unit="reqps", stacked=True,
+                width=6,
             ),
             lines(
                 "Refusals by reason", "What exactly was over its limit?",
                 Target(BOARD.rate(m.DECISIONS, ("reason",), where=refused), "{{reason}}"), unit="reqps", stacked=True,
+                width=6,
             ),
             lines(
-                "Latency policy: P95", "What does the latency policy see, timeouts included?",
-                Target(BOARD.gauge(m.LATENCY_P95, "max", EACH), "{{instance}}"), unit="s",
+                "Decisions by stage", "Are refusals cheap? estimate is before tokenising, exact after it.",
+                Target(BOARD.rate(m.DECISIONS, ("decision", "stage")), "{{decision}} on {{stage}}"), unit="reqps",
+                stacked=True, width=6,
+            ),
+            timeline(
+                "Policies in force", "Which policies may refuse at all?",
+                Target(BOARD.gauge(m.ADMISSION_POLICY, "max", ("policy",)), "{{policy}}"),
+                states={0: ("off", "text"), 1: ("on", "green")}, width=6,
             ),
             lines(
-                "Latency policy: shed", "Which share does the latency policy refuse for past latency?",
+                "latency_p95: P95", "What does the latency policy see, timeouts included?",
+                Target(BOARD.gauge(m.LATENCY_P95, "max", EACH), "{{instance}}"), unit="s", width=6,
+            ),
+            lines(
+                "latency_p95: shed", "Which share does the latency policy refuse for past latency?",
                 Target(BOARD.gauge(m.SHED_PROBABILITY, "max", EACH), "{{instance}}"), unit="percentunit", high=1,
+                width=6,
+            ),
+            lines(
+                "gradient: limit", "How much may wait and run, as the gradient policy finds? 0 without that policy.",
+                Target(BOARD.gauge(m.ADMISSION_LIMIT, "min", EACH), "{{instance}}"), unit=TOKENS, width=6,
+            ),
+            lines(
+                "gradient: signal", "Why does its limit move? Over 1: calls wait longer than batching explains.",
+                Target(BOARD.gauge(m.ADMISSION_SIGNAL, "max", EACH), "{{instance}}"), unit="none", width=6,
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _failures() -> Row:
+    return Row(
+        "Failed passes: who pays for bad texts?",
+        (
+            lines(
+                "Passes run again", "How much is run again to find the texts that fail?",
+                Target(BOARD.rate(m.BATCH_RETRIES, EACH), "{{instance}}"), unit="ops", width=6,
+            ),
+            lines(
+                "Time for it", "Which share of the device's work is that?",
+                Target(share(BOARD.rate(m.RETRY_BUSY, EACH), BOARD.rate(m.DEVICE_BUSY, EACH)), "{{instance}}"),
+                unit="percentunit", high=1, width=6,
+            ),
+            lines(
+                "Texts under suspicion", "Do texts of failed passes pile up? They wait while the budget is 0 or less.",
+                Target(BOARD.gauge(m.RETRY_ITEMS, "max", EACH), "texts {{instance}}"),
+                Target(BOARD.gauge(m.RETRY_BUDGET, "min", EACH), "budget, s, {{instance}}"), unit="short", width=6,
+                low=None,
+            ),
+            lines(
+                "Tenants in quarantine", "Does a caller keep sending texts that fail, and since when?",
+                Target(BOARD.gauge(m.QUARANTINE, "max", EACH), "{{instance}}"), unit="short", width=6,
             ),
         ),
     )  # fmt: skip
@@ -188,5 +239,5 @@ SCHEDULER: Final = Board(
     "scheduler",
     "Scheduler",
     "Which bucket is slow, are batches full, how long are waits, which policy refuses and why?",
-    (_glance(), _buckets(), _queue(), _batches(), _predictions(), _policies()),
+    (_glance(), _buckets(), _queue(), _batches(), _predictions(), _policies(), _failures()),
 )

@@ -26,7 +26,8 @@ STATUS_COLORS: Final = {
     "OK": "green", "RESOURCE_EXHAUSTED": "orange", "INTERNAL": "dark-red", "UNAVAILABLE": "red",
     "DEADLINE_EXCEEDED": "purple", "INVALID_ARGUMENT": "blue", "CANCELLED": "text",
 }  # fmt: skip
-WITH_TEXTS = {"rpc_method": EMBEDDING["rpc_method"]}
+LOST: Final = "failed|dropped"
+WITH_TEXTS: Final = {"rpc_method": EMBEDDING["rpc_method"]}
 
 
 def _calls(*statuses: str, by: tuple[str, ...] = ()) -> str:
@@ -119,7 +120,6 @@ def _hurt() -> Row:
         Target(BOARD.quantile(q, m.RPC_DURATION, where=answered), f"P{q * 100:g}", exemplar=True)
         for q in (0.5, 0.95, 0.99)
     ]
-    failed = "|".join(FAILED)
     # Means, because they add up: the stages of a call fill it, and so do their means.
     stages = share(
         BOARD.rate(m.STAGE_DURATION, ("stage",), part="_sum"),
@@ -149,6 +149,15 @@ def _hurt() -> Row:
                     f"{BOARD.quantile(0.95, m.QUEUE_WAIT, ('bucket',))} >= 0", "to {{bucket}} tokens", exemplar=True
                 ), unit="s", slow_from_s=LATENCY_BOUND_S,
             ),
+        ),
+    )  # fmt: skip
+
+
+def _failing() -> Row:
+    failed = "|".join(FAILED)
+    return Row(
+        "What fails?",
+        (
             lines(
                 "Failed calls", "Which calls fail by our fault, and how?",
                 Target(
@@ -163,6 +172,11 @@ def _hurt() -> Row:
                 "Texts that got no vector", "What becomes of texts that were let in and are not embedded?",
                 Target(BOARD.rate(m.ITEMS_SETTLED, ("verdict",), where={"verdict": "!done"}), "{{verdict}}"),
                 unit="short",
+            ),
+            lines(
+                "Errors, ours and theirs", "Is it us? unexpected errors are our fault; expected ones are wrong calls, "
+                "refused, late or given up.", Target(BOARD.rate(m.RPC_ERRORS, ("kind",)), "{{kind}}"), unit="reqps",
+                colors={"expected": "blue", "unexpected": "red"},
             ),
             lines(
                 "Requests", "How do requests end that reached the engine?",
@@ -216,8 +230,12 @@ def _blind() -> Row:
                 columns=("instance", "name", "revision", "dtype", "device", "pooling", "dimension", "weights_digest"),
             ),
             lines(
-                "Spans", "Do traces arrive? failed and dropped spans are lost.",
-                Target(BOARD.rate(m.SPANS, ("outcome",)), "{{outcome}}"), unit="short", width=6,
+                "Lost telemetry", "Are we blind: what is lost on its way to the collector, or to the log?",
+                Target(BOARD.rate(m.SPANS, ("outcome",), where={"outcome": LOST}), "spans {{outcome}}"),
+                Target(BOARD.rate(m.LOG_RECORDS, ("outcome",), where={"outcome": LOST}), "log records {{outcome}}"),
+                Target(BOARD.rate(m.METRIC_EXPORTS, where={"outcome": "failed"}), "pushes of metrics failed"),
+                Target(BOARD.rate(m.LOG_LINES, where={"outcome": "dropped"}), "log lines dropped"), unit="short",
+                width=6,
             ),
             lines(
                 "Uptime", "Which process is new? A fall is a restart.",
@@ -231,5 +249,5 @@ SERVICE: Final = Board(
     "service",
     "Service",
     "Is it healthy, who is hurt, what is shed? Begin here; Scheduler and Engine say why.",
-    (_glance(), _healthy(), _hurt(), _shed(), _blind()),
+    (_glance(), _healthy(), _hurt(), _failing(), _shed(), _blind()),
 )
