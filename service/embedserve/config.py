@@ -249,8 +249,12 @@ class Telemetry(Section):
     """Levels of single loggers, as in grpc=warning,embedserve.engine=debug. Empty: one level for all."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: for people on a terminal, JSON otherwise, since machines read a service's log."""
-    log_requests: Literal["off", "errors", "all"] = "errors"
-    """Which calls get a line. Metrics and traces tell of the rest at less cost."""
+    force_trace: Switch = False
+    """Trace calls with the metadata x-force-trace: 1, whatever the sampler says. Off: each costs the server 60 us."""
+    log_requests: Literal["off", "errors", "sampled", "all"] = "errors"
+    """Which calls get a line; sampled: errors and some of the rest. Metrics and traces tell of them at less cost."""
+    log_requests_ratio: Annotated[float, between(0, 1)] = 0.01
+    """Share of the calls without an error that get a line where log_requests is sampled. A line costs some 20 us."""
     span_links_max: Annotated[int, between(1, 65536)] = 1024
     """Links on a batch's span. Two full batches; the SDK's own 128 drops the rest silently."""
 
