@@ -280,7 +280,9 @@ def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySetti
         log_level=telemetry.log_level,
         log_levels=telemetry.log_levels,
         log_format=telemetry.log_format,
+        force_trace=telemetry.force_trace,
         log_requests=telemetry.log_requests,
+        log_requests_ratio=telemetry.log_requests_ratio,
     )
 
 

@@ -293,6 +293,7 @@ class Guard(grpc.aio.ServerInterceptor):
         if remaining_s is not None:
             # grpc counts by the wall clock, which may step: read once, and count on by the monotonic clock.
             call.deadline_ns = self._clock() + int(remaining_s * 1e9)
+            call.attributes["deadline_ms"] = round(remaining_s * 1e3, 1)
         for key, value in call.metadata:
             if key == ATTEMPTS_KEY:
                 call.attributes["attempt"] = _attempt(value)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from embedserve.scheduling.item import Rejection
 from embedserve.telemetry.settings import LogRequests
+from embedserve.telemetry.spans import error_kind
 from embedserve.telemetry.tracing import CallEnd
 
 __all__ = ["CallLog", "ShedLog"]
@@ -20,7 +21,7 @@ __all__ = ["CallLog", "ShedLog"]
 SHED_INTERVAL_S: Final = 1.0
 """Under overload thousands of requests are refused in a second; one line says as much as all of theirs."""
 _NS_PER_MS: Final = 1e6
-_SHOWN: Final = ("texts", "tokens", "model", "encoding", "dimensions", "policy", "error_id")
+_SHOWN: Final = ("texts", "tenant", "model", "encoding", "dimensions", "deadline_ms", "policy", "error_id")
 """What a line says of a call, of all that the API knows; numbers and names, never content."""
 _RENAMED: Final = {"texts": "text_count"}
 
@@ -50,6 +51,10 @@ class CallLog:
         elif self._random.random() >= self._ratio:
             return
         shown = {_RENAMED.get(key, key): call.attributes[key] for key in _SHOWN if key in call.attributes}
+        if call.tokens:
+            shown["tokens"] = call.tokens
+        if failed:
+            shown["error_kind"] = error_kind(call.status, call.error_type, call.attributes)
         if call.error_type is not None:
             shown["error_type"] = call.error_type
         write = self._logger.warning if failed else self._logger.info

@@ -17,13 +17,21 @@ from opentelemetry.trace import SpanContext, get_current_span
 
 from embedserve.errors import ConfigError
 
-__all__ = ["Propagation", "load_propagator"]
+__all__ = ["FORCE_KEY", "Propagation", "asks_for_a_trace", "load_propagator"]
+
+FORCE_KEY: Final = "x-force-trace"
+"""The metadata by which a caller asks for a trace of one call, where ``telemetry.force_trace`` lets it."""
 
 HEADER_CHARS_MAX: Final = 512
 """Longest header that is looked at: what the recommendation says must be carried of a tracestate, and nine times a
 traceparent. Longer ones are left out here, because the SDK would log a warning for each: a caller could fill the log
 with them.
 """
+
+
+def asks_for_a_trace(metadata: Sequence[tuple[str, str | bytes]]) -> bool:
+    """Whether the caller has sent ``x-force-trace: 1``."""
+    return any(key == FORCE_KEY and value == "1" for key, value in metadata)
 
 
 def load_propagator() -> TextMapPropagator:

@@ -44,6 +44,8 @@ class TelemetrySettings:
 
     trace_sample_ratio: float = 0.01
     """Share of the traces begun here that are kept; ``OTEL_TRACES_SAMPLER`` wins. A caller's decision is honoured."""
+    force_trace: bool = False
+    """Whether a caller may ask for a trace of a call with ``x-force-trace: 1``."""
     span_links_max: int = 1024
     """Links on a batch's span; the SDK's own default of 128 keeps the last 128 and drops the rest silently."""
     flush_timeout_ms: int = 5000

@@ -144,6 +144,7 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
             spans=spans,
             exemplars=exporters.exemplars_enabled(settings),
             log_call=log_call,
+            force_trace=settings.force_trace,
         ),
         render_metrics=renderer.render if renderer is not None else None,
         snapshot=snapshot,

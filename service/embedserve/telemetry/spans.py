@@ -100,6 +100,8 @@ class CallRecord(NamedTuple):
     attributes: Mapping[str, str | int | float | bool]
     segments: Sequence[Segment]
     stages: Stages | None
+    forced: bool = False
+    """The caller has asked for this trace."""
 
     @property
     def span_count(self) -> int:
@@ -164,6 +166,8 @@ class CallRecord(NamedTuple):
             elif not isinstance(value, str):
                 # Numbers have no words in them; a string under an unknown name could be anything, even a text.
                 attributes[key if key.startswith("embedserve.") else semconv.ADMISSION_FIGURE + key] = value
+        if self.forced:
+            attributes[semconv.FORCED] = True
         if kind is not None:
             attributes[semconv.ERROR_KIND] = kind
         if self.error_type is not None:

@@ -39,7 +39,7 @@ from embedserve.telemetry import instruments as table
 from embedserve.telemetry import semconv
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.loop_lag import LoopLag
-from embedserve.telemetry.propagation import Propagation
+from embedserve.telemetry.propagation import Propagation, asks_for_a_trace
 from embedserve.telemetry.segments import ADMIT_EXACT, Segment, segments
 from embedserve.telemetry.span_queue import SpanQueue
 from embedserve.telemetry.spans import CallRecord, error_kind
@@ -67,6 +67,8 @@ class CallEnd:
     error_type: str | None
     peer: str
     attributes: Mapping[str, str | int | float | bool]
+    tokens: int = 0
+    """Of all its texts; 0 where it ended before they were counted."""
 
 
 class _Method:
@@ -94,13 +96,18 @@ class RequestTracer:
         spans: SpanQueue | None,
         exemplars: bool,
         log_call: LogCall | None,
+        force_trace: bool = False,
     ) -> None:
-        """``sampler`` and ``spans`` are both given or both ``None``: without an exporter nothing is sampled."""
+        """``sampler`` and ``spans`` are both given or both ``None``: without an exporter nothing is sampled.
+
+        ``force_trace`` lets a caller have one of its calls traced whatever the sampler says.
+        """
         self._instruments = instruments
         self._sampler = sampler
         self._spans = spans
         self._exemplars = exemplars
         self._log_call = log_call
+        self._force = force_trace and spans is not None
         self._propagation = Propagation()
         self._ids = RandomIdGenerator()
         self._methods = {name: _Method(name, instruments) for name in semconv.METHODS}
@@ -121,8 +128,17 @@ class RequestTracer:
             self.lag.arm()
         parent = self._propagation.extract(metadata)
         context = self._sampled(known, parent) if self._sampler is not None else None
+        forced = self._force and asks_for_a_trace(metadata)
+        if forced and context is None:
+            context = self._forced(parent)
         current_span_context.set(context or parent)
-        return _Call(self, known, context, parent, arrived_ns, peer)
+        return _Call(self, known, context, parent, arrived_ns, peer, forced=forced)
+
+    def _forced(self, parent: SpanContext | None) -> SpanContext:
+        """The context of the span of a call that the sampler has left out."""
+        trace_id = self._ids.generate_trace_id() if parent is None else parent.trace_id
+        state = None if parent is None else parent.trace_state
+        return SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), state)
 
     def _sampled(self, method: _Method, parent: SpanContext | None) -> SpanContext | None:
         """The context of the call's span; ``None`` when it is not sampled."""
@@ -178,11 +194,13 @@ class RequestTracer:
             self._spans.put(
                 CallRecord(
                     context, call.parent, method.name, call.peer, call.arrived_ns, ended_ns, status, error_type,
-                    attributes, parts, stages,
+                    attributes, parts, stages, call.forced,
                 )
             )  # fmt: skip
         if self._log_call is not None:
-            self._log_call(CallEnd(method.name, status, ended_ns - call.arrived_ns, error_type, call.peer, attributes))
+            tokens = stages.tokens if stages is not None else 0
+            took_ns = ended_ns - call.arrived_ns
+            self._log_call(CallEnd(method.name, status, took_ns, error_type, call.peer, attributes, tokens))
 
     def _observe_stages(
         self, parts: Sequence[Segment], received_ns: int, traced: SpanContext | None, now_ns: int
@@ -217,7 +235,7 @@ def _observe(cell: HistogramCell, value: float, context: SpanContext | None, now
 class _Call:
     """Implements ``CallTrace``."""
 
-    __slots__ = ("_tracer", "arrived_ns", "context", "method", "parent", "peer")
+    __slots__ = ("_tracer", "arrived_ns", "context", "forced", "method", "parent", "peer")
 
     def __init__(
         self,
@@ -227,8 +245,11 @@ class _Call:
         parent: SpanContext | None,
         arrived_ns: int,
         peer: str,
+        *,
+        forced: bool,
     ) -> None:
         self._tracer = tracer
+        self.forced = forced
         self.method = method
         self.context = context
         self.parent = parent

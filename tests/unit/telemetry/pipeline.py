@@ -82,6 +82,7 @@ def make_pipeline(
     exemplars: bool = True,
     links_max: int = 1024,
     limits: SpanQueueLimits = PATIENT,
+    force_trace: bool = False,
 ) -> Pipeline:
     """A pipeline that samples everything unless told otherwise."""
     instruments = Instruments(bucket_edges=(16, 32))
@@ -96,6 +97,7 @@ def make_pipeline(
         spans=queue,
         exemplars=exemplars,
         log_call=ended.append,
+        force_trace=force_trace,
     )
     engine = TelemetryEngineObserver(
         instruments, queue, lambda rejection, stage: rejections.append((rejection, stage)), (16, 32)

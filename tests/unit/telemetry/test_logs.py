@@ -232,6 +232,14 @@ class TestCallLog:
         assert (ok, failed) == tuple(sum(line[0] == level for line in lines.lines) for level in ("info", "warning"))
         assert {"method": EMBED, "duration_ms": 1.5, "text_count": 1}.items() <= lines.lines[-1][2].items()
 
+    @pytest.mark.parametrize(("status", "kind"), [("INVALID_ARGUMENT", "expected"), ("INTERNAL", "unexpected")])
+    def test_a_fault_of_ours_is_told_from_what_a_caller_did(self, status: str, kind: str) -> None:
+        lines = _Lines()
+        CallLog(lines, "errors", 0.0)(CallEnd(EMBED, status, 1, "SomeError", "", {"tenant": "t", "texts": 1}, tokens=9))
+
+        ((_, _, fields),) = lines.lines
+        assert (fields["error_kind"], fields["tenant"], fields["tokens"]) == (kind, "t", 9)
+
     @pytest.mark.parametrize(("which", "expected"), [("errors", 0), ("sampled", 0), ("all", 50)])
     def test_calls_that_were_shed_are_left_to_the_summary(self, which: LogRequests, expected: int) -> None:
         """Thousands a second under overload: a line each would cost more than the refusal."""

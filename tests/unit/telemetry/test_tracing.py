@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from opentelemetry.trace import StatusCode
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.propagation import Propagation
 from embedserve.telemetry.tracing import current_span_context
-from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, stages_of
+from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, record_of, stages_of
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
@@ -64,6 +65,56 @@ class TestSampling:
         assert int(TRACE, 16) == current_span_context.get().trace_id  # type: ignore[union-attr]
         pipeline.calls.begin(EMBED, [], 0, "")
         assert current_span_context.get() is None
+
+
+class TestForcing:
+    """x-force-trace: 1, where the setting allows it."""
+
+    FORCE: ClassVar[tuple[str, str]] = ("x-force-trace", "1")
+
+    async def test_a_call_is_traced_whatever_the_sampler_says(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(ALWAYS_OFF, force_trace=True)
+        end(pipeline.calls.begin(EMBED, [], time.monotonic_ns(), ""))
+        end(call := pipeline.calls.begin(EMBED, [self.FORCE], time.monotonic_ns(), ""))
+
+        (span,) = pipeline.finish()
+        assert f"{span.context.trace_id:032x}" == call.trace_id
+        assert span.attributes["embedserve.trace.forced"] is True
+
+    async def test_it_is_in_the_trace_of_a_caller_that_does_not_sample(
+        self, make_pipeline: Callable[..., Pipeline]
+    ) -> None:
+        pipeline = make_pipeline(ParentBased(ALWAYS_ON), force_trace=True)
+        call = pipeline.calls.begin(EMBED, [("traceparent", UNSAMPLED), self.FORCE], time.monotonic_ns(), "")
+        end(call)
+
+        (span,) = pipeline.finish()
+        assert call.trace_id == UNSAMPLED.split("-")[1]
+        assert span.parent is not None
+        assert f"{span.parent.span_id:016x}" == UNSAMPLED.split("-")[2]
+
+    async def test_it_does_nothing_unless_allowed(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        pipeline = make_pipeline(ALWAYS_OFF)
+        end(pipeline.calls.begin(EMBED, [self.FORCE], time.monotonic_ns(), ""))
+
+        assert pipeline.finish() == []
+
+    @pytest.mark.parametrize("value", ["0", "true", "", b"1", "1" * 10_000])
+    async def test_only_a_1_asks(self, make_pipeline: Callable[..., Pipeline], value: str | bytes) -> None:
+        pipeline = make_pipeline(ALWAYS_OFF, force_trace=True)
+        end(pipeline.calls.begin(EMBED, [("x-force-trace", value)], time.monotonic_ns(), ""))
+
+        assert pipeline.finish() == []
+
+    async def test_a_batch_is_traced_for_one_forced_call_in_it(self, make_pipeline: Callable[..., Pipeline]) -> None:
+        """The sampler that looks at links: who is traced takes its batch along."""
+        pipeline = make_pipeline(ALWAYS_OFF, force_trace=True)
+        calls = [pipeline.calls.begin(EMBED, metadata, time.monotonic_ns(), "") for metadata in ([], [self.FORCE], [])]
+        pipeline.engine.batch_finished(record_of([call.context for call in calls], begun_ns=time.monotonic_ns()))
+
+        (batch,) = [span for span in pipeline.finish() if span.name == "batch"]
+        assert [calls[1].trace_id] == [f"{link.context.trace_id:032x}" for link in batch.links]
+        assert batch.attributes["embedserve.batch.requests"] == 3
 
 
 class TestHostileMetadata:
