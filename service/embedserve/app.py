@@ -35,6 +35,7 @@ from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
+from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
@@ -160,11 +161,15 @@ class App:
             self._log.info("checkpoint_note", note=note)
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
         health = self._health = HealthService((SERVICE,))
+        call_observer, engine_observer, status = telemetry.call_observer, telemetry.engine_observer, None
+        if config.operations.enabled and config.operations.statusz:
+            status = Status(config, checkpoint, lifecycle, lambda: self.addresses)
+            call_observer, engine_observer = status.watch(call_observer, engine_observer)
         guard = self.guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
             accepting=self._take_call,
-            observer=telemetry.call_observer,
+            observer=call_observer,
             max_metadata_bytes=config.server.max_metadata_bytes,
         )
         server = self._server = build_server(server_options(config), [guard])
@@ -176,7 +181,7 @@ class App:
             engine = self.engine = build_engine(
                 config,
                 checkpoint,
-                telemetry.engine_observer,
+                engine_observer,
                 self._die,
                 on_stall=self._stall,
                 on_recovery=self._recover,
@@ -193,7 +198,10 @@ class App:
             load=engine.load,
             render_metrics=telemetry.render_metrics if config.telemetry.prometheus else None,
             lifecycle_state=lambda: lifecycle.state.value,
+            snapshot=status.snapshot if status is not None else None,
         )
+        if status is not None:
+            status.attach(engine)
         try:
             ports = bind(server, config.server.addresses)
             await server.start()

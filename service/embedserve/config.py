@@ -214,9 +214,11 @@ class Operations(Section):
     """The HTTP port for probes and metrics."""
 
     enabled: Switch = True
-    """Serve /livez, /readyz, /health and /metrics. Orchestrators ask for them."""
+    """Serve /livez, /readyz, /health, /metrics and /statusz. Orchestrators ask for them."""
     address: Annotated[str, AfterValidator(listens_once), Allowed("host:port")] = "127.0.0.1:8001"
     """Where they are served. Loopback: metrics are not for everybody."""
+    statusz: Switch = True
+    """Serve /statusz, a page for people. It shows names of tenants and of the model, never a text."""
 
 
 class Health(Section):

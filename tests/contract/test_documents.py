@@ -196,7 +196,7 @@ class TestNames:
     def test_every_http_path_is_there(self, page: str) -> None:
         source = (PACKAGE / "http" / "operations.py").read_text(encoding="utf-8")
         served = set(re.findall(r'web\.get\("(/\w+)"', source))
-        assert len(served) == 4
+        assert len(served) == 5
         assert set(re.findall(r"`GET (/\w+)`", page)) == served
 
     def test_every_exit_code_is_there(self, page: str) -> None:

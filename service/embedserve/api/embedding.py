@@ -247,6 +247,8 @@ class EmbeddingServicer:
             dimensions=valid.dimensions,
             priority=valid.priority.name.lower(),
         )
+        if valid.tenant:
+            rpc.attributes["tenant"] = valid.tenant
         return Call(
             stages=stages,
             texts=valid.texts,

@@ -1,12 +1,15 @@
-"""The operations port: liveness, readiness, load and metrics over plain HTTP, for probes and scrapers.
+"""The operations port: liveness, readiness, load, metrics and a page for people over plain HTTP.
 
-Decides paths and HTTP statuses. Must never know gRPC or the engine's insides: it is given four functions. aiohttp
-rather than uvicorn, whose main loop wakes ten times a second: an idle server must use no CPU.
+Decides paths and HTTP statuses. Must never know gRPC or the engine's insides: it is given functions. aiohttp rather
+than uvicorn, whose main loop wakes ten times a second: an idle server must use no CPU.
 
-    GET /livez    200 while the process can answer; 503 once it has failed. Never depends on load.
-    GET /readyz   200 while calls are accepted; 503 while starting, warming, draining or failed.
-    GET /health   the fields of GetLoad as JSON; 503 when a request sent now would not be taken.
-    GET /metrics  Prometheus text, or OpenMetrics with exemplars when the scraper accepts it.
+    GET /livez         200 while the process can answer; 503 once it has failed. Never depends on load.
+    GET /readyz        200 while calls are accepted; 503 while starting, warming, draining or failed.
+    GET /health        the fields of GetLoad as JSON; 503 when a request sent now would not be taken.
+    GET /metrics       Prometheus text, or OpenMetrics with exemplars when the scraper accepts it.
+    GET /statusz       this process at a glance, for people; /statusz.json has the same for machines. Always 200.
+
+Every path answers HEAD too, and nothing can be changed here: other methods get 405.
 """
 
 from __future__ import annotations
@@ -20,11 +23,25 @@ from aiohttp import web
 
 from embedserve.engine.load import LoadReport
 from embedserve.errors import StartupError
+from embedserve.http.statusz.page import CONTENT_SECURITY_POLICY, render
+from embedserve.http.statusz.verdict import judge
+from embedserve.snapshot import Snapshot
 
 __all__ = ["OperationsPort"]
 
 SHUTDOWN_S = 1.0
 """A scrape that hangs must not hold the exit."""
+
+STATUSZ_OFF = "statusz is off: operations.statusz = false"
+GUARDED = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+"""What a browser is told of everything that shows names: keep nothing, guess nothing, lend it to nobody."""
+_FACTS = dataclasses.fields(Snapshot)
 
 
 class OperationsPort:
@@ -38,13 +55,18 @@ class OperationsPort:
         load: Callable[[], LoadReport],
         render_metrics: Callable[[str], tuple[str, bytes]] | None,
         lifecycle_state: Callable[[], str],
+        snapshot: Callable[[], Snapshot] | None = None,
     ) -> None:
-        """``render_metrics(accept_header)`` gives content type and body, and may be called in another thread."""
+        """``render_metrics(accept_header)`` gives content type and body, and may be called in another thread.
+
+        Without ``snapshot`` there is no page for people.
+        """
         self._alive = alive
         self._ready = ready
         self._load = load
         self._render = render_metrics
         self._state = lifecycle_state
+        self._snapshot = snapshot
         application = web.Application()
         application.add_routes(
             [
@@ -52,6 +74,8 @@ class OperationsPort:
                 web.get("/readyz", self._readyz),
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
+                web.get("/statusz", self._statusz),
+                web.get("/statusz.json", self._statusz_json),
             ]
         )
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S, handle_signals=False)
@@ -96,6 +120,20 @@ class OperationsPort:
         # Rendering takes milliseconds; in a thread it shares the GIL but not the event loop's turn.
         content_type, body = await asyncio.get_running_loop().run_in_executor(None, self._render, accept)
         return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _statusz(self, _request: web.Request) -> web.Response:
+        if self._snapshot is None:
+            return _text(STATUSZ_OFF, 404)
+        page = render(self._snapshot())
+        headers = {**GUARDED, "Content-Security-Policy": CONTENT_SECURITY_POLICY}
+        return web.Response(text=page, content_type="text/html", headers=headers)
+
+    async def _statusz_json(self, _request: web.Request) -> web.Response:
+        if self._snapshot is None:
+            return _text(STATUSZ_OFF, 404)
+        snapshot = self._snapshot()
+        body = orjson.dumps({"verdict": judge(snapshot), **{f.name: getattr(snapshot, f.name) for f in _FACTS}})
+        return web.Response(body=body, content_type="application/json", headers=GUARDED)
 
 
 def _text(sentence: str, status: int) -> web.Response:

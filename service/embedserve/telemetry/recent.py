@@ -1,0 +1,374 @@
+"""What has happened lately, for people who look at one process: rates, latencies, refusals, slow calls.
+
+Decides which recent facts are kept and for how long: everything is a ring, a reservoir or a count, so that memory does
+not grow and an event costs 1 to 4 us. Must never know who shows them, nor what a scrape shows: metrics are kept apart,
+since they count from the start and this forgets. ``RecentCalls`` and ``RecentEngine`` stand before the observers that
+the core has anyway, and pass everything on. Event loop only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Final
+
+from embedserve.api.observer import CallObserver, CallTrace, Metadata
+from embedserve.engine.observer import BatchRecord, EngineObserver
+from embedserve.engine.stages import Stages
+from embedserve.snapshot import Refusal
+from embedserve.telemetry.ended_calls import EndedCall, Samples, Slowest, longest_stage
+from embedserve.telemetry.seconds import NS, RECENT_S, Seconds
+
+__all__ = ["NOW_S", "Episode", "Recent", "RecentCalls", "RecentEngine", "Refused"]
+
+NOW_S: Final = 10
+"""What rates are taken over: short enough to follow a change, long enough not to flicker."""
+QUIET_NS: Final = NOW_S * NS
+"""Trouble that has not shown for so long is over."""
+FULL, NOT_FULL = 0.9, 0.8
+"""Busy for more of the time than the first is a bottleneck, until it is under the second."""
+RING: Final = 16
+"""Failed calls that are kept."""
+RING_REASON: Final = 4
+"""Refused calls that are kept of each reason, so that a frequent one leaves a rare one to be seen."""
+PASSES: Final = 512
+"""Passes that are kept: 4 to 50 s of a busy device."""
+WAITS: Final = 512
+REASONS_MAX: Final = 64
+"""Reasons told apart; there are twenty. What is more counts as other."""
+UNARY: Final = "embedserve.v1.EmbeddingService/Embed"
+WATCHED: Final = frozenset({UNARY, UNARY + "Stream", "embedserve.v1.EmbeddingService/CountTokens"})
+"""The calls that cost something. Load and model queries would dilute every share."""
+CALLERS_OWN: Final = frozenset(
+    {"CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
+)
+"""Statuses that are the caller's doing: counted, but no failure of this process."""
+
+
+class Episode:
+    """Something that goes on for a while: events with no more than ``QUIET_NS`` between them."""
+
+    __slots__ = ("last_ns", "since_ns")
+
+    def __init__(self) -> None:
+        self.since_ns = self.last_ns = -QUIET_NS
+
+    def mark(self, now_ns: int) -> None:
+        """It shows."""
+        if now_ns - self.last_ns > QUIET_NS:
+            self.since_ns = now_ns
+        self.last_ns = now_ns
+
+    def since(self, now_ns: int) -> int | None:
+        """Since when; ``None`` where it is over."""
+        return self.since_ns if now_ns - self.last_ns <= QUIET_NS else None
+
+
+class Refused:
+    """What was refused for one reason."""
+
+    __slots__ = ("calls", "episode", "last_trace_id", "total")
+
+    def __init__(self) -> None:
+        self.episode = Episode()
+        self.total = 0
+        self.last_trace_id: str | None = None
+        self.calls: deque[EndedCall] = deque(maxlen=RING_REASON)
+
+
+class Recent:
+    """The recent past of one process."""
+
+    def __init__(self, tokenizer_threads: int, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """Begin now."""
+        self.clock = clock
+        self.threads = tokenizer_threads
+        now = clock()
+        self.seconds = Seconds(now)
+        self._second = now // NS
+        self.samples = Samples()
+        self.slowest, self.slowest_traced = Slowest(), Slowest()
+        self.failed: deque[EndedCall] = deque(maxlen=RING)
+        self.passes: deque[tuple[int, int, int, int, int]] = deque(maxlen=PASSES)
+        """End, texts, tokens, computed tokens, nanoseconds at work."""
+        self.waits: deque[tuple[int, int]] = deque(maxlen=WAITS)
+        """When a piece of tokenizer work ended, and how long it had waited for a thread."""
+        self.by_status: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.reasons: dict[tuple[str, str], Refused] = {}
+        self.shedding, self.failing = Episode(), Episode()
+        self.full_since: dict[str, int | None] = {"device": None, "tokenizer": None, "event loop": None}
+        self.in_flight = 0
+        self.last_pass_ns: int | None = None
+        self.stalls = 0
+        self.last_stall_ns: int | None = None
+        self.canary: tuple[str, int] | None = None
+
+    # ------------------------------------------------------------------------------------------------------ calls
+
+    def call_ended(
+        self,
+        method: str,
+        arrived_ns: int,
+        status: str,
+        stages: Stages | None,
+        error_type: str | None,
+        attributes: Mapping[str, str | int | float | bool],
+        trace_id: str | None,
+    ) -> None:
+        """One call is over."""
+        now = self.clock()
+        slot = self.seconds.at(now)
+        if slot.second != self._second:
+            self._turn(now)
+        slot.calls += 1
+        self.by_status[status] += 1
+        duration = now - arrived_ns
+        if status == "OK":
+            if stages is not None:
+                slot.texts += stages.texts or int(attributes.get("texts", 0))
+                if method == UNARY:
+                    self.samples.add(stages, arrived_ns, now)
+        elif "policy" in attributes or status == "UNAVAILABLE":
+            slot.refused += 1
+            call = self._kept(method, now, duration, status, None, error_type, attributes, trace_id)
+            self._refuse(call, now)
+            return
+        elif status not in CALLERS_OWN:
+            slot.failed += 1
+            self.failing.mark(now)
+            self.failed.append(self._kept(method, now, duration, status, stages, error_type, attributes, trace_id))
+        if method == UNARY:
+            slow = self.slowest.beats(duration, now)
+            traced = trace_id is not None and self.slowest_traced.beats(duration, now)
+            if slow or traced:
+                call = self._kept(method, now, duration, status, stages, error_type, attributes, trace_id)
+                if slow:
+                    self.slowest.add(call)
+                if traced:
+                    self.slowest_traced.add(call)
+
+    def _refuse(self, call: EndedCall, now: int) -> None:
+        self.shedding.mark(now)
+        key = (call.policy or "not serving", call.reason or call.status)
+        known = self.reasons.get(key)
+        if known is None:
+            if len(self.reasons) >= REASONS_MAX:
+                key = ("other", "other")
+            known = self.reasons.setdefault(key, Refused())
+        known.total += 1
+        known.calls.append(call)
+        known.episode.mark(now)
+        known.last_trace_id = call.trace_id or known.last_trace_id
+        slot = self.seconds.at(now)
+        if slot.reasons is None:
+            slot.reasons = {}
+        slot.reasons[key] = slot.reasons.get(key, 0) + 1
+
+    @staticmethod
+    def _kept(
+        method: str,
+        now: int,
+        duration: int,
+        status: str,
+        stages: Stages | None,
+        reason: str | None,
+        attributes: Mapping[str, str | int | float | bool],
+        trace_id: str | None,
+    ) -> EndedCall:
+        """What is kept of a call: these names and numbers and no others, whatever the attributes hold."""
+        tenant, policy, texts = attributes.get("tenant"), attributes.get("policy"), attributes.get("texts")
+        tokens = stages.tokens if stages is not None and stages.tokens else None
+        longest = longest_stage(stages, now, answered=status == "OK") if stages is not None else None
+        return EndedCall(
+            now, method.rpartition("/")[2], status, reason, str(policy) if policy else None,
+            str(tenant) if tenant else None, int(texts) if texts is not None else None, tokens, duration, longest,
+            trace_id,
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------- engine
+
+    def tokenized(self, waited_ns: int, elapsed_ns: int) -> None:
+        """Some texts are tokens. What did not wait at all was done on the event loop, and is counted with it."""
+        now = self.clock()
+        slot = self.seconds.at(now)
+        if slot.second != self._second:
+            self._turn(now)
+        slot.tokenized += 1
+        if waited_ns:
+            self.seconds.spread("tokenizer_ns", now - elapsed_ns, now)
+            self.waits.append((now, waited_ns))
+
+    def batch_finished(self, record: BatchRecord) -> None:
+        """A pass is over."""
+        self.outcomes[record.outcome] += 1
+        if record.outcome == "skipped":  # nothing was computed
+            return
+        now = self.clock()
+        slot = self.seconds.at(now)
+        if slot.second != self._second:
+            self._turn(now)
+        batch, times = record.batch, record.times
+        if times is not None:
+            begin, end = times.start_ns, times.copied_out_ns
+        else:  # a pass that failed has no marks; it began when the one before it had ended
+            begin, end = max(record.dispatched_ns, self.last_pass_ns or 0), record.returned_ns
+        self.seconds.spread("device_ns", begin, end)
+        slot.batches += 1
+        slot.tokens += batch.tokens
+        self.last_pass_ns = end
+        self.passes.append((end, batch.rows, batch.tokens, batch.padded_tokens, end - begin))
+
+    def stalled(self) -> None:
+        """The device is silent."""
+        self.stalls += 1
+        self.last_stall_ns = self.clock()
+
+    def canary_sent(self, outcome: str) -> None:
+        """A known text has come back, or has not."""
+        self.canary = (outcome, self.clock())
+
+    # ------------------------------------------------------------------------------------------------------- reads
+
+    def busy(self, now_ns: int, pass_age_ns: int = 0) -> dict[str, float]:
+        """Share of the last ``NOW_S`` that each resource was at work; the running pass is so for ``pass_age_ns``."""
+        slots = list(self.seconds.last(NOW_S, now_ns))
+        length_ns = self.seconds.length_s(NOW_S, now_ns) * NS
+        device = sum(slot.device_ns for slot in slots) + min(pass_age_ns, length_ns)
+        tokenizer = sum(slot.tokenizer_ns for slot in slots) / self.threads
+        return {
+            "device": min(device / length_ns, 1.0),
+            "tokenizer": min(tokenizer / length_ns, 1.0),
+            "event loop": self.seconds.loop_share(NOW_S, now_ns),
+        }
+
+    def update_full(self, now_ns: int, busy: Mapping[str, float]) -> None:
+        """Note which resources have become a bottleneck, and which no longer are one."""
+        for name, share in busy.items():
+            if share < NOT_FULL:
+                self.full_since[name] = None
+            elif share >= FULL and self.full_since[name] is None:
+                begun = now_ns - int(self.seconds.length_s(NOW_S, now_ns) * NS)
+                self.full_since[name] = begun
+
+    def refused(self) -> list[EndedCall]:
+        """The last refused calls of each reason, latest first."""
+        calls = (call for known in self.reasons.values() for call in known.calls)
+        return sorted(calls, key=attrgetter("at_ns"), reverse=True)[:RING]
+
+    def refusals(self, now_ns: int, offset_ns: int) -> tuple[Refusal, ...]:
+        """By reason, the most frequent of the last minutes first; ``offset_ns`` leads to the wall clock."""
+        recent: Counter[tuple[str, str]] = Counter()
+        for slot in self.seconds.last(RECENT_S, now_ns):
+            if slot.reasons is not None:
+                recent.update(slot.reasons)
+        found = []
+        for (policy, reason), known in self.reasons.items():
+            since = known.episode.since(now_ns)
+            found.append(
+                Refusal(
+                    policy,
+                    reason,
+                    recent[policy, reason],
+                    known.total,
+                    None if since is None else (since + offset_ns) / NS,
+                    (known.episode.last_ns + offset_ns) / NS,
+                    known.last_trace_id,
+                )
+            )
+        return tuple(sorted(found, key=lambda refusal: (-refusal.recent, -refusal.last_s)))
+
+    def _turn(self, now: int) -> None:
+        """A new second has begun: the only work that is not an event's own, and none is done without events."""
+        self._second = now // NS
+        self.update_full(now, self.busy(now))
+
+
+class _WatchedCall:
+    """A ``CallTrace`` that is told on."""
+
+    __slots__ = ("_arrived_ns", "_inner", "_method", "_recent")
+
+    def __init__(self, recent: Recent, inner: CallTrace, method: str, arrived_ns: int) -> None:
+        self._recent = recent
+        self._inner = inner
+        self._method = method
+        self._arrived_ns = arrived_ns
+
+    @property
+    def context(self) -> object | None:
+        """The inner one's."""
+        return self._inner.context
+
+    @property
+    def trace_id(self) -> str | None:
+        """The inner one's."""
+        return self._inner.trace_id
+
+    def end(
+        self,
+        *,
+        status: str,
+        stages: Stages | None,
+        error_type: str | None,
+        attributes: Mapping[str, str | int | float | bool],
+    ) -> None:
+        """The call is over."""
+        self._recent.in_flight -= 1
+        self._inner.end(status=status, stages=stages, error_type=error_type, attributes=attributes)
+        self._recent.call_ended(
+            self._method, self._arrived_ns, status, stages, error_type, attributes, self._inner.trace_id
+        )
+
+
+class RecentCalls:
+    """A ``CallObserver`` that notes the calls that cost something, and passes all on to another one."""
+
+    def __init__(self, recent: Recent, inner: CallObserver) -> None:
+        self._recent = recent
+        self._inner = inner
+
+    def begin(self, method: str, metadata: Metadata, arrived_ns: int, peer: str) -> CallTrace:
+        """A call arrived."""
+        trace = self._inner.begin(method, metadata, arrived_ns, peer)
+        if method not in WATCHED:
+            return trace
+        self._recent.in_flight += 1
+        return _WatchedCall(self._recent, trace, method, arrived_ns)
+
+
+class RecentEngine:
+    """An ``EngineObserver`` that notes passes, tokenizer work and the device's health, and passes all on."""
+
+    def __init__(self, recent: Recent, inner: EngineObserver) -> None:
+        self._recent = recent
+        self._inner = inner
+        # What is not noted here goes straight to the other one, at no cost.
+        self.admitted = inner.admitted
+        self.rejected = inner.rejected
+        self.settled = inner.settled
+        self.request_finished = inner.request_finished
+        self.model_swapped = inner.model_swapped
+        self.compile_failed = inner.compile_failed
+
+    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
+        """A tokenizer thread has finished some texts."""
+        self._recent.tokenized(waited_ns, elapsed_ns)
+        self._inner.tokenized(texts, tokens, waited_ns, elapsed_ns)
+
+    def batch_finished(self, record: BatchRecord) -> object | None:
+        """A pass ended."""
+        self._recent.batch_finished(record)
+        return self._inner.batch_finished(record)
+
+    def stalled(self) -> None:
+        """The device is silent."""
+        self._recent.stalled()
+        self._inner.stalled()
+
+    def canary(self, outcome: str) -> None:
+        """A known text has come back, or has not."""
+        self._recent.canary_sent(outcome)
+        self._inner.canary(outcome)
