@@ -1,4 +1,4 @@
-"""Where traces and metrics go, as OpenTelemetry's own environment variables say.
+"""Where traces, metrics and logs go, as OpenTelemetry's own environment variables say.
 
 Decides exporters, sampler and resource from ``OTEL_*``; these are read here, and not from our settings, because
 operators and operators' platforms set them for every service alike. Must never know what is exported.
@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Final
 
+from opentelemetry.sdk._logs.export import LogRecordExporter
 from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, MetricExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter
@@ -23,7 +24,7 @@ from embedserve.telemetry.semconv import SCHEMA_URL
 from embedserve.telemetry.settings import TelemetrySettings
 from embedserve.telemetry.span_senders import OtlpSender, ReadableSender, SpanSender
 
-__all__ = ["exemplars_enabled", "metric_exporter", "resource", "sampler", "sdk_disabled", "span_sender"]
+__all__ = ["exemplars_enabled", "log_exporter", "metric_exporter", "resource", "sampler", "sdk_disabled", "span_sender"]
 
 _PROTOCOLS: Final = ("grpc", "http/protobuf")
 
@@ -78,6 +79,23 @@ def metric_exporter() -> MetricExporter | None:
             return ConsoleMetricExporter(out=sys.stderr)
         case _:
             return None
+
+
+def log_exporter() -> LogRecordExporter | None:
+    """What ``OTEL_LOGS_EXPORTER`` asks for: ``otlp``, or ``none`` and ``console``: standard error has each line anyway.
+
+    Unset, none: an endpoint alone does not send every line twice. Raises ``ConfigError`` as ``span_sender``.
+    """
+    protocol = _protocol("LOGS")
+    if not os.environ.get("OTEL_LOGS_EXPORTER", "").strip() or _choice("LOGS") != "otlp":
+        return None
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as Grpc  # noqa: PLC0415
+
+        return Grpc()
+    from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as Http  # noqa: PLC0415
+
+    return Http()
 
 
 def sampler(settings: TelemetrySettings) -> Sampler:

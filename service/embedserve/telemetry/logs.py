@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import BinaryIO, Final, TextIO, cast
+from typing import Any, BinaryIO, Final, TextIO, cast
 
 import orjson
 import structlog
@@ -27,7 +27,9 @@ from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.settings import LogFormat
 from embedserve.telemetry.tracing import current_span_context
 
-__all__ = ["REDACTED", "configure_logs"]
+__all__ = ["REDACTED", "Forward", "configure_logs"]
+
+Forward = Callable[[Mapping[str, Any]], None]
 
 REDACTED: Final = frozenset(
     {
@@ -79,10 +81,12 @@ def configure_logs(
     levels: Mapping[str, str],
     form: LogFormat,
     stream: TextIO | None = None,
+    forward: Forward | None = None,
 ) -> LogStream | None:
     """Set up structlog and the standard library's root logger, replacing what was there.
 
     ``levels`` maps a logger's name to its level, for it and all below it. ``stream`` defaults to standard error.
+    ``forward`` is given every line that is written, as it is written but for an exception, whose frames are a list.
     Returns what lines go through, where they go to a descriptor: it counts them.
     """
     out = stream or sys.stderr
@@ -98,10 +102,12 @@ def configure_logs(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _redact,
     ]
+    forwarding: list[Processor] = [] if forward is None else [_Forwarding(forward)]
     structlog.configure(
         processors=[
             _LevelByLogger(_number(level), by_logger),
             *shared,
+            *forwarding,
             _exceptions(console=console),
             _render(console=console, colors=on_terminal, as_bytes=True),
         ],
@@ -112,7 +118,7 @@ def configure_logs(
     handler = logging.StreamHandler(_Text(target))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, _foreign_name],
+            foreign_pre_chain=[*shared, _foreign_name, *forwarding],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _exceptions(console=console),
@@ -127,6 +133,19 @@ def configure_logs(
         logging.getLogger(name).setLevel(number)
     logging.captureWarnings(capture=True)
     return target if isinstance(target, LogStream) else None
+
+
+class _Forwarding:
+    """Gives a copy of each line to somebody else, without what the formatter has put beside it."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._render_exception = _exceptions(console=False)
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        copy = {key: value for key, value in event.items() if key not in {"_record", "_from_structlog"}}
+        self._forward(cast("EventDict", self._render_exception(logger, method, copy)))
+        return event
 
 
 class _LevelByLogger:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
 
 import structlog
 from opentelemetry.sdk.metrics import MeterProvider
@@ -25,6 +27,7 @@ from embedserve.telemetry.gauges import Gauges
 from embedserve.telemetry.histograms import HistogramProducer, ProducingExporter
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.load import LoadSource, SharedSnapshot
+from embedserve.telemetry.log_queue import LogQueue, LogQueueLimits
 from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.observers import TelemetryEngineObserver
@@ -55,6 +58,7 @@ class Telemetry:
         spans: SpanQueue | None,
         meters: MeterProvider | None,
         shed_log: ShedLog | None,
+        log_records: LogQueue | None = None,
     ) -> None:
         """Made by ``setup_telemetry``."""
         self.engine_observer = engine_observer
@@ -66,6 +70,7 @@ class Telemetry:
         self._spans = spans
         self._meters = meters
         self._shed_log = shed_log
+        self._log_records = log_records
 
     def register_load(self, source: LoadSource) -> None:
         """Ask ``source`` for the load at each scrape; it is called from a scraper's thread and must only read."""
@@ -78,17 +83,22 @@ class Telemetry:
 
     def shutdown(self, timeout_s: float) -> bool:
         """Send what waits, within ``timeout_s`` whatever the collector does; whether all of it was sent. Blocks."""
-        ends = time.monotonic() + timeout_s
         if self._shed_log is not None:
             self._shed_log.flush()
-        done = threading.Event()
-        if self._meters is None:
-            done.set()
-        else:
-            # Beside the spans, not after them: a dead collector must not cost its time twice.
-            threading.Thread(target=_stop_meters, args=(self._meters, timeout_s, done), daemon=True).start()
-        sent = self._spans.close(timeout_s) if self._spans is not None else True
-        return done.wait(max(0.0, ends - time.monotonic())) and sent
+        # Beside each other, not in turn: a dead collector must not cost its time more than once.
+        stops: list[Callable[[float], bool]] = []
+        if self._meters is not None:
+            stops.append(partial(_stop_meters, self._meters))
+        stops += [queue.close for queue in (self._spans, self._log_records) if queue is not None]
+        ends = time.monotonic() + timeout_s
+        results: SimpleQueue[bool] = SimpleQueue()
+        for stop in stops:
+            threading.Thread(target=lambda stop=stop: results.put(stop(timeout_s)), daemon=True).start()
+        try:
+            told = [results.get(timeout=max(0.0, ends - time.monotonic())) for _ in stops]
+        except Empty:
+            return False
+        return all(told)
 
 
 def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
@@ -96,51 +106,39 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
 
     Raises ``ConfigError`` when a variable has a value that is not known.
     """
-    lines = configure_logs(level=settings.log_level, levels=settings.log_levels, form=settings.log_format)
     load_propagator()
+    parts = _Parts(settings)
+    lines = configure_logs(
+        level=settings.log_level,
+        levels=settings.log_levels,
+        form=settings.log_format,
+        forward=parts.log_records.put if parts.log_records is not None else None,
+    )
     _unpatch_stock_interceptor()
     log_call = None
     if settings.log_requests != "off":
         log_call = CallLog(
             structlog.get_logger("embedserve.access").bind(), settings.log_requests, settings.log_requests_ratio
         )
-    disabled = exporters.sdk_disabled()
-    resource = exporters.resource(settings)
-    scope = InstrumentationScope("embedserve", settings.service_version, SCHEMA_URL)
-    sampler = None if disabled else exporters.sampler(settings)
-    limits = SpanQueueLimits() if disabled else SpanQueueLimits.from_environment()
-    sender = None if disabled else exporters.span_sender(resource, scope)
-    metric_exporter = None if disabled else exporters.metric_exporter()
-    prometheus = settings.prometheus_enabled and not disabled
     snapshot = SharedSnapshot()
-    if sender is None and metric_exporter is None and not prometheus and log_call is None:
+    if parts.nothing and log_call is None:
         return Telemetry(
             engine_observer=SilentObserver(), call_observer=SilentCallObserver(), render_metrics=None,
             snapshot=snapshot, gauges=None, spans=None, meters=None, shed_log=None,
         )  # fmt: skip
-    instruments = Instruments(settings.duration_buckets_s, settings.bucket_edges)
-    producer = HistogramProducer(instruments)
-    renderer = PrometheusRenderer(producer, resource) if prometheus else None
-    readers: list[MetricReader] = [renderer.reader] if renderer is not None else []
-    if metric_exporter is not None:
-        pushes = instruments.counter(table.METRIC_EXPORTS)
-        pushing = ProducingExporter(metric_exporter, producer, resource, scope, pushes)
-        readers.append(PeriodicExportingMetricReader(pushing))
-    meters = MeterProvider(readers, resource, shutdown_on_exit=False) if readers else None
+    instruments = parts.instruments
+    renderer, meters = parts.meters()
     gauges = None
     if meters is not None:
-        meter = meters.get_meter(scope.name, scope.version, scope.schema_url)
+        meter = meters.get_meter(parts.scope.name, parts.scope.version, parts.scope.schema_url)
         gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges, _line_counts(lines))
-    spans = None
-    if sender is not None:
-        factory = SpanFactory(links_max=settings.span_links_max)
-        spans = SpanQueue(sender, factory, instruments.counter(table.SPANS), limits)
+    spans = parts.spans()
     shed_log = ShedLog(structlog.get_logger("embedserve.admission").bind())
     return Telemetry(
         engine_observer=TelemetryEngineObserver(instruments, spans, shed_log, settings.bucket_edges),
         call_observer=RequestTracer(
             instruments,
-            sampler=sampler if spans is not None else None,
+            sampler=parts.sampler if spans is not None else None,
             spans=spans,
             exemplars=exporters.exemplars_enabled(settings),
             log_call=log_call,
@@ -152,16 +150,62 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
         spans=spans,
         meters=meters,
         shed_log=shed_log,
+        log_records=parts.log_records,
     )
+
+
+class _Parts:
+    """What the environment asks for. All of it is read, and so refused, before a thread is started."""
+
+    def __init__(self, settings: TelemetrySettings) -> None:
+        disabled = exporters.sdk_disabled()
+        self.instruments = Instruments(settings.duration_buckets_s, settings.bucket_edges)
+        self.resource = exporters.resource(settings)
+        self.scope = InstrumentationScope("embedserve", settings.service_version, SCHEMA_URL)
+        self.sampler = None if disabled else exporters.sampler(settings)
+        self._links_max = settings.span_links_max
+        self._limits = SpanQueueLimits() if disabled else SpanQueueLimits.from_environment()
+        self._sender = None if disabled else exporters.span_sender(self.resource, self.scope)
+        self._pushed = None if disabled else exporters.metric_exporter()
+        self._scraped = settings.prometheus_enabled and not disabled
+        log_limits = LogQueueLimits() if disabled else LogQueueLimits.from_environment()
+        log_exporter = None if disabled else exporters.log_exporter()
+        self.log_records: LogQueue | None = None
+        if log_exporter is not None:
+            outcomes = self.instruments.counter(table.LOG_RECORDS)
+            self.log_records = LogQueue(log_exporter, self.resource, self.scope, outcomes, log_limits)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing leaves this process but lines on standard error."""
+        return self._sender is None and self._pushed is None and not self._scraped and self.log_records is None
+
+    def meters(self) -> tuple[PrometheusRenderer | None, MeterProvider | None]:
+        """Who renders the metrics, and who collects them."""
+        producer = HistogramProducer(self.instruments)
+        renderer = PrometheusRenderer(producer, self.resource) if self._scraped else None
+        readers: list[MetricReader] = [renderer.reader] if renderer is not None else []
+        if self._pushed is not None:
+            outcomes = self.instruments.counter(table.METRIC_EXPORTS)
+            pushing = ProducingExporter(self._pushed, producer, self.resource, self.scope, outcomes)
+            readers.append(PeriodicExportingMetricReader(pushing))
+        return renderer, MeterProvider(readers, self.resource, shutdown_on_exit=False) if readers else None
+
+    def spans(self) -> SpanQueue | None:
+        """Where spans go."""
+        if self._sender is None:
+            return None
+        factory = SpanFactory(links_max=self._links_max)
+        return SpanQueue(self._sender, factory, self.instruments.counter(table.SPANS), self._limits)
 
 
 def _line_counts(lines: LogStream | None) -> Callable[[], tuple[int, int]]:
     return lambda: (0, 0) if lines is None else (lines.lines_written, lines.lines_dropped)
 
 
-def _stop_meters(meters: MeterProvider, timeout_s: float, done: threading.Event) -> None:
+def _stop_meters(meters: MeterProvider, timeout_s: float) -> bool:
     meters.shutdown(timeout_millis=timeout_s * 1000)
-    done.set()
+    return True
 
 
 def _unpatch_stock_interceptor() -> None:

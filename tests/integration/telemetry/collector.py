@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs_pb2
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2_grpc as logs_grpc
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics_pb2
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as trace_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as trace_grpc
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -61,11 +64,12 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Sink:
-    """Keeps spans and metrics, and lets a test wait for them."""
+    """Keeps spans, metrics and logs, and lets a test wait for them."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.metrics: dict[str, Metric] = {}
+        self.logs: list[LogRecord] = []
         self.resources: list[Resource] = []
         self.arrived = threading.Condition()
 
@@ -104,6 +108,20 @@ class _Metrics(metrics_grpc.MetricsServiceServicer):
         return metrics_pb2.ExportMetricsServiceResponse()
 
 
+class _Logs(logs_grpc.LogsServiceServicer):
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def Export(self, request: logs_pb2.ExportLogsServiceRequest, context: object) -> object:
+        WATCH.saw("logs over OTLP", request.SerializeToString())
+        with self._sink.arrived:
+            for resource in request.resource_logs:
+                for scope in resource.scope_logs:
+                    self._sink.logs.extend(scope.log_records)
+            self._sink.arrived.notify_all()
+        return logs_pb2.ExportLogsServiceResponse()
+
+
 @dataclass
 class Collector:
     """Where to send, and what came through."""
@@ -129,6 +147,7 @@ def collecting(agent: Path, directory: Path) -> Iterator[Collector]:
     server = grpc.server(ThreadPoolExecutor(4))
     trace_grpc.add_TraceServiceServicer_to_server(_Traces(sink), server)
     metrics_grpc.add_MetricsServiceServicer_to_server(_Metrics(sink), server)
+    logs_grpc.add_LogsServiceServicer_to_server(_Logs(sink), server)
     sink_port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     grpc_port, http_port = free_port(), free_port()

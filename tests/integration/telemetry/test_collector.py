@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from embedserve.telemetry.settings import TelemetrySettings
@@ -32,12 +33,14 @@ def send(monkeypatch: pytest.MonkeyPatch, collector: Collector, protocol: str) -
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint_of(collector, protocol))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_on")
+    monkeypatch.setenv("OTEL_LOGS_EXPORTER", "otlp")
     telemetry = setup_telemetry(
         TelemetrySettings(service_version="1.2.3", resource_attributes={"embedserve.model": "m"})
     )
 
     async def serve() -> None:
         ride_together(telemetry, METADATA)
+        structlog.get_logger("embedserve.test").warning("said", of="this")
 
     asyncio.run(serve())
     assert telemetry.shutdown(20)
@@ -71,6 +74,14 @@ class TestCollector:
             children = [span for span in spans if span.parent_span_id == parent.span_id]
             took = parent.end_time_unix_nano - parent.start_time_unix_nano
             assert took == sum(child.end_time_unix_nano - child.start_time_unix_nano for child in children)
+
+    def test_log_records_arrive(self, monkeypatch: pytest.MonkeyPatch, collector: Collector, protocol: str) -> None:
+        send(monkeypatch, collector, protocol)
+        collector.sink.wait_for(lambda: bool(collector.sink.logs))
+
+        said = [record for record in collector.sink.logs if record.event_name == "said"]
+        assert [(record.severity_text, record.body.string_value) for record in said] == [("WARNING", "said")]
+        assert {a.key: a.value.string_value for a in said[0].attributes} == {"of": "this", "logger": "embedserve.test"}
 
     def test_the_resource_and_the_metrics_arrive(
         self, monkeypatch: pytest.MonkeyPatch, collector: Collector, protocol: str

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import grpc.aio
 import pytest
+from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcLogs
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetrics
+from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpLogs
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetrics
 from opentelemetry.instrumentation.grpc import GrpcAioInstrumentorServer
 from opentelemetry.sdk.resources import Resource
@@ -136,6 +138,37 @@ class TestExporters:
         monkeypatch.setenv("OTEL_TRACES_SAMPLER", "sometimes")
 
         setup_telemetry(TelemetrySettings()).shutdown(1)
+
+
+class TestLogs:
+    """Over OTLP only where that is asked for: an endpoint alone would send every line twice."""
+
+    @pytest.mark.parametrize(
+        ("environment", "found"),
+        [
+            ({}, None),
+            ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, None),
+            ({"OTEL_LOGS_EXPORTER": "none"}, None),
+            ({"OTEL_LOGS_EXPORTER": "otlp"}, GrpcLogs),
+            ({"OTEL_LOGS_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_LOGS_PROTOCOL": "http/protobuf"}, HttpLogs),
+        ],
+        ids=str,
+    )
+    def test_it_is_what_the_variables_name(
+        self, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], found: type | None
+    ) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        made = exporters.log_exporter()
+
+        assert found is (None if made is None else type(made))
+        if made is not None:
+            made.shutdown()
+
+    def test_a_name_that_nobody_knows_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OTEL_LOGS_EXPORTER", "syslog")
+        with pytest.raises(ConfigError, match="OTEL_LOGS_EXPORTER"):
+            setup_telemetry(TelemetrySettings())
 
 
 class TestSampler:
