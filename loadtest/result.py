@@ -10,6 +10,7 @@ import datetime as dt
 import importlib.metadata
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,12 +55,12 @@ class Run:
         """Whether the machine had little else to do when the run began."""
         return self._load_before[0] / (os.cpu_count() or 1) < BUSY_LOAD
 
-    def write(self, measured: Mapping[str, Any], name: str | None = None) -> Path:
-        """Write ``results/NAME.json`` and say where it is."""
+    def facts(self, command: str | None = None) -> dict[str, Any]:
+        """What every result says of itself; ``command`` where it is not ``python -m loadtest.NAME``."""
         took = dt.datetime.now(dt.UTC) - self._begun
-        facts = {
+        return {
             "measurement": self._name,
-            "command": "python -m " + " ".join([f"loadtest.{self._name}", *sys.argv[1:]]),
+            "command": command or "python -m " + " ".join([f"loadtest.{self._name}", *sys.argv[1:]]),
             "begun": self._begun.isoformat(timespec="seconds"),
             "took_s": round(took.total_seconds(), 1),
             "commit": self._commit,
@@ -69,9 +70,12 @@ class Run:
             "preliminary": not self.quiet,
             "versions": {"python": platform.python_version(), **_versions()},
         }
+
+    def write(self, measured: Mapping[str, Any], name: str | None = None) -> Path:
+        """Write ``results/NAME.json`` and say where it is."""
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name or self._name}.json"
-        path.write_bytes(orjson.dumps({**facts, **measured}, option=orjson.OPT_INDENT_2) + b"\n")
+        path.write_bytes(orjson.dumps({**self.facts(), **measured}, option=orjson.OPT_INDENT_2) + b"\n")
         if not self.quiet:
             print(f"preliminary: the load average was {self._load_before[0]:.2f} before the run began")
         print(f"written: loadtest/results/{path.name}")
@@ -91,12 +95,16 @@ def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(["git", *arguments], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
 def _machine() -> dict[str, Any]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    models = [line for line in lines if line.startswith("model name")]
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": models[0].split(":", 1)[1].strip() if models else platform.machine(),

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Server", "Thread", "null_server", "product", "soak_server"]
+from loadtest.scrape import samples
+
+__all__ = ["Server", "Thread", "echo_server", "null_server", "product", "soak_server"]
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
@@ -64,21 +65,10 @@ class Server:
         ends = time.monotonic() + SCRAPE_S
         while True:
             try:
-                with urllib.request.urlopen(f"http://{self.ready['operations']}/metrics", timeout=SCRAPE_S) as page:
-                    text = page.read().decode()
-                break
+                return samples(f"http://{self.ready['operations']}/metrics", SCRAPE_S)
             except OSError:
                 if time.monotonic() > ends:
                     raise
-        found: dict[str, float] = {}
-        for line in text.splitlines():
-            if line and not line.startswith("#"):
-                name, _, value = line.split(" # ")[0].rpartition(" ")
-                found[name] = float(value)
-                bare = name.split("{")[0]
-                if bare != name:
-                    found[bare] = found.get(bare, 0.0) + float(value)
-        return found
 
     def threads(self) -> dict[int, Thread]:
         """Every thread of the process, by its id. The first one, whose id is the process's, runs the event loop."""
@@ -120,6 +110,11 @@ def product(*settings: str, env: Mapping[str, str] | None = None) -> contextlib.
 def soak_server(*settings: str) -> contextlib.AbstractContextManager[Server]:
     """``soak_server.py``: the product that answers SIGUSR1, as a context manager."""
     return _started([sys.executable, "-m", "loadtest.soak_server", *PORTS, *settings], {})
+
+
+def echo_server(texts: int, dimension: int) -> contextlib.AbstractContextManager[Server]:
+    """``echo_server.py``: gRPC alone, as a context manager."""
+    return _started([sys.executable, "-m", "loadtest.echo_server", str(texts), str(dimension)], {})
 
 
 @contextlib.contextmanager

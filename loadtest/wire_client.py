@@ -168,9 +168,7 @@ class Connection(asyncio.Protocol):
             return answer
         self._next += 2
         number = self._next
-        stream = self._streams[number] = _Stream(
-            asyncio.get_running_loop().create_future(), keep, self._stream_window
-        )
+        stream = self._streams[number] = _Stream(asyncio.get_running_loop().create_future(), keep, self._stream_window)
         self._send(number, stream, b"\x00" + struct.pack("!I", len(message)) + message)
         if timeout_s is None:
             timer = None
@@ -314,9 +312,12 @@ class Connection(asyncio.Protocol):
             return
         if self._block_ends_stream:
             self._end(number, self._block)
-        elif b"\x88" != self._block[:1] and (stream := self._streams.get(number)) is not None:
+        elif self._block[:1] != b"\x88" and (stream := self._streams.get(number)) is not None:
             # Not the static table's ":status 200": remember what a proxy says, should it be the last word.
-            stream.http_status = fields_of(self._block).get(b":status", b"")
+            try:
+                stream.http_status = fields_of(self._block).get(b":status", b"")
+            except ValueError:
+                self._settle(number, INTERNAL)
 
     def _settings(self, payload: bytes) -> None:
         for at in range(0, len(payload) - 5, 6):

@@ -90,7 +90,9 @@ class WireTarget:
         try:
             (await self._connect(None)).close()
         except (OSError, TimeoutError) as error:
-            raise ConnectionError(f"{self._options.address} cannot be reached: {error or 'no answer in 10 s'}") from None
+            raise ConnectionError(
+                f"{self._options.address} cannot be reached: {error or 'no answer in 10 s'}"
+            ) from None
 
     async def embed(self, texts: Sequence[str], *, timeout_s: float) -> Reply:
         """One call."""
@@ -159,6 +161,7 @@ class AioTarget:
         """Nothing is opened yet."""
         self._options = options
         self._requests = _Requests(options)
+        self._roots = Path(options.ca_file).read_bytes() if options.ca_file else None
         self._channels: list[Any] = []
         self._calls: list[Any] = []
         self._turn = itertools.cycle(range(options.connections))
@@ -170,8 +173,7 @@ class AioTarget:
             # Channels with the same arguments share one connection.
             settings = [("grpc.max_receive_message_length", RECEIVE_BYTES), ("embedserve.loadtest.channel", number)]
             if options.tls:
-                roots = Path(options.ca_file).read_bytes() if options.ca_file else None
-                credentials = grpc.ssl_channel_credentials(roots)
+                credentials = grpc.ssl_channel_credentials(self._roots)
                 channel = grpc.aio.secure_channel(options.address, credentials, options=settings)
             else:
                 channel = grpc.aio.insecure_channel(options.address, options=settings)
@@ -198,7 +200,7 @@ class AioTarget:
                     first_ms = first_ms or (time.monotonic() - sent) * 1e3
                     messages.append(message)
         except grpc.aio.AioRpcError as error:
-            trailers = {name: value for name, value in error.trailing_metadata() or ()}
+            trailers: dict[str, Any] = dict(error.trailing_metadata() or ())
             answer = Answer()
             answer.details = trailers.get("grpc-status-details-bin", b"")
             pushback = trailers.get("grpc-retry-pushback-ms")
