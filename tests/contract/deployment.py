@@ -50,7 +50,7 @@ def assert_time_to_stop(given_s: float, config: Config, before_s: float = 0) -> 
 
 
 def configured(file: Path, environment: Mapping[str, str]) -> Config:
-    """The settings that a server has with ``file`` and ``environment``; all that start with our prefix must be settings."""
+    """The settings that a server has with ``file`` and ``environment``; what has our prefix must be a setting."""
     ours = {name: value for name, value in environment.items() if name.startswith("EMBEDSERVE_")}
     assert set(ours) <= SETTINGS, set(ours) - SETTINGS
     named = {name: value for name, value in ours.items() if name != CONFIG_FILE_ENV}

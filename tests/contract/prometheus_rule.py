@@ -1,7 +1,7 @@
 """Makes the PrometheusRule of ``deploy/kubernetes/monitoring`` from ``dashboards/rules``.
 
-Decides how groups of rules become one object of the Prometheus operator. Must never know what a rule says: kustomize may not
-read files outside its folder, so that the rules have to lie there a second time, and this keeps both alike.
+Decides how groups of rules become one object of the Prometheus operator. Must never know what a rule says. Kustomize may
+not read files outside its folder, so that the rules have to lie there a second time; this keeps both alike.
 
     python -m tests.contract.prometheus_rule --write     # or --check
 """
@@ -23,7 +23,7 @@ HEAD = "# Made by `make dashboards` from dashboards/rules: change those.\n"
 
 
 def rule_object(rules: Path = RULES) -> dict[str, Any]:
-    """The object: all groups of all files in ``rules``, by the files' names. Raises ``ValueError`` where there are none."""
+    """All groups of all files in ``rules``, by the files' names. Raises ``ValueError`` where there are none."""
     groups = [
         group
         for path in sorted(rules.glob("*.yml"))

@@ -66,7 +66,15 @@ class TestCompose:
 
     @pytest.mark.parametrize("more", [(), ("--file", "compose.cuda.yaml")], ids=["cpu", "cuda"])
     def test_compose_takes_it(self, more: tuple[str, ...]) -> None:
-        run(tool("docker-compose", "Debian: docker-compose"), "--file", FILE.name, *more, "config", "--quiet", cwd=FOLDER)
+        run(
+            tool("docker-compose", "Debian: docker-compose"),
+            "--file",
+            FILE.name,
+            *more,
+            "config",
+            "--quiet",
+            cwd=FOLDER,
+        )
 
     def test_every_image_has_a_version(self, services: dict[str, Any]) -> None:
         for name, service in services.items():
@@ -133,7 +141,10 @@ class TestService:
         build = services["embedserve"]["build"]
         assert (FOLDER / build["context"]).resolve() == ROOT
         assert (ROOT / build["dockerfile"]).is_file()
-        for target, image in ((build["target"], services["embedserve"]["image"]), (cuda["build"]["target"], cuda["image"])):
+        for target, image in (
+            (build["target"], services["embedserve"]["image"]),
+            (cuda["build"]["target"], cuda["image"]),
+        ):
             assert f" AS {target}\n" in dockerfile
             assert image.endswith(f"-{target}")
 
@@ -150,7 +161,11 @@ class TestPrometheus:
             (shutil.copytree if outside.is_dir() else shutil.copy)(outside, place)
         (file,) = (word.partition("=")[2] for word in services["prometheus"]["command"] if "config.file" in word)
         said = run(promtool, "check", "config", tmp_path / file.lstrip("/"))
-        assert len(re.findall(r"SUCCESS: \d+ rules found", said)) == len(list((ROOT / "dashboards/rules").glob("*.yml"))) > 0
+        assert (
+            len(re.findall(r"SUCCESS: \d+ rules found", said))
+            == len(list((ROOT / "dashboards/rules").glob("*.yml")))
+            > 0
+        )
 
     def test_every_target_is_a_service_and_a_port_of_it(self, services: dict[str, Any], config: Config) -> None:
         collector = load(FOLDER / "otel-collector.yaml")["service"]["telemetry"]["metrics"]["readers"][0]
@@ -252,6 +267,8 @@ class TestGrafana:
     def test_what_the_dashboards_take_for_granted_is_provisioned(self, sources: dict[str, Any]) -> None:
         """A data source that a panel names by its uid, and not by a variable, is one of these."""
         pages = [path.read_text(encoding="utf-8") for path in (ROOT / "dashboards").rglob("*.json")]
-        named = {uid for page in pages for uid in re.findall(r'"(?:datasourceUid|uid)": "(prometheus|tempo|loki)"', page)}
+        named = {
+            uid for page in pages for uid in re.findall(r'"(?:datasourceUid|uid)": "(prometheus|tempo|loki)"', page)
+        }
         assert named <= set(sources)
         assert pages, "there are no dashboards"
