@@ -1,7 +1,7 @@
 """Makes the PrometheusRule of ``deploy/kubernetes/monitoring`` from ``dashboards/rules``.
 
-Decides how groups of rules become one object of the Prometheus operator. Must never know what a rule says. Kustomize may
-not read files outside its folder, so that the rules have to lie there a second time; this keeps both alike.
+Decides how groups of rules become one object of the Prometheus operator. Must never know what a rule says. Kustomize
+may not read files outside its folder, so that the rules have to lie there a second time; this keeps both alike.
 
     python -m tests.contract.prometheus_rule --write     # or --check
 """
