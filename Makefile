@@ -45,9 +45,11 @@ generate: $(VENV)/.dev ## Write the tables in OPERATIONS.md anew
 
 dashboards: $(VENV)/.dev ## Make the dashboards and rules anew
 	$(BIN)/python -m dashboards.build --write
+	$(BIN)/python -m tests.contract.prometheus_rule --write
 
 dashboards-check: $(VENV)/.dev ## The dashboards and rules are what the code says, and Prometheus takes the rules
 	$(BIN)/python -m dashboards.build --check
+	$(BIN)/python -m tests.contract.prometheus_rule --check
 	@if command -v promtool >/dev/null; then promtool check rules dashboards/rules/*.yml; \
 	else echo "promtool is not installed (Debian: prometheus): rules are not checked"; fi
 
