@@ -115,7 +115,7 @@ def _started(peers: Sequence[Peer], checkpoint: Path, cache: Path) -> Iterator[l
         for peer, python in zip(peers, pythons, strict=True):
             begun = time.monotonic()
             folder = cache / peer.name
-            server = stack.enter_context(running(peer, python, peer.prepare(checkpoint, folder), folder))
+            server = stack.enter_context(running(peer, python, peer.prepare(checkpoint, folder, python), folder))
             settled = "" if server.settle() else ", and still busy"
             print(f"{peer.label} is ready after {time.monotonic() - begun:.0f} s{settled}: {peer.about}", flush=True)
             server.freeze()

@@ -14,12 +14,14 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 from tokenizers import Tokenizer
 
 from loadtest.peers.checkpoint import prefixed_copy
 from loadtest.peers.coral_proto import COMPLETED, INFER, InferRequest, InferResponse, differences, installed_descriptor
 from loadtest.peers.peer import HOST, Launch, Peer, Vectors
 from loadtest.target import Reply
+from loadtest.wire_client import Answer, Connection
 
 __all__ = ["BUCKETS", "Coral", "CoralTarget", "grouped", "request_of", "rows_of"]
 
@@ -27,8 +29,9 @@ BUCKETS = (16, 32, 64, 128, 256, 512)
 """Row lengths that the server knows; anything else is a KeyError there."""
 TOKENS_MAX = 256
 """As the checkpoint's ``max_seq_length`` says, and as every other peer truncates."""
-MESSAGE_BYTES_MAX = 64 << 20
-"""The server's own limit."""
+CONNECTIONS = 4
+"""As embedserve is given."""
+STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 OPEN_S_MAX = 10.0
 WAIT_MS_DEFAULT = 30_000
 SPECIAL_IDS_NAMES = ("[CLS]", "[SEP]")
@@ -49,13 +52,14 @@ class Coral(Peer):
         """It leaves [CLS] and [SEP] out of the mean, whatever the checkpoint says."""
         return "the checkpoint in fp32, mean without [CLS] and [SEP]"
 
-    def prepare(self, checkpoint: Path, folder: Path) -> Path:
+    def prepare(self, checkpoint: Path, folder: Path, python: Path) -> Path:
         """A copy whose tensors begin with ``bert.``.
 
         Its loader takes every name that begins with ``encoder.`` for a wrapper's, strips that and so drops all layers
         of a plain BERT checkpoint, with a warning; transformers strips ``bert.`` itself and loads them all. There is
         no setting for the dtype: transformers takes it from the configuration.
         """
+        del python
         return prefixed_copy(checkpoint, folder / f"model-{self.variant}", "bert.", config={"dtype": self.variant})
 
     def launch(self, python: Path, model: Path, port: int) -> Launch:
@@ -84,14 +88,14 @@ class Coral(Peer):
 
 
 class CoralTarget:
-    """A client of one coral server: one channel, tokenising in the call."""
+    """A client of one coral server: tokenising in the call, and the same gRPC client that embedserve is called with."""
 
     def __init__(self, address: str, tokenizer_file: Path) -> None:
         """Nothing is opened or read yet."""
         self._address = address
         self._tokenizer_file = tokenizer_file
-        self._channel: Any = None
-        self._infer: Any = None
+        self._connections: list[Connection] = []
+        self._turn = 0
         self._tokenizer: Any = None
 
     async def open(self) -> None:
@@ -99,57 +103,61 @@ class CoralTarget:
         self._tokenizer = Tokenizer.from_file(str(self._tokenizer_file))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(TOKENS_MAX)
-        limits = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                  ("grpc.max_send_message_length", MESSAGE_BYTES_MAX)]  # fmt: skip
-        self._channel = grpc.aio.insecure_channel(self._address, options=limits)
-        self._infer = self._channel.unary_unary(
-            INFER, request_serializer=InferRequest.SerializeToString, response_deserializer=InferResponse.FromString
-        )
+        host, _, port = self._address.rpartition(":")
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), OPEN_S_MAX)
-        except TimeoutError:
-            raise ConnectionError(f"coral at {self._address} did not answer within {OPEN_S_MAX:.0f} s") from None
+            async with asyncio.timeout(OPEN_S_MAX):
+                for _ in range(CONNECTIONS):
+                    _, connection = await asyncio.get_running_loop().create_connection(
+                        lambda: Connection(self._address, INFER, None, ()), host, int(port)
+                    )
+                    self._connections.append(connection)
+                    await connection.ready()
+        except (OSError, TimeoutError) as error:
+            raise ConnectionError(f"coral at {self._address} cannot be reached: {error or 'no answer'}") from None
 
     async def embed(self, texts: Sequence[str], *, timeout_s: float) -> Reply:
         """One ``Infer`` a bucket; the call is OK when all of them are."""
         rows = self._tokenize(texts)
         groups = grouped(rows)
         calls = [self._call(rows, chosen, bucket, timeout_s) for bucket, chosen in groups.items()]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, grpc.aio.AioRpcError):
-                return Reply(answer.code().name)
-            if isinstance(answer, ConnectionError):
-                return Reply("INTERNAL", reason=str(answer))
-            if isinstance(answer, BaseException):
-                raise answer
+        for answer, chosen in zip(await asyncio.gather(*calls), groups.values(), strict=True):
+            if answer.code:
+                return Reply(STATUS_NAMES.get(answer.code, "UNKNOWN"))
+            try:
+                rows_of(answer.messages(), len(chosen))
+            except ValueError:
+                return Reply("INTERNAL", "NOT_READABLE")
         return Reply("OK", items=len(rows), tokens=sum(map(len, rows)))
 
     async def vectors(self, texts: Sequence[str]) -> Vectors:
         """As ``VectorTarget`` says."""
         rows = self._tokenize(texts)
         out: dict[int, Any] = {}
-        try:
-            for bucket, chosen in grouped(rows).items():
-                found = await self._call(rows, chosen, bucket, OPEN_S_MAX)
-                out.update(zip(chosen, found, strict=True))
-        except grpc.aio.AioRpcError as error:
-            raise ConnectionError(f"coral answered {error.code().name}: {error.details()}") from error
+        for bucket, chosen in grouped(rows).items():
+            answer = await self._call(rows, chosen, bucket, OPEN_S_MAX)
+            if answer.code:
+                raise ConnectionError(f"coral answered {STATUS_NAMES.get(answer.code, answer.code)}")
+            try:
+                out.update(zip(chosen, rows_of(answer.messages(), len(chosen)), strict=True))
+            except ValueError as error:
+                raise ConnectionError(f"coral's answer cannot be read: {error}") from error
         return np.stack([out[index] for index in range(len(texts))])
 
     async def close(self) -> None:
-        """Give up the channel."""
-        if self._channel is not None:
-            await self._channel.close()
+        """Give up the connections."""
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
     async def _call(
         self, rows: Sequence[Sequence[int]], chosen: Sequence[int], bucket: int, timeout_s: float
-    ) -> Vectors:
+    ) -> Answer:
         request = request_of([rows[index] for index in chosen], bucket, round(timeout_s * 1000))
-        return rows_of(await self._infer(request, timeout=timeout_s), len(chosen))
+        self._turn += 1
+        return await self._connections[self._turn % CONNECTIONS].exchange(request, timeout_s)
 
 
 def grouped(rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
@@ -160,24 +168,31 @@ def grouped(rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
     return groups
 
 
-def request_of(rows: Sequence[Sequence[int]], bucket: int, wait_ms: int = WAIT_MS_DEFAULT) -> Any:
-    """An ``InferRequest`` for rows of one bucket: int32, row-major, padded to the bucket with zeros."""
+def request_of(rows: Sequence[Sequence[int]], bucket: int, wait_ms: int = WAIT_MS_DEFAULT) -> bytes:
+    """A serialised ``InferRequest`` for rows of one bucket: int32, row-major, padded to the bucket with zeros."""
     ids: Rows = np.zeros((len(rows), bucket), dtype="<i4")
     mask: Rows = np.zeros((len(rows), bucket), dtype="<i4")
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
         mask[index, : len(row)] = 1
-    return InferRequest(
+    request = InferRequest(
         request_id="loadtest", bucket_max_len=bucket, max_wait_ms=wait_ms, input_ids_bytes=ids.tobytes(),
         attention_mask_bytes=mask.tobytes(), num_items=len(rows), seq_len=bucket,
     )  # fmt: skip
+    message: bytes = request.SerializeToString()
+    return message
 
 
-def rows_of(response: Any, count: int) -> Vectors:
-    """The vectors of an answer, float32 ``[count, dimensions]``. Raises ``ConnectionError`` where some are missing."""
+def rows_of(messages: Sequence[bytes], count: int) -> Vectors:
+    """The vectors of an answer, float32 ``[count, dimensions]``. Raises ``ValueError`` where it is no such answer."""
+    try:
+        (message,) = messages
+        response = InferResponse.FromString(message)
+    except DecodeError as error:
+        raise ValueError(f"not an InferResponse: {error}") from error
     given: Vectors = np.frombuffer(response.embeddings_bytes, dtype="<f4")
     if response.status != COMPLETED or not given.size or given.size != count * response.embedding_dim:
-        raise ConnectionError(f"coral answered OK with {given.size} floats for {count} texts, status {response.status}")
+        raise ValueError(f"OK with {given.size} floats for {count} texts, status {response.status}")
     return given.reshape(count, response.embedding_dim)
 
 

@@ -5,10 +5,8 @@ Decides its settings here: all defaults. Must never know how calls are scheduled
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -16,12 +14,11 @@ import numpy as np
 from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1 import embedding_pb2_grpc
 from loadtest.peers.peer import HOST, Launch, Peer, Vectors
-from loadtest.target import Reply
+from loadtest.targets.embedserve import Options, WireTarget
 
 __all__ = ["Embedserve"]
 
-OPEN_S_MAX = 10.0
-MESSAGE_BYTES_MAX = 64 << 20
+VECTORS_S_MAX = 60.0
 
 
 class Embedserve(Peer):
@@ -45,42 +42,21 @@ class Embedserve(Peer):
         return EmbedserveTarget(address)
 
 
-class EmbedserveTarget:
-    """grpc.aio and the generated code, as a user's client has it."""
+class EmbedserveTarget(WireTarget):
+    """The load test's own client, and vectors by the client that users have."""
 
     def __init__(self, address: str) -> None:
         """Nothing is opened yet."""
+        super().__init__(Options(address=address))
         self._address = address
-        self._channel: Any = None
-        self._stub: Any = None
-
-    async def open(self) -> None:
-        """Connect. Raises ``ConnectionError`` after 10 s."""
-        limits = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)]
-        self._channel = grpc.aio.insecure_channel(self._address, options=limits)
-        self._stub = embedding_pb2_grpc.EmbeddingServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        try:
-            await asyncio.wait_for(self._channel.channel_ready(), OPEN_S_MAX)
-        except TimeoutError:
-            raise ConnectionError(f"embedserve at {self._address} did not answer within {OPEN_S_MAX:.0f} s") from None
-
-    async def embed(self, texts: Sequence[str], *, timeout_s: float) -> Reply:
-        """One ``Embed``."""
-        try:
-            answer = await self._stub.Embed(pb.EmbedRequest(texts=texts, truncate=pb.TRUNCATE_END), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            return Reply(error.code().name)
-        return Reply("OK", items=len(answer.embeddings))
 
     async def vectors(self, texts: Sequence[str]) -> Vectors:
         """As ``VectorTarget`` says."""
-        try:
-            answer = await self._stub.Embed(pb.EmbedRequest(texts=texts, truncate=pb.TRUNCATE_END), timeout=60)
-        except grpc.aio.AioRpcError as error:
-            raise ConnectionError(f"embedserve answered {error.code().name}: {error.details()}") from error
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)  # type: ignore[no-untyped-call]
+            request = pb.EmbedRequest(texts=texts, truncate=pb.TRUNCATE_END)
+            try:
+                answer = await stub.Embed(request, timeout=VECTORS_S_MAX)
+            except grpc.aio.AioRpcError as error:
+                raise ConnectionError(f"embedserve answered {error.code().name}: {error.details()}") from error
         return np.array([item.values for item in answer.embeddings], dtype=np.float32)
-
-    async def close(self) -> None:
-        """Give up the channel."""
-        if self._channel is not None:
-            await self._channel.close()

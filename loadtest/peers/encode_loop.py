@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 import numpy as np
-from sentence_transformers import SentenceTransformer
 
 FRAME_BYTES_MAX = 64 << 20
 
@@ -67,6 +66,8 @@ def answer(model: Any, frame: dict[str, Any], batch_size: int) -> bytes:
 
 def main() -> None:
     """``encode_loop.py MODEL PORT DTYPE``."""
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - seconds, which a test of the rest can save
+
     folder, port, dtype = sys.argv[1:4]
     model = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})
     listener = socket.create_server(("127.0.0.1", int(port)), backlog=256)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from loadtest.target import Reply
 
 __all__ = ["Infinity", "InfinityTarget", "status_of", "vectors_of"]
 
+EXPORT = Path(__file__).parent / "export_onnx.py"
+EXPORT_S_MAX = 300
 MODEL_NAME = "loadtest"
 OPEN_S_MAX = 10.0
 POLL_S = 0.2
@@ -39,15 +43,31 @@ class Infinity(Peer):
     # infinity-emb's own ranges let pip take releases with which it does not start, or starts without its fast path:
     # optimum 2 has no bettertransformer, and the last transformers that 1.24 takes for it is 4.48. huggingface-hub < 1,
     # click < 8.2, typer < 0.13 and numpy < 2 follow from these two and from its extra "server".
-    requirements = ("infinity-emb[torch,server]==0.0.78", "optimum==1.24.0", "transformers==4.48.3")
-    variants = ("float32", "bfloat16", "no-bettertransformer")
+    # optimum's extra "onnxruntime" brings datasets, and datasets 4 a pyarrow that wants numpy 2: held below that.
+    requirements = ("infinity-emb[torch,server]==0.0.78", "optimum[onnxruntime]==1.24.0", "transformers==4.48.3",
+                    "datasets<4", "pyarrow<21", "onnxscript==0.7.2")  # fmt: skip
+    variants = ("float32", "bfloat16", "no-bettertransformer", "onnx")
+
+    def prepare(self, checkpoint: Path, folder: Path, python: Path) -> Path:
+        """The checkpoint itself; for its ONNX engine a copy with an exported graph."""
+        if self.variant != "onnx":
+            return checkpoint
+        made = folder / "model-onnx"
+        done = subprocess.run(
+            [str(python), "-P", str(EXPORT), str(checkpoint), str(made)], capture_output=True, text=True, check=False,
+            timeout=EXPORT_S_MAX, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{checkpoint} could not be exported to ONNX:\n{done.stderr[-2000:]}")
+        return made
 
     def launch(self, python: Path, model: Path, port: int) -> Launch:
         """Its command, telemetry and the access log off; batches of 32, its default."""
+        engine = ("optimum", "--pooling-method", "mean") if self.variant == "onnx" else ("torch",)
         command = [str(python.parent / "infinity_emb"), "v2", "--model-id", str(model),
-                   "--served-model-name", MODEL_NAME, "--engine", "torch", "--device", "cpu",
+                   "--served-model-name", MODEL_NAME, "--device", "cpu",
                    "--host", HOST, "--port", str(port), "--log-level", "error", "--batch-size", "32",
-                   "--dtype", "bfloat16" if self.variant == "bfloat16" else "float32"]  # fmt: skip
+                   "--dtype", "bfloat16" if self.variant == "bfloat16" else "float32", "--engine", *engine]  # fmt: skip
         if self.variant == "no-bettertransformer":
             command.append("--no-bettertransformer")
         return Launch(command, {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0", "HF_HUB_OFFLINE": "1"})
@@ -133,6 +153,6 @@ def vectors_of(body: bytes, count: int) -> Vectors:
         rows = [np.frombuffer(base64.b64decode(entry["embedding"]), dtype="<f4") for entry in entries]
     except (orjson.JSONDecodeError, binascii.Error, KeyError, TypeError, ValueError) as error:
         raise ConnectionError(f"infinity's answer is not an embedding list: {error!r}") from error
-    if len(rows) != count or not count or len({len(row) for row in rows}) != 1:
+    if len(rows) != count or len({len(row) for row in rows}) != 1 or not rows[0].size:
         raise ConnectionError(f"infinity gave {len(rows)} vectors for {count} texts")
     return np.stack(rows)

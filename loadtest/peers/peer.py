@@ -69,9 +69,12 @@ class Peer(ABC):
         """What its vectors are compared with before it is timed."""
         return "embedserve"
 
-    def prepare(self, checkpoint: Path, folder: Path) -> Path:
-        """The checkpoint in the form that this peer loads rightly; ``folder`` is its own place for copies."""
-        del folder
+    def prepare(self, checkpoint: Path, folder: Path, python: Path) -> Path:
+        """The checkpoint in the form that this peer loads rightly.
+
+        ``folder`` is its own place for copies, ``python`` its environment's interpreter. Raises ``RuntimeError``.
+        """
+        del folder, python
         return checkpoint
 
     def expected(self, texts: Sequence[str], checkpoint: Path) -> Vectors | None:
