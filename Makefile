@@ -7,7 +7,7 @@ SCENARIO ?= burst
 FUZZ_SECONDS ?= 300
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint types imports proto proto-check format generate dashboards dashboards-check simulate fuzz bench clean
+.PHONY: serve test check lint types imports proto proto-check format generate dashboards dashboards-check simulate fuzz bench compare clean
 
 serve: $(VENV)/.serve ## Install and serve all-MiniLM-L6-v2 on localhost:50051
 	@$(BIN)/embedserve serve $(ARGS)
@@ -67,6 +67,9 @@ fuzz: $(VENV)/.dev ## make fuzz FUZZ_SECONDS=300: mutation, hypothesis, and athe
 
 bench: $(VENV)/.dev ## Service time outside tokenise, queue and forward pass
 	$(BIN)/python -m loadtest.service_time
+
+compare: $(VENV)/.dev ## embedserve, coral, infinity and sentence-transformers in turn; make compare ARGS="--scenarios short"
+	$(BIN)/python -m loadtest.peers run $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis
