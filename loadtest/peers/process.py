@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -34,6 +35,8 @@ SETTLED_CORES = 0.15
 FOREIGN = ("OTEL_", "EMBEDSERVE_", "GRPC_", "INFINITY_", "METRICS_", "BACKPRESSURE_", "MODEL_", "PYTHONPATH")
 """Variables of the caller's that would change a server."""
 LOG_LINES_TOLD = 15
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 
 
 class PeerProcess:
@@ -117,7 +120,7 @@ def running(peer: Peer, python: Path, model: Path, folder: Path) -> Iterator[Pee
     with log.open("wb") as out:
         process = subprocess.Popen(
             list(launch.command), cwd=ROOT, env=_environment(launch), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_end_with_us,  # noqa: PLW1509 - it makes one system call
         )  # fmt: skip
     server = PeerProcess(peer, process, f"{HOST}:{port}", model)
     try:
@@ -125,6 +128,11 @@ def running(peer: Peer, python: Path, model: Path, folder: Path) -> Iterator[Pee
         yield server
     finally:
         _end(server, process)
+
+
+def _end_with_us() -> None:
+    """A frozen server whose starter was killed would stay for ever: the kernel ends it (prctl(2), PR_SET_PDEATHSIG)."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(launch: Launch) -> dict[str, str]:
