@@ -33,7 +33,7 @@ from embedserve.engine.engine import Engine
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
-from embedserve.model.backend import BackendFactory
+from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
@@ -185,6 +185,7 @@ class App:
                 self._die,
                 on_stall=self._stall,
                 on_recovery=self._recover,
+                on_compilation=self._log_compilation,
                 make_backend=self._make_backend,
             )
         except StartupError as error:
@@ -372,6 +373,13 @@ class App:
             self.lifecycle.to(State.SERVING)
             if self._health is not None:
                 self._health.set_serving(True)
+
+    def _log_compilation(self, report: DeviceReport) -> None:
+        took_ms = round(report.compile_s * 1000)
+        if report.compiled:
+            self._log.info("compiled", compile_ms=took_ms, cached=report.compile_cached)
+        else:
+            self._log.info("not_compiled", reason=report.compile_failure)
 
     def _take_signal(self, number: signal.Signals) -> None:
         self._signals += 1

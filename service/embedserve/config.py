@@ -132,6 +132,12 @@ class Model(Section):
     """Fetch a missing checkpoint from the hub. Off: a start in production must not depend on another site."""
     threads: Annotated[int, between(1, 1024)] | None = None
     """Cores that a pass on a CPU is spread over, by texts. none: all that this process may use."""
+    compile: Switch = True
+    """Compile the forward pass for this CPU, where there is a C++ compiler and a form for the model; it takes over
+    when it is ready and gives the same vectors. Off: operation by operation, as on a GPU."""
+    compile_cache: Text | None = None
+    """Folder for compiled code, ours alone. none: embedserve in XDG_CACHE_HOME or ~/.cache. A start that finds its code
+    there serves compiled at once; one that does not needs 3 s more of a core."""
 
 
 class Tokenizer(Section):

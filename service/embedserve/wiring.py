@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from embedserve import __version__
 from embedserve.api.embedding import ServicerSettings
@@ -21,7 +22,7 @@ from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import ConfigError
-from embedserve.model.backend import Backend, BackendFactory
+from embedserve.model.backend import Backend, BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.scheduling.admission import Policy
 from embedserve.scheduling.admission.gradient import GradientPolicy
@@ -213,6 +214,8 @@ def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:
             dtype=config.model.dtype,
             threads=config.model.threads,
             control_tokens=tuple(config.model.control_tokens),
+            compiled=config.model.compile,
+            compile_cache=Path(config.model.compile_cache) if config.model.compile_cache else None,
         )
 
     return build
@@ -226,6 +229,7 @@ def build_engine(
     *,
     on_stall: Callable[[int], None] = lambda _age_ns: None,
     on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
+    on_compilation: Callable[[DeviceReport], None] = lambda _report: None,
     make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
 ) -> Engine:
     """An engine that has not started yet."""
@@ -256,6 +260,7 @@ def build_engine(
         on_fatal=on_fatal,
         on_stall=on_stall,
         on_recovery=on_recovery,
+        on_compilation=on_compilation,
         include_prompt=checkpoint.include_prompt,
     )
 

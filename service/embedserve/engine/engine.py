@@ -81,13 +81,15 @@ class Engine:
         on_fatal: Callable[[str], None] = lambda _why: None,
         on_stall: Callable[[int], None] = lambda _age_ns: None,
         on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
+        on_compilation: Callable[[DeviceReport], None] = lambda _report: None,
         include_prompt: bool = True,
     ) -> None:
         """Nothing runs before ``start``.
 
         ``on_fatal`` is called once when nothing more will run: end the process then. ``on_stall`` is told how long the
         device has been silent when that is too long, ``on_recovery`` how long the stall was; between the two calls are
-        refused. ``include_prompt`` says whether the checkpoint pools a prompt's tokens.
+        refused. ``on_compilation`` is told once how the compilation of the model went, if there was one.
+        ``include_prompt`` says whether the checkpoint pools a prompt's tokens.
         """
         self._factory = factory
         self._scheduler = scheduler
@@ -96,6 +98,7 @@ class Engine:
         self._on_fatal = on_fatal
         self._on_stall = on_stall
         self._on_recovery = on_recovery
+        self._on_compilation = on_compilation
         self._pool = TokenizerPool(tokenizer, settings.tokenizer, self._observer.tokenized, self._lose_tokenizer)
         self._intake = Intake(scheduler, self._pool, self._observer, max_input_length, include_prompt=include_prompt)
         self._finish_walled = walled(self._finish, self._break)
@@ -144,12 +147,14 @@ class Engine:
             on_recovery=self._recover,
             on_hang=lambda age_ns: driver.fail(f"a pass has been at work for {age_ns / 1e9:.1f} s (health.hang_ms)"),
         )
+        take_compilation = walled(self._take_compilation, self._break)
         worker = self._worker = Worker(
             self._factory,
             warm_up_tokens=self._settings.warm_up_tokens,
             on_ready=lambda outcome: post(loop, settle, ready, outcome),
             on_result=lambda result: post(loop, self._take_result_walled, result),
             on_death=lambda death: post(loop, self._die, death),
+            on_compilation=lambda report: post(loop, take_compilation, report),
         )
         driver = Driver(
             self._scheduler,
@@ -277,6 +282,13 @@ class Engine:
     def _recover(self, lasted_ns: int) -> None:
         if self._serving:
             self._on_recovery(lasted_ns)
+
+    def _take_compilation(self, report: DeviceReport) -> None:
+        if report.compiled:
+            self._observer.model_swapped("compiled", report.compile_s, cached=report.compile_cached)
+        else:
+            self._observer.compile_failed(report.compile_s)
+        self._on_compilation(report)
 
     # ----------------------------------------------------------------------------------------------------- requests
 

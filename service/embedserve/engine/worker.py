@@ -144,13 +144,19 @@ class Worker:
         on_ready: Callable[[WorkerReady | BaseException], None],
         on_result: Callable[[PassResult], None],
         on_death: Callable[[BaseException], None],
+        on_compilation: Callable[[DeviceReport], None],
     ) -> None:
-        """The three callbacks are called from the worker thread and must hand over to the event loop themselves."""
+        """``on_compilation`` is told once how the compilation of the model went, if there was one.
+
+        The callbacks are called from the worker thread and must hand over to the event loop themselves.
+        """
         self._factory = factory
         self._warm_up_tokens = warm_up_tokens
         self._on_ready = on_ready
         self._on_result = on_result
         self._on_death = on_death
+        self._on_compilation = on_compilation
+        self._compilation_told = False
         self.device: DeviceReport | None = None
         """The device as it was lately: looked at after a pass, once in ``REPORT_INTERVAL_NS``. Any thread may read."""
         self._looked_ns = 0
@@ -178,7 +184,9 @@ class Worker:
             backend = self._factory()
             passes = tuple(backend.warm_up(self._warm_up_tokens))
             ready = True
-            self._on_ready(WorkerReady(backend.identity, backend.report(), time.monotonic_ns() - begun, passes))
+            report = backend.report()
+            self._on_ready(WorkerReady(backend.identity, report, time.monotonic_ns() - begun, passes))
+            self._tell_compilation(report)
             while (work := self._passes.get()) is not None:
                 result = self._run(backend, work)
                 self._on_result(result)
@@ -198,7 +206,13 @@ class Worker:
         now = time.monotonic_ns()
         if now - self._looked_ns >= REPORT_INTERVAL_NS:
             self._looked_ns = now
-            self.device = backend.report()
+            self.device = report = backend.report()
+            self._tell_compilation(report)
+
+    def _tell_compilation(self, report: DeviceReport) -> None:
+        if not self._compilation_told and (report.compiled or report.compile_failure):
+            self._compilation_told = True
+            self._on_compilation(report)
 
     def _run(self, backend: Backend, work: Pass) -> PassResult:
         picked_up = time.monotonic_ns()

@@ -132,6 +132,12 @@ class DeviceReport:
     """Whether passes run through a compiled model."""
     packed: bool
     """Whether ``TokenBatch.pad_to=None`` is honoured without padding."""
+    compile_s: float = 0.0
+    """How long the compiled model took to make, or the attempt that failed; 0 where none has ended."""
+    compile_cached: bool = False
+    """Whether the compiled code was there already."""
+    compile_failure: str = ""
+    """Why there is no compiled model, in a sentence; empty where there is one, or none was asked for, or not yet."""
 
 
 class DeviceOutOfMemory(Exception):

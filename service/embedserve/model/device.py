@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,8 +108,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def report_on(device: torch.device, *, compiled: bool, packed: bool) -> DeviceReport:
-    """Memory of ``device`` now: of the whole GPU, or of this process in the machine's memory."""
+def report_on(device: torch.device, *, packed: bool, **compilation: Any) -> DeviceReport:
+    """Memory of ``device`` now: of the whole GPU, or of this process in the machine's memory; the rest as given."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         used = total - free
@@ -117,7 +118,7 @@ def report_on(device: torch.device, *, compiled: bool, packed: bool) -> DeviceRe
         total = page * os.sysconf("SC_PHYS_PAGES")
         resident = Path("/proc/self/statm")
         used = page * int(resident.read_text(encoding="ascii").split()[1]) if resident.is_file() else 0
-    return DeviceReport(str(device), used, total, compiled=compiled, packed=packed)
+    return DeviceReport(str(device), used, total, packed=packed, **compilation)
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -7,13 +7,24 @@ model: a layout is index arithmetic over row lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedserve.model.backend import TokenBatch
 
-__all__ = ["AttentionGroup", "Packed", "Padded", "attention_groups", "check_batch", "packed", "padded", "pass_size"]
+__all__ = [
+    "AttentionGroup",
+    "Packed",
+    "Padded",
+    "attention_groups",
+    "check_batch",
+    "packed",
+    "padded",
+    "pass_size",
+    "row_positions",
+]
 
 Int = npt.NDArray[np.int64]
 
@@ -111,7 +122,16 @@ def pass_size(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _offset_positions(ids: Int, starts: Int, rows: Int, pad_id: int) -> Int:
+def row_positions(ids: npt.NDArray[np.integer[Any]], lengths: Int, offset_pad_id: int | None = None) -> Int:
+    """What the position embedding is asked for, ``[tokens]``, where rows of ``lengths`` lie end to end in any order."""
+    starts = np.cumsum(lengths) - lengths
+    rows = np.repeat(np.arange(lengths.size), lengths)
+    if offset_pad_id is not None:
+        return _offset_positions(ids, starts, rows, offset_pad_id)
+    return np.arange(rows.size) - starts[rows]
+
+
+def _offset_positions(ids: npt.NDArray[np.integer[Any]], starts: Int, rows: Int, pad_id: int) -> Int:
     """Positions as fairseq counts them: from ``pad_id + 1``, skipping the padding token where a text spells it out."""
     counted = ids != pad_id
     running = np.cumsum(counted)

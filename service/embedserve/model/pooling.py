@@ -7,13 +7,19 @@ before it, so that nothing in a pad can reach a result. Must never know how the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from embedserve.model.pipeline import PoolingSpec
 
-__all__ = ["Pooling", "Segments"]
+__all__ = ["Pooling", "Segments", "token_weights"]
+
+Int = npt.NDArray[np.int64]
+Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +112,41 @@ def _sum(values: Tensor, segments: Segments) -> Tensor:
     """``[tokens, n]`` to ``[rows, n]``; row by row, so that a neighbour cannot change a sum."""
     # unsafe skips the check that lengths add up, which would make a CUDA device wait for its answer.
     return torch.segment_reduce(values, "sum", lengths=segments.lengths, axis=0, unsafe=True)
+
+
+def token_weights(
+    modes: tuple[str, ...],
+    control_ids: Int,
+    ids: npt.NDArray[np.integer[Any]],
+    lengths: Int,
+    skip: Int | None,
+) -> Float | None:
+    """What each token counts in each mode, ``[modes, tokens]``: the vector of a row is the weighted sum of its tokens.
+
+    The same rules as ``Pooling``, for a forward pass that pools by itself. ``None`` where a mode is no weighted sum
+    (``max``). ``ids`` is ``[tokens]``, ``lengths`` and ``skip`` are ``[rows]``.
+    """
+    if "max" in modes:
+        return None
+    if modes == ("mean",) and skip is None and not control_ids.size:  # nearly every model, nearly every time
+        return np.repeat((1.0 / lengths).astype(np.float32), lengths)[None]
+    starts = np.cumsum(lengths) - lengths
+    rows = np.repeat(np.arange(lengths.size), lengths)
+    positions = np.arange(rows.size) - starts[rows]
+    leading = np.zeros_like(lengths) if skip is None else np.where(skip < lengths, skip, 0)
+    counts = positions >= leading[rows]
+    if control_ids.size:
+        kept = counts & ~np.isin(ids, control_ids)
+        none_left = np.add.reduceat(kept, starts) == 0
+        counts = kept | none_left[rows]
+    result = np.zeros((len(modes), rows.size), np.float32)
+    for place, mode in enumerate(modes):
+        if mode == "cls":
+            result[place, starts + leading] = 1.0
+        elif mode == "last_token":
+            result[place, starts + lengths - 1] = 1.0
+        else:
+            weights = counts * (positions + 1.0) if mode == "weighted_mean" else counts.astype(np.float64)
+            sums = np.add.reduceat(weights, starts)
+            result[place] = weights / (np.sqrt(sums) if mode == "mean_sqrt_len" else sums)[rows]
+    return result

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,11 +30,14 @@ from embedserve.model.backend import (
     WarmPass,
 )
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.model.compiled import CompiledModel, Reference, least_cosine
 from embedserve.model.dense import load_dense, scale_to_unit_length
 from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
 from embedserve.model.lanes import Lanes, core_count
 from embedserve.model.layout import check_batch, packed, padded, pass_size
+from embedserve.model.native.compiler import default_cache
+from embedserve.model.native.plan import plan_for
 from embedserve.model.pooling import Pooling, Segments
 from embedserve.model.stopwatch import Stopwatch, latest
 
@@ -76,12 +80,16 @@ class TorchBackend:
         threads: int | None = None,
         control_tokens: tuple[str, ...] = (),
         attention: Attention = "auto",
+        compiled: bool = False,
+        compile_cache: Path | None = None,
     ) -> None:
         """Load the weights onto ``device``.
 
         ``dtype`` is ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``threads`` is how many cores a pass on a CPU
         is spread over, all by default; ``control_tokens`` are left out of averages; ``attention`` forces a shape for
-        ``pad_to=None`` (``auto`` packs where the architecture and the device can). Raises ``StartupError``.
+        ``pad_to=None`` (``auto`` packs where the architecture and the device can). ``compiled`` has packed passes on a
+        CPU compiled for it, beside the model that serves meanwhile; what was compiled is kept in ``compile_cache``,
+        the user's own by default. Raises ``StartupError``.
         """
         self._device = choose_device(device)
         self._lanes = Lanes(threads or core_count()) if self._device.type == "cpu" else None
@@ -98,6 +106,17 @@ class TorchBackend:
         self._dense = torch.nn.Sequential(*(load_dense(spec, checkpoint.files) for spec in checkpoint.pipeline.dense))
         self._dense.to(self._device)
         self._identity = checkpoint.identity_for(str(self._device), str(self._dtype).removeprefix("torch."))
+        self._compiled: CompiledModel | None = None
+        if compiled and self._packed and self._lanes is not None:
+            self._compiled = CompiledModel(
+                partial(plan_for, self._model, checkpoint.architecture, self._dtype),
+                pooling=self._pooling,
+                dense=self._dense if len(self._dense) else None,
+                offset_pad_id=self._offset_pad_id,
+                cosine_min=AGREEMENT_COSINE_MIN[self._dtype],
+                cache=compile_cache or default_cache(),
+                lanes=threads or core_count(),
+            )
 
     @property
     def identity(self) -> ModelIdentity:
@@ -127,7 +146,8 @@ class TorchBackend:
 
     def report(self) -> DeviceReport:
         """The device's state."""
-        return report_on(self._device, compiled=False, packed=self._packed)
+        facts = {"compiled": False} if self._compiled is None else self._compiled.facts()
+        return report_on(self._device, packed=self._packed, **facts)
 
     def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
         """Passes over the ladder of lengths in each shape: finite, and alike in both shapes. Raises ``StartupError``.
@@ -138,16 +158,19 @@ class TorchBackend:
         setting that does not fit the device is found here.
         """
         rows = list(self._warm_up_rows(max_batch_tokens))
+        known: list[Reference] = []
         for lengths in rows:
             packed_vectors = self._warm_up_pass(lengths, None)
             padded_vectors = self._warm_up_pass(lengths, max(lengths))
-            norms = np.linalg.norm(packed_vectors, axis=1) * np.linalg.norm(padded_vectors, axis=1)
-            cosine = float(np.min(np.sum(packed_vectors * padded_vectors, axis=1) / np.maximum(norms, 1e-12)))
+            cosine = least_cosine(packed_vectors, padded_vectors)
             if cosine < AGREEMENT_COSINE_MIN[self._dtype]:
                 raise StartupError(
                     f"{self._identity.name}: packed and padded passes of rows of {lengths} tokens differ "
                     f"(cosine {cosine:.6f}); set attention to padded"
                 )
+            known.append((self._warm_up_batch(lengths, None), padded_vectors))
+        if self._compiled is not None:
+            self._compiled.compare_with(known)
         return tuple(self._timed_pass(lengths) for lengths in (rows[0], rows[-1]))
 
     def _timed_pass(self, lengths: list[int]) -> WarmPass:
@@ -170,10 +193,13 @@ class TorchBackend:
         if len(mixed) > 1:
             yield mixed
 
-    def _warm_up_pass(self, lengths: list[int], pad_to: int | None) -> npt.NDArray[np.float32]:
+    def _warm_up_batch(self, lengths: list[int], pad_to: int | None) -> TokenBatch:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         ids = np.random.default_rng(WARM_UP_SEED).integers(self._identity.vocab_size, size=int(offsets[-1]))
-        batch = TokenBatch(ids.astype(np.int32), offsets, np.ones(len(lengths), np.bool_), pad_to)
+        return TokenBatch(ids.astype(np.int32), offsets, np.ones(len(lengths), np.bool_), pad_to)
+
+    def _warm_up_pass(self, lengths: list[int], pad_to: int | None) -> npt.NDArray[np.float32]:
+        batch = self._warm_up_batch(lengths, pad_to)
         what = f"{self._identity.name}: a warm-up pass of rows of {lengths} tokens"
         try:
             vectors = self.embed(batch).vectors
@@ -188,6 +214,8 @@ class TorchBackend:
     def _embed(self, batch: TokenBatch) -> BatchResult:
         watch = Stopwatch(self._device)
         lengths = check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
+        if self._compiled is not None and self._packs(batch) and self._compiled.ready:
+            return self._compiled.embed(batch, lengths, watch)
         # Read by transformers in every layer's call; the two shapes share one set of weights.
         attention = PACKED_ATTENTION if self._packs(batch) else self._padded_attention
         self._model.config._attn_implementation = attention  # noqa: SLF001

@@ -25,8 +25,8 @@ class GrowingBackend(FakeBackend):
         return DeviceReport("cpu", self.reports, 100, compiled=self.reports > 1, packed=True)
 
 
-def run_passes(backend: FakeBackend, count: int) -> Worker:
-    """A worker that has run ``count`` passes and ended."""
+def run_passes(backend: FakeBackend, count: int, told: list[DeviceReport] | None = None) -> Worker:
+    """A worker that has run ``count`` passes and ended; ``told`` gets how a compilation went."""
     results: queue.SimpleQueue[PassResult] = queue.SimpleQueue()
     worker = Worker(
         lambda: backend,
@@ -34,6 +34,7 @@ def run_passes(backend: FakeBackend, count: int) -> Worker:
         on_ready=lambda _outcome: None,
         on_result=results.put,
         on_death=lambda death: pytest.fail(str(death)),
+        on_compilation=(told if told is not None else []).append,
     )
     worker.start()
     ids = np.array([5, 6, 7], dtype=np.int32)
@@ -59,3 +60,31 @@ class TestDevice:
 
         assert worker.device is not None
         assert worker.device.memory_used_bytes == 21
+
+
+class TestCompilation:
+    """The rest of the engine hears once how it went, whenever that is."""
+
+    def test_a_model_that_is_compiled_while_it_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "REPORT_INTERVAL_NS", 0)
+        told: list[DeviceReport] = []
+        run_passes(GrowingBackend(), 5, told)
+
+        assert [report.compiled for report in told] == [True]
+        assert told[0].memory_used_bytes == 2, "the first look after a pass, not the one when it was ready"
+
+    def test_a_compilation_that_fails(self) -> None:
+        class Uncompiled(FakeBackend):
+            def report(self) -> DeviceReport:
+                return DeviceReport("cpu", 0, 0, compiled=False, packed=True, compile_s=1.5, compile_failure="no g++")
+
+        told: list[DeviceReport] = []
+        run_passes(Uncompiled(), 3, told)
+
+        assert [(report.compile_failure, report.compile_s) for report in told] == [("no g++", 1.5)]
+
+    def test_a_model_that_is_not_to_be_compiled(self) -> None:
+        told: list[DeviceReport] = []
+        run_passes(FakeBackend(), 3, told)
+
+        assert told == []

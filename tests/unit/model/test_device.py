@@ -102,7 +102,7 @@ class TestDevice:
             choose_device("cuda:1")
 
     def test_report_of_a_cpu(self) -> None:
-        report = report_on(torch.device("cpu"), compiled=False, packed=True)
+        report = report_on(torch.device("cpu"), packed=True, compiled=False)
 
         assert report.device == "cpu"
         assert 0 < report.memory_used_bytes < report.memory_total_bytes

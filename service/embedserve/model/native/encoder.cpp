@@ -1,0 +1,694 @@
+// The forward pass of a BERT-like encoder over packed rows, from token ids to pooled vectors, without Python's lock.
+//
+// Decides how a pass is cut into chunks of rows, which core takes which chunk, and how each layer is computed on one.
+// Must never know requests, buckets or Python. It is built on the machine that runs it (see compiler.py) and has no
+// headers but the standard library's: the one foreign thing is ATen's brgemm (ATen/native/CPUBlas.h), the oneDNN
+// micro-kernel that picks AMX, AVX-512 BF16 or AVX-512 by itself.
+//
+// Why not operation by operation: for 12 tokens of MiniLM 80 % of a pass was not arithmetic (4.8 ms, of which 0.6 are
+// matrix products at the machine's rate), and between two operations a thread needs Python's lock.
+// Why chunks: all layers of some 128 tokens stay in a core's own cache, and whoever is free takes the next.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <pthread.h>
+
+namespace c10 {
+struct BFloat16 {
+  uint16_t bits;
+};
+}  // namespace c10
+
+namespace at::native::cpublas {
+// C[M, N] (+)= A[M, K] B[K, N]; with is_vnni, B lies as [K / 2, N, 2].
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C,
+            const c10::BFloat16* A, const c10::BFloat16* B, float* C, bool is_vnni);
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const float* A,
+            const float* B, float* C, bool is_vnni);
+// Gives the tile registers of AMX back; they cost every switch of threads.
+void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+
+namespace {
+
+using BFloat16 = c10::BFloat16;
+
+constexpr int64_t TOKENS_OF_CHUNK = 128;  // Fits a core's cache; more brought nothing, 64 cost 3 %.
+constexpr int64_t TOKENS_OF_BLOCK = 64;   // Rows of A in one matrix product.
+constexpr int64_t QUERIES_OF_BLOCK = 32;  // Scores of 32 queries and 256 keys fill 32 KiB, a core's first cache.
+constexpr int64_t KEYS_OF_BLOCK = 256;    // Longer rows go by blocks of keys with a running maximum (flash attention).
+constexpr int64_t SLACK = TOKENS_OF_BLOCK;  // Rows behind the last one that a rounded-up product may read.
+constexpr size_t CACHE_LINE = 64;
+
+enum Activation : int64_t { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
+
+int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// oneDNN makes a kernel for each number of rows: a few sizes keep them few.
+int64_t rows_rounded(int64_t rows) { return up_to(rows, rows <= 16 ? 4 : 8); }
+
+int64_t keys_rounded(int64_t keys) { return keys <= 16 ? 16 : up_to(keys, 32); }
+
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) { grow(size); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
+    other.data_ = nullptr;
+    other.size_ = 0;
+  }
+  ~Buffer() { std::free(data_); }
+
+  // At least `size` elements, zeros when new; what it held before is lost.
+  T* grow(int64_t size) {
+    if (size > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      const size_t bytes = up_to(size * static_cast<int64_t>(sizeof(T)), CACHE_LINE);
+      void* fresh = std::aligned_alloc(CACHE_LINE, bytes);
+      if (fresh == nullptr) throw std::bad_alloc();
+      std::memset(fresh, 0, bytes);
+      data_ = static_cast<T*>(fresh);
+      size_ = size;
+    }
+    return data_;
+  }
+  T* get() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// ------------------------------------------------------------------------------------------------------- numbers
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void store(float* to, float x) { *to = x; }
+
+inline void store(BFloat16* to, float x) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits += 0x7fffu + ((bits >> 16) & 1u);
+  to->bits = static_cast<uint16_t>(bits >> 16);
+}
+
+// e^x, relative error below 3e-7 down to -87, and 0 below; no table, no branch, so that loops become vectors.
+inline float exponential(float x) {
+  const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float scaled = bounded * 1.44269504088896341f;
+  const float whole = (scaled + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const float part = scaled - whole;
+  float y = 1.54035303933816e-4f;
+  y = y * part + 1.33335581464284e-3f;
+  y = y * part + 9.61812910762848e-3f;
+  y = y * part + 5.55041086648216e-2f;
+  y = y * part + 2.40226506959101e-1f;
+  y = y * part + 6.93147180559945e-1f;
+  y = y * part + 1.0f;
+  const int32_t power = (static_cast<int32_t>(whole) + 127) << 23;
+  float factor;
+  std::memcpy(&factor, &power, sizeof factor);
+  // A NaN must stay one: a comparison with it is false, and both bounds let it pass.
+  return x < -87.0f ? 0.0f : y * factor;
+}
+
+// Abramowitz and Stegun, 7.1.26: absolute error below 1.5e-7.
+inline float error_function(float x) {
+  const float size = std::fabs(x);
+  const float t = 1.0f / (1.0f + 0.3275911f * size);
+  float y = 1.061405429f;
+  y = y * t - 1.453152027f;
+  y = y * t + 1.421413741f;
+  y = y * t - 0.284496736f;
+  y = y * t + 0.254829592f;
+  const float result = 1.0f - y * t * exponential(-size * size);
+  return std::copysign(result, x);
+}
+
+template <Activation A>
+inline float activated(float x) {
+  if constexpr (A == GELU) return 0.5f * x * (1.0f + error_function(x * 0.70710678118654752f));
+  if constexpr (A == GELU_TANH) {
+    const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exponential(-2.0f * inner));  // x * (1 + tanh(u)) / 2
+  }
+  if constexpr (A == RELU) return x < 0.0f ? 0.0f : x;
+  if constexpr (A == SILU) return x / (1.0f + exponential(-x));
+}
+
+template <Activation A, typename T>
+void activate(const float* __restrict from, const float* __restrict bias, T* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) store(to + j, activated<A>(from[j] + bias[j]));
+}
+
+template <typename T>
+void activate_by(int64_t kind, const float* from, const float* bias, T* to, int64_t n) {
+  switch (kind) {
+    case GELU: return activate<GELU>(from, bias, to, n);
+    case GELU_TANH: return activate<GELU_TANH>(from, bias, to, n);
+    case RELU: return activate<RELU>(from, bias, to, n);
+    default: return activate<SILU>(from, bias, to, n);
+  }
+}
+
+struct Norm {
+  const float* weight;
+  const float* bias;
+  float eps;
+
+  // Normalises one row in place, and writes it once more in the type of the next product.
+  template <typename T>
+  void apply(float* __restrict row, T* __restrict also, int64_t n) const {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += row[j];
+    const float mean = sum / static_cast<float>(n);
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < n; ++j) squares += (row[j] - mean) * (row[j] - mean);
+    const float scale = 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const float value = (row[j] - mean) * scale * weight[j] + bias[j];
+      row[j] = value;
+      store(also + j, value);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------ products
+
+template <typename T>
+constexpr bool IN_PAIRS = std::is_same_v<T, BFloat16>;
+
+// y = x W^T + b, the weights cut into panels of `width` outputs, each [k, width] (bfloat16: [k / 2, width, 2]).
+template <typename T>
+struct Linear {
+  int64_t n = 0, k = 0, width = 0;
+  Buffer<T> panels;
+  const float* bias = nullptr;
+
+  Linear(const T* weight, const float* bias_of, int64_t outputs, int64_t inputs)
+      : n(outputs), k(inputs), width(outputs % 64 == 0 ? 64 : 16), panels(outputs * inputs), bias(bias_of) {
+    for (int64_t row = 0; row < n; ++row) {
+      T* panel = panels.get() + row / width * k * width;
+      const int64_t column = row % width;
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t place = IN_PAIRS<T> ? i / 2 * width * 2 + column * 2 + i % 2 : i * width + column;
+        panel[place] = weight[row * k + i];
+      }
+    }
+  }
+
+  // Panel `p` for `rows` rows of x; rows are rounded up, and what the last of them hold is nobody's.
+  void product(int64_t p, int64_t rows, const T* x, float* result, int64_t ld_result) const {
+    at::native::cpublas::brgemm(rows_rounded(rows), width, k, k, width, ld_result, false, x,
+                                panels.get() + p * k * width, result, IN_PAIRS<T>);
+  }
+};
+
+template <typename T>
+struct Layer {
+  Linear<T> attend, project, widen, narrow;
+  Norm after_attention, after_feed_forward;
+};
+
+struct Shape {
+  int64_t hidden, heads, intermediate, layers, activation;
+  float scale, eps;
+  int64_t head() const { return hidden / heads; }
+};
+
+// ----------------------------------------------------------------------------------------------------- one chunk
+
+// What one core needs for one chunk; kept from pass to pass.
+template <typename T>
+struct Scratch {
+  Buffer<float> states, wide, scores, summed, maxima, sums;
+  Buffer<T> inputs, attended, intermediate, mixed, weights, keys, values;
+
+  void fit(const Shape& shape, int64_t tokens, int64_t longest) {
+    const int64_t rows = tokens + SLACK;
+    const int64_t keys_padded = up_to(longest, KEYS_OF_BLOCK);
+    states.grow(rows * shape.hidden);
+    inputs.grow(rows * shape.hidden);
+    attended.grow(rows * 3 * shape.hidden);
+    mixed.grow(rows * shape.hidden);
+    intermediate.grow(rows * shape.intermediate);
+    wide.grow(TOKENS_OF_BLOCK * std::max<int64_t>(shape.hidden, 64));
+    scores.grow(QUERIES_OF_BLOCK * KEYS_OF_BLOCK);
+    weights.grow(QUERIES_OF_BLOCK * KEYS_OF_BLOCK);
+    summed.grow(QUERIES_OF_BLOCK * shape.head());
+    maxima.grow(QUERIES_OF_BLOCK);
+    sums.grow(QUERIES_OF_BLOCK);
+    keys.grow(keys_padded * shape.head());
+    values.grow(keys_padded * shape.head());
+  }
+};
+
+// Keys of one head as the right side of a product, [head, keys] (bfloat16: in pairs), by blocks; zeros behind the last.
+template <typename T>
+void lay_keys(const T* from, int64_t stride, int64_t count, int64_t head, T* to) {
+  for (int64_t first = 0; first < count; first += KEYS_OF_BLOCK, to += KEYS_OF_BLOCK * head) {
+    const int64_t real = std::min(KEYS_OF_BLOCK, count - first);
+    const int64_t padded = keys_rounded(real);
+    if constexpr (IN_PAIRS<T>) {
+      for (int64_t pair = 0; pair < head / 2; ++pair) {
+        uint32_t* row = reinterpret_cast<uint32_t*>(to) + pair * padded;
+        for (int64_t s = 0; s < real; ++s) std::memcpy(row + s, from + (first + s) * stride + 2 * pair, 4);
+        for (int64_t s = real; s < padded; ++s) row[s] = 0;
+      }
+    } else {
+      for (int64_t d = 0; d < head; ++d) {
+        for (int64_t s = 0; s < real; ++s) to[d * padded + s] = from[(first + s) * stride + d];
+        for (int64_t s = real; s < padded; ++s) to[d * padded + s] = T{};
+      }
+    }
+  }
+}
+
+// Values of one head, [keys, head] (bfloat16: two rows interleaved), by blocks; zeros behind the last.
+template <typename T>
+void lay_values(const T* from, int64_t stride, int64_t count, int64_t head, T* to) {
+  for (int64_t first = 0; first < count; first += KEYS_OF_BLOCK, to += KEYS_OF_BLOCK * head) {
+    const int64_t real = std::min(KEYS_OF_BLOCK, count - first);
+    const int64_t padded = keys_rounded(real);
+    if constexpr (IN_PAIRS<T>) {
+      static const T zeros[1024] = {};
+      for (int64_t s = 0; s < padded; s += 2) {
+        const T* even = s < real ? from + (first + s) * stride : zeros;
+        const T* odd = s + 1 < real ? from + (first + s + 1) * stride : zeros;
+        T* pairs = to + s * head;
+#pragma omp simd
+        for (int64_t d = 0; d < head; ++d) {
+          pairs[2 * d] = even[d];
+          pairs[2 * d + 1] = odd[d];
+        }
+      }
+    } else {
+      for (int64_t s = 0; s < real; ++s) std::memcpy(to + s * head, from + (first + s) * stride, head * sizeof(T));
+      std::memset(to + real * head, 0, (padded - real) * head * sizeof(T));
+    }
+  }
+}
+
+// Attention of one head over one row: `count` tokens whose queries, keys and values lie `stride` apart.
+template <typename T>
+void attend_row(const Shape& shape, const T* base, int64_t stride, int64_t count, T* to, Scratch<T>& own) {
+  const int64_t head = shape.head();
+  T* keys = own.keys.get();
+  T* values = own.values.get();
+  lay_keys(base + shape.hidden, stride, count, head, keys);
+  lay_values(base + 2 * shape.hidden, stride, count, head, values);
+  float* scores = own.scores.get();
+  float* summed = own.summed.get();
+  float* maxima = own.maxima.get();
+  float* sums = own.sums.get();
+  T* weights = own.weights.get();
+  for (int64_t query = 0; query < count; query += QUERIES_OF_BLOCK) {
+    const int64_t queries = std::min(QUERIES_OF_BLOCK, count - query);
+    const int64_t padded_queries = rows_rounded(queries);
+    for (int64_t first = 0; first < count; first += KEYS_OF_BLOCK) {
+      const int64_t real = std::min(KEYS_OF_BLOCK, count - first);
+      const int64_t padded = keys_rounded(real);
+      at::native::cpublas::brgemm(padded_queries, padded, head, stride, padded, padded, false, base + query * stride,
+                                  keys + first * head, scores, IN_PAIRS<T>);
+      for (int64_t q = 0; q < queries; ++q) {
+        const float* __restrict row = scores + q * padded;
+        T* __restrict weight = weights + q * padded;
+        float highest = row[0];
+#pragma omp simd reduction(max : highest)
+        for (int64_t s = 0; s < real; ++s) highest = row[s] > highest ? row[s] : highest;
+        float before = 0.0f;
+        if (first > 0) {
+          before = maxima[q];
+          highest = std::max(highest, before);
+        }
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t s = 0; s < real; ++s) {
+          const float value = exponential((row[s] - highest) * shape.scale);
+          sum += value;
+          store(weight + s, value);
+        }
+        for (int64_t s = real; s < padded; ++s) weight[s] = T{};
+        if (first > 0) {
+          const float fade = exponential((before - highest) * shape.scale);
+          sums[q] = sums[q] * fade + sum;
+          for (int64_t d = 0; d < head; ++d) summed[q * head + d] *= fade;
+        } else {
+          sums[q] = sum;
+        }
+        maxima[q] = highest;
+      }
+      at::native::cpublas::brgemm(padded_queries, head, padded, padded, head, head, first > 0, weights,
+                                  values + first * head, summed, IN_PAIRS<T>);
+    }
+    for (int64_t q = 0; q < queries; ++q) {
+      const float part = 1.0f / sums[q];
+      T* __restrict row = to + (query + q) * shape.hidden;
+      const float* __restrict from = summed + q * head;
+#pragma omp simd
+      for (int64_t d = 0; d < head; ++d) store(row + d, from[d] * part);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the encoder
+
+struct Pass {
+  int64_t rows;
+  const int32_t* ids;        // [tokens], row after row
+  const int32_t* positions;  // [tokens]
+  const int64_t* offsets;    // [rows + 1]
+  const float* pooling;      // [modes, tokens]: what each token counts in each mode
+  int64_t modes;
+  float* vectors;  // [rows, modes * hidden]
+  int64_t lanes;   // cores, at most
+};
+
+struct Chunk {
+  int64_t first, rows, tokens;  // places in the order of rows
+};
+
+class Encoder {
+ public:
+  virtual ~Encoder() = default;
+  virtual void run(const Pass& pass) = 0;
+};
+
+template <typename T>
+class EncoderOf final : public Encoder {
+ public:
+  EncoderOf(const Shape& shape, const void* const* tensors, int64_t lanes) : shape_(shape), scratch_(lanes) {
+    words_ = static_cast<const T*>(*tensors++);
+    positions_ = static_cast<const float*>(*tensors++);
+    embedded_ = norm(tensors);
+    const int64_t h = shape.hidden, wide = shape.intermediate;
+    layers_.reserve(shape.layers);
+    for (int64_t l = 0; l < shape.layers; ++l) {
+      Linear<T> attend = linear(tensors, 3 * h, h);
+      Linear<T> project = linear(tensors, h, h);
+      const Norm after_attention = norm(tensors);
+      Linear<T> widen = linear(tensors, wide, h);
+      Linear<T> narrow = linear(tensors, h, wide);
+      const Norm after_feed_forward = norm(tensors);
+      layers_.push_back({std::move(attend), std::move(project), std::move(widen), std::move(narrow), after_attention,
+                         after_feed_forward});
+    }
+    for (int64_t lane = 1; lane < lanes; ++lane) threads_.emplace_back([this, lane] { serve(lane); });
+  }
+
+  ~EncoderOf() override {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void run(const Pass& pass) override {
+    const std::lock_guard<std::mutex> one_pass(running_);
+    cut(pass);
+    pass_ = &pass;
+    next_.store(0);
+    failure_ = nullptr;
+    const int64_t lanes = std::min<int64_t>({pass.lanes, static_cast<int64_t>(chunks_.size()),
+                                             static_cast<int64_t>(threads_.size()) + 1});
+    if (lanes > 1) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++turn_;
+        invited_ = lanes;
+        busy_ = lanes - 1;
+      }
+      wake_.notify_all();
+    }
+    work(0);
+    if (lanes > 1) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, [this] { return busy_ == 0; });
+    }
+    pass_ = nullptr;
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  Norm norm(const void* const*& tensors) const {
+    const float* weight = static_cast<const float*>(*tensors++);
+    return {weight, static_cast<const float*>(*tensors++), shape_.eps};
+  }
+
+  static Linear<T> linear(const void* const*& tensors, int64_t outputs, int64_t inputs) {
+    const T* weight = static_cast<const T*>(*tensors++);
+    return Linear<T>(weight, static_cast<const float*>(*tensors++), outputs, inputs);
+  }
+
+  // Longest rows first, so that the last chunks, which decide how long the others wait, are small.
+  void cut(const Pass& pass) {
+    order_.resize(pass.rows);
+    for (int64_t r = 0; r < pass.rows; ++r) order_[r] = r;
+    const int64_t* offsets = pass.offsets;
+    std::stable_sort(order_.begin(), order_.end(), [offsets](int64_t a, int64_t b) {
+      return offsets[a + 1] - offsets[a] > offsets[b + 1] - offsets[b];
+    });
+    // With fewer chunks than lanes a core would have nothing to do.
+    const int64_t share = up_to(offsets[pass.rows] / std::max<int64_t>(pass.lanes, 1) + 1, 16);
+    const int64_t limit = std::clamp<int64_t>(share, 32, TOKENS_OF_CHUNK);
+    chunks_.clear();
+    for (int64_t r = 0; r < pass.rows; ++r) {
+      const int64_t tokens = offsets[order_[r] + 1] - offsets[order_[r]];
+      if (chunks_.empty() || chunks_.back().tokens + tokens > limit) chunks_.push_back({r, 0, 0});
+      chunks_.back().rows += 1;
+      chunks_.back().tokens += tokens;
+    }
+  }
+
+  void serve(int64_t lane) {
+    pthread_setname_np(pthread_self(), "embedserve-lane");
+    uint64_t seen = 0;
+    while (true) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return ended_ || (turn_ != seen && lane < invited_); });
+        if (ended_) return;
+        seen = turn_;
+      }
+      work(lane);
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        --busy_;
+      }
+      done_.notify_one();
+    }
+  }
+
+  void work(int64_t lane) {
+    try {
+      for (size_t c = next_++; c < chunks_.size(); c = next_++) compute(chunks_[c], scratch_[lane]);
+      at::native::cpublas::brgemm_release(IN_PAIRS<T>);
+    } catch (...) {
+      next_.store(chunks_.size());
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
+  }
+
+  void compute(const Chunk& chunk, Scratch<T>& own) const {
+    const int64_t* offsets = pass_->offsets;
+    const int64_t longest = offsets[order_[chunk.first] + 1] - offsets[order_[chunk.first]];
+    own.fit(shape_, chunk.tokens, longest);
+    embed(chunk, own);
+    for (const Layer<T>& layer : layers_) {
+      attend(chunk, layer, own);
+      add_and_normalize(chunk.tokens, layer.project, own.mixed.get(), layer.after_attention, own);
+      widen(chunk.tokens, layer.widen, own);
+      add_and_normalize(chunk.tokens, layer.narrow, own.intermediate.get(), layer.after_feed_forward, own);
+    }
+    pool(chunk, own);
+  }
+
+  void embed(const Chunk& chunk, Scratch<T>& own) const {
+    const int64_t h = shape_.hidden;
+    float* state = own.states.get();
+    T* input = own.inputs.get();
+    for (int64_t r = chunk.first; r < chunk.first + chunk.rows; ++r) {
+      for (int64_t t = pass_->offsets[order_[r]]; t < pass_->offsets[order_[r] + 1]; ++t, state += h, input += h) {
+        const T* __restrict word = words_ + static_cast<int64_t>(pass_->ids[t]) * h;
+        const float* __restrict place = positions_ + static_cast<int64_t>(pass_->positions[t]) * h;
+#pragma omp simd
+        for (int64_t j = 0; j < h; ++j) state[j] = to_float(word[j]) + place[j];
+        embedded_.apply(state, input, h);
+      }
+    }
+  }
+
+  void attend(const Chunk& chunk, const Layer<T>& layer, Scratch<T>& own) const {
+    const int64_t h = shape_.hidden, stride = 3 * h;
+    const Linear<T>& linear = layer.attend;
+    float* wide = own.wide.get();
+    for (int64_t p = 0; p < linear.n / linear.width; ++p) {
+      for (int64_t t = 0; t < chunk.tokens; t += TOKENS_OF_BLOCK) {
+        const int64_t rows = std::min(TOKENS_OF_BLOCK, chunk.tokens - t);
+        linear.product(p, rows, own.inputs.get() + t * h, wide, linear.width);
+        for (int64_t row = 0; row < rows; ++row) {
+          T* __restrict to = own.attended.get() + (t + row) * stride + p * linear.width;
+          const float* __restrict from = wide + row * linear.width;
+          const float* __restrict bias = linear.bias + p * linear.width;
+#pragma omp simd
+          for (int64_t j = 0; j < linear.width; ++j) store(to + j, from[j] + bias[j]);
+        }
+      }
+    }
+    int64_t token = 0;
+    for (int64_t r = chunk.first; r < chunk.first + chunk.rows; ++r) {
+      const int64_t count = pass_->offsets[order_[r] + 1] - pass_->offsets[order_[r]];
+      for (int64_t head = 0; head < shape_.heads; ++head) {
+        attend_row(shape_, own.attended.get() + token * stride + head * shape_.head(), stride, count,
+                   own.mixed.get() + token * h + head * shape_.head(), own);
+      }
+      token += count;
+    }
+  }
+
+  // states = norm(states + linear(x)), and inputs the same in the type of the next product.
+  void add_and_normalize(int64_t tokens, const Linear<T>& linear, const T* x, const Norm& norm, Scratch<T>& own) const {
+    const int64_t h = shape_.hidden;
+    float* wide = own.wide.get();
+    for (int64_t t = 0; t < tokens; t += TOKENS_OF_BLOCK) {
+      const int64_t rows = std::min(TOKENS_OF_BLOCK, tokens - t);
+      for (int64_t p = 0; p < h / linear.width; ++p)
+        linear.product(p, rows, x + t * linear.k, wide + p * linear.width, h);
+      for (int64_t row = 0; row < rows; ++row) {
+        float* __restrict state = own.states.get() + (t + row) * h;
+        const float* __restrict from = wide + row * h;
+#pragma omp simd
+        for (int64_t j = 0; j < h; ++j) state[j] += from[j] + linear.bias[j];
+        norm.apply(state, own.inputs.get() + (t + row) * h, h);
+      }
+    }
+  }
+
+  void widen(int64_t tokens, const Linear<T>& linear, Scratch<T>& own) const {
+    float* wide = own.wide.get();
+    for (int64_t p = 0; p < linear.n / linear.width; ++p) {
+      for (int64_t t = 0; t < tokens; t += TOKENS_OF_BLOCK) {
+        const int64_t rows = std::min(TOKENS_OF_BLOCK, tokens - t);
+        linear.product(p, rows, own.inputs.get() + t * linear.k, wide, linear.width);
+        for (int64_t row = 0; row < rows; ++row) {
+          activate_by(shape_.activation, wide + row * linear.width, linear.bias + p * linear.width,
+                      own.intermediate.get() + (t + row) * linear.n + p * linear.width, linear.width);
+        }
+      }
+    }
+  }
+
+  void pool(const Chunk& chunk, const Scratch<T>& own) const {
+    const int64_t h = shape_.hidden, tokens = pass_->offsets[pass_->rows];
+    const float* state = own.states.get();
+    for (int64_t r = chunk.first; r < chunk.first + chunk.rows; ++r) {
+      const int64_t first = pass_->offsets[order_[r]];
+      const int64_t count = pass_->offsets[order_[r] + 1] - first;
+      for (int64_t mode = 0; mode < pass_->modes; ++mode) {
+        float* __restrict to = pass_->vectors + (order_[r] * pass_->modes + mode) * h;
+        for (int64_t j = 0; j < h; ++j) to[j] = 0.0f;
+        for (int64_t t = 0; t < count; ++t) {
+          const float weight = pass_->pooling[mode * tokens + first + t];
+          if (weight == 0.0f) continue;  // a token that does not count may be anything, NaN too
+          const float* __restrict from = state + t * h;
+#pragma omp simd
+          for (int64_t j = 0; j < h; ++j) to[j] += weight * from[j];
+        }
+      }
+      state += count * h;
+    }
+  }
+
+  const Shape shape_;
+  const T* words_;
+  const float* positions_;
+  Norm embedded_;
+  std::vector<Layer<T>> layers_;
+  std::vector<Scratch<T>> scratch_;
+
+  std::mutex running_;  // one pass at a time
+  std::vector<int64_t> order_;
+  std::vector<Chunk> chunks_;
+  const Pass* pass_ = nullptr;
+  std::atomic<size_t> next_{0};
+  std::exception_ptr failure_;
+
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable wake_, done_;
+  uint64_t turn_ = 0;
+  int64_t invited_ = 0, busy_ = 0;
+  bool ended_ = false;
+  std::vector<std::thread> threads_;
+};
+
+int tell(const char* why, char* message, int64_t room) {
+  if (room > 0) {
+    std::strncpy(message, why, room - 1);
+    message[room - 1] = '\0';
+  }
+  return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, 1 (message says why) or 2 (no memory).
+int embedserve_create(const Shape* shape, const void* const* tensors, int64_t lanes, int64_t is_bfloat16, void** made,
+                      char* message, int64_t room) try {
+  if (is_bfloat16) {
+    *made = static_cast<Encoder*>(new EncoderOf<BFloat16>(*shape, tensors, lanes));
+  } else {
+    *made = static_cast<Encoder*>(new EncoderOf<float>(*shape, tensors, lanes));
+  }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 2;
+} catch (const std::exception& error) {
+  return tell(error.what(), message, room);
+}
+
+int embedserve_run(void* encoder, const Pass* pass, char* message, int64_t room) try {
+  static_cast<Encoder*>(encoder)->run(*pass);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 2;
+} catch (const std::exception& error) {
+  return tell(error.what(), message, room);
+}
+
+void embedserve_destroy(void* encoder) { delete static_cast<Encoder*>(encoder); }
+
+}  // extern "C"
