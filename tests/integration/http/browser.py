@@ -148,15 +148,12 @@ class Page:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    async def until(self, condition: str) -> Any:
+    async def until(self, condition: str, *, every_ms: int = 20) -> Any:
         """The value of an expression, once it is something."""
-        # Waited for in the page, frame by frame: a new question each time would find the page between two states.
-        return await self.run(
-            "new Promise((done) => {"
-            f"  const look = () => {{ const found = ({condition}); found ? done(found) : setTimeout(look, 20) }};"
-            "  look();"
-            "})"
-        )
+        # Looked for by the page itself: one question, however long it takes.
+        again = f"setTimeout(look, {every_ms})"
+        look = f"() => {{ const found = ({condition}); found ? done(found) : {again} }}"
+        return await self.run(f"new Promise((done) => {{ const look = {look}; look() }})")
 
     async def press(self, key: str, code: int) -> None:
         """Press a key."""

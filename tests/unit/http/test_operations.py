@@ -11,6 +11,8 @@ import pytest
 from embedserve.engine.load import LoadReport
 from embedserve.errors import StartupError
 from embedserve.http.operations import OperationsPort
+from embedserve.http.statusz.page import CONTENT_SECURITY_POLICY
+from tests.unit.http.snapshots import SERVING, shedding
 
 HEALTHY = LoadReport("healthy", True, 12, 1500.0, 8.0, 20.5, 3, 60, 2, 40)
 SHEDDING = LoadReport("overloaded", False, 90_000, 1500.0, 60_000.0, 900.0, 700, 60, 2, 40)
@@ -18,7 +20,7 @@ SHEDDING = LoadReport("overloaded", False, 90_000, 1500.0, 60_000.0, 900.0, 700,
 
 @pytest.fixture
 async def port() -> AsyncIterator[SimpleNamespace]:
-    state = SimpleNamespace(alive=True, ready=True, load=HEALTHY, lifecycle="serving", accepts=[])
+    state = SimpleNamespace(alive=True, ready=True, load=HEALTHY, lifecycle="serving", accepts=[], snapshot=SERVING)
 
     def render(accept: str) -> tuple[str, bytes]:
         state.accepts.append(accept)
@@ -30,10 +32,12 @@ async def port() -> AsyncIterator[SimpleNamespace]:
         load=lambda: state.load,
         render_metrics=render,
         lifecycle_state=lambda: state.lifecycle,
+        snapshot=lambda: state.snapshot,
     )
     address = await operations.start("127.0.0.1:0")
     async with httpx.AsyncClient(base_url=f"http://{address}") as client:
         state.get = client.get
+        state.client = client
         state.address = address
         yield state
     await operations.stop()
@@ -101,6 +105,70 @@ class TestMetrics:
         assert answer.text == "up 1\n"
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert port.accepts == ["application/openmetrics-text"]
+
+
+class TestStatusz:
+    """A page for people and its facts for machines, kept by nobody; off means off."""
+
+    async def test_the_page(self, port: SimpleNamespace) -> None:
+        answer = await port.get("/statusz")
+
+        assert answer.status_code == 200
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert answer.headers["Content-Security-Policy"] == CONTENT_SECURITY_POLICY
+        assert answer.text.startswith("<!DOCTYPE html>")
+        assert "Serving 200 calls/s." in answer.text
+
+    async def test_the_facts(self, port: SimpleNamespace) -> None:
+        port.snapshot = shedding()
+        answer = await port.get("/statusz.json")
+        told = answer.json()
+
+        assert answer.headers["Content-Type"] == "application/json"
+        assert told["verdict"]["headline"] == "Serving, device is full, shedding"
+        assert told["admission"]["refusals"][0]["reason"] == "P95_EXCEEDED"
+        assert set(told) == {"verdict", *SERVING.__dataclass_fields__}
+
+    @pytest.mark.parametrize("path", ["/statusz", "/statusz.json"])
+    async def test_nothing_of_it_is_kept_guessed_or_lent(self, port: SimpleNamespace, path: str) -> None:
+        headers = (await port.get(path)).headers
+
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+    async def test_without_a_snapshot_it_is_off_and_says_by_which_setting(self) -> None:
+        off = OperationsPort(
+            alive=lambda: True, ready=lambda: True, load=lambda: HEALTHY, render_metrics=None, lifecycle_state=str
+        )
+        address = await off.start("127.0.0.1:0")
+        async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+            answers = [await client.get(path) for path in ("/statusz", "/statusz.json")]
+        await off.stop()
+
+        assert {(a.status_code, a.text) for a in answers} == {(404, "statusz is off: operations.statusz = false\n")}
+
+
+class TestMethods:
+    """Everything is read only: HEAD is GET without a body, and whatever would change something is refused."""
+
+    PATHS = ("/livez", "/readyz", "/health", "/metrics", "/statusz", "/statusz.json")
+
+    @pytest.mark.parametrize("path", PATHS)
+    async def test_head_has_the_headers_and_no_body(self, port: SimpleNamespace, path: str) -> None:
+        got, head = await port.get(path), await port.client.head(path)
+
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["Content-Type"] == got.headers["Content-Type"]
+        assert head.headers["Content-Length"] == got.headers["Content-Length"]
+
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+    async def test_others_are_not_allowed(self, port: SimpleNamespace, path: str, method: str) -> None:
+        answer = await port.client.request(method, path)
+
+        assert (answer.status_code, answer.headers["Allow"]) == (405, "GET,HEAD")
 
 
 class TestBinding:
