@@ -74,7 +74,7 @@ def _bottleneck() -> Row:
                 Target(BOARD.gauge(m.TOKENIZER_QUEUE), "requests that wait"), unit="short",
             ),
             lines(
-                "Tokenizer", "How long do requests wait for a tokenizer thread, and keep it?",
+                "Time in the tokenizer", "How long do requests wait for a tokenizer thread, and keep it?",
                 *(Target(BOARD.quantile(q, m.TOKENIZER_WAIT), f"wait P{q * 100:g}") for q in (0.5, 0.95)),
                 *(Target(BOARD.quantile(q, m.TOKENIZER_DURATION), f"work P{q * 100:g}") for q in (0.5, 0.95)), unit="s",
             ),
@@ -96,9 +96,9 @@ def _passes() -> Row:
         "Passes",
         (
             lines(
-                "Duration of a pass", "How long do passes take, and since when? Points are sampled traces.",
+                "Duration of a pass", "How long do passes take, and since when?",
                 *(
-                    Target(BOARD.quantile(q, m.BATCH_DURATION, where=OK), f"P{q * 100:g}", exemplar=True)
+                    Target(BOARD.quantile(q, m.BATCH_DURATION, where=OK), f"P{q * 100:g}")
                     for q in (0.5, 0.95, 0.99)
                 ), unit="s",
             ),
@@ -114,7 +114,7 @@ def _passes() -> Row:
             ),
             heat(
                 "All passes", "Are passes alike, or are some much longer?",
-                Target(BOARD.rate(m.BATCH_DURATION, ("le",), where=OK, part="_bucket"), "{{le}}", exemplar=True),
+                Target(BOARD.rate(m.BATCH_DURATION, ("le",), where=OK, part="_bucket"), "{{le}}"),
                 unit="s",
             ),
             lines(

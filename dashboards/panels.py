@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -40,11 +40,11 @@ class Target:
     exemplar: bool = False
     """Show sampled traces as points: for queries over a histogram's buckets."""
 
-    def build(self, number: int, *, instant: bool = False, heat: bool = False) -> prometheus.Dataquery:
+    def build(self, number: int, *, now: bool = False, heat: bool = False) -> prometheus.Dataquery:
         """As the panel's target ``number``."""
         made = prometheus.Dataquery().expr(self.query).legend_format(self.legend).ref_id(chr(ord("A") + number))
-        if instant:
-            return made.instant().format(PromQueryFormat.TABLE)
+        if now:
+            return made.instant()
         made = made.range().exemplar(self.exemplar)
         return made.format(PromQueryFormat.HEATMAP) if heat else made
 
@@ -115,16 +115,17 @@ def figure(
     title: str, question: str, *targets: Target, unit: str, limits: Limits | None = None, none: str = "no calls",
     decimals: int | None = None, width: int = 4, colors: Mapping[str, str] | None = None, named: bool = False,
 ) -> stat.Panel:  # fmt: skip
-    """One number that is read at a glance, with its past behind it.
+    """One number that is read at a glance: as it is now, or ``none`` where there is none now.
 
-    ``none`` is shown where there is no data, the series' name beside the number when it is ``named`` or has ``colors``.
+    It is asked for as of now because Grafana shows the last value of the chosen time otherwise, however old it is, and
+    without NaN, which a quantile of nothing is. ``named`` or with ``colors``, the series' name stands beside it.
     """
     made = (
         stat.Panel()
         .title(title).description(question).datasource(DATASOURCE).height(STAT_HEIGHT).span(width)
         .unit(unit).no_value(none).thresholds(_thresholds(limits))
         .color_mode(common.BigValueColorMode.BACKGROUND if limits else common.BigValueColorMode.VALUE)
-        .graph_mode(common.BigValueGraphMode.AREA)
+        .graph_mode(common.BigValueGraphMode.NONE)
         .text_mode(common.BigValueTextMode.VALUE_AND_NAME if colors or named else common.BigValueTextMode.AUTO)
         .reduce_options(common_builder.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
     )  # fmt: skip
@@ -135,7 +136,7 @@ def figure(
             name, [dashboard.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": color})]
         )
     for number, target in enumerate(targets):
-        made = made.with_target(target.build(number))
+        made = made.with_target(replace(target, query=f"{target.query} >= 0").build(number, now=True))
     return made
 
 
@@ -220,7 +221,7 @@ def facts(
             )
         )
         .with_transformation(dashboard.DataTransformerConfig(id_val="organize", options=shown))
-        .with_target(target.build(0, instant=True))
+        .with_target(target.build(0, now=True).format(PromQueryFormat.TABLE))
     )  # fmt: skip
     for name, unit in (units or {}).items():
         made = made.override_by_name(name, [dashboard.DynamicConfigValue("unit", unit)])

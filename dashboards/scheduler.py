@@ -41,7 +41,7 @@ def _glance() -> Row:
                 "Efficiency", "Which part of what is computed is text, not padding?", Target(efficiency, "useful"),
                 unit="percentunit", limits=Limits(0.8, 0.5), none="no passes",
             ),
-            figure("Texts a pass", "How full are batches?", Target(BOARD.mean(m.BATCH_ITEMS), "texts"), unit="short",
+            figure("Batch", "How full are batches?", Target(BOARD.mean(m.BATCH_ITEMS), "texts"), unit="short",
                    none="no passes", decimals=1),
             figure(
                 "Refused most", "Which limit refuses most?", Target(f"topk(1, {refused} > 0)", "{{reason}}"),
@@ -67,8 +67,8 @@ def _buckets() -> Row:
             lines(
                 "P95 wait by bucket", "Which bucket is slow? Time from the queue to the worker.",
                 Target(
-                    f"{BOARD.quantile(0.95, m.QUEUE_WAIT, ('bucket',))} >= 0", "to {{bucket}} tokens", exemplar=True
-                ), unit="s", slow_from_s=0.25,
+                    f"{BOARD.quantile(0.95, m.QUEUE_WAIT, ('bucket',))} >= 0", "to {{bucket}} tokens"
+                ), unit="s", slow_from_s=0.25, width=6,
             ),
             lines(
                 "Requests by bucket", "How long are the texts that come? A request counts by its longest.",
@@ -155,8 +155,11 @@ def _predictions() -> Row:
                 limits=Limits(1.5, 2.25), width=6,
             ),
             heat(
-                "Waits", "Are all waits alike, or do some texts wait much longer?",
-                Target(BOARD.rate(m.QUEUE_WAIT, ("le",), part="_bucket"), "{{le}}", exemplar=True), unit="s", width=6,
+                "Waits", "Are all waits alike, or do some calls wait much longer? Points are traces.",
+                Target(
+                    BOARD.rate(m.STAGE_DURATION, ("le",), where={"stage": "queue"}, part="_bucket"), "{{le}}",
+                    exemplar=True,
+                ), unit="s", width=6,
             ),
         ),
     )  # fmt: skip

@@ -146,8 +146,17 @@ def _hurt() -> Row:
             lines(
                 "P95 wait by length", "Whose waits are long: which length bucket is slow, and since when?",
                 Target(
-                    f"{BOARD.quantile(0.95, m.QUEUE_WAIT, ('bucket',))} >= 0", "to {{bucket}} tokens", exemplar=True
+                    f"{BOARD.quantile(0.95, m.QUEUE_WAIT, ('bucket',))} >= 0", "to {{bucket}} tokens"
                 ), unit="s", slow_from_s=LATENCY_BOUND_S,
+            ),
+            lines(
+                "Calls under way", "How many calls are open, and of which kind? Growing without more traffic: waiting.",
+                Target(short_method(BOARD.gauge(m.ACTIVE_CALLS, "sum", ("rpc_method",))), "{{method}}"), unit="short",
+            ),
+            lines(
+                "P95 by method", "Which method is slow, all endings together?",
+                Target(f"{short_method(BOARD.quantile(0.95, m.RPC_DURATION, ('rpc_method',)))} >= 0", "{{method}}"),
+                unit="s",
             ),
         ),
     )  # fmt: skip
@@ -166,30 +175,21 @@ def _failing() -> Row:
                             m.RPC_DURATION, ("rpc_method", STATUS), where={**WITH_TEXTS, STATUS: failed}, part="_count"
                         )
                     ), "{{method}} {{rpc_response_status_code}}",
-                ), unit="reqps",
+                ), unit="reqps", width=6,
             ),
             lines(
                 "Texts that got no vector", "What becomes of texts that were let in and are not embedded?",
                 Target(BOARD.rate(m.ITEMS_SETTLED, ("verdict",), where={"verdict": "!done"}), "{{verdict}}"),
-                unit="short",
+                unit="short", width=6,
             ),
             lines(
                 "Errors, ours and theirs", "Is it us? unexpected errors are our fault; expected ones are wrong calls, "
                 "refused, late or given up.", Target(BOARD.rate(m.RPC_ERRORS, ("kind",)), "{{kind}}"), unit="reqps",
-                colors={"expected": "blue", "unexpected": "red"},
+                width=6, colors={"expected": "blue", "unexpected": "red"},
             ),
             lines(
                 "Requests", "How do requests end that reached the engine?",
-                Target(BOARD.rate(m.REQUESTS, ("verdict",)), "{{verdict}}"), unit="reqps",
-            ),
-            lines(
-                "Calls under way", "How many calls are open, and of which kind? Growing without more traffic: waiting.",
-                Target(short_method(BOARD.gauge(m.ACTIVE_CALLS, "sum", ("rpc_method",))), "{{method}}"), unit="short",
-            ),
-            lines(
-                "P95 by method", "Which method is slow, all endings together?",
-                Target(f"{short_method(BOARD.quantile(0.95, m.RPC_DURATION, ('rpc_method',)))} >= 0", "{{method}}"),
-                unit="s",
+                Target(BOARD.rate(m.REQUESTS, ("verdict",)), "{{verdict}}"), unit="reqps", width=6,
             ),
         ),
     )  # fmt: skip

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,10 +15,9 @@ from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.settings import TelemetrySettings
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.telemetry.span_queue import SpanQueue
-from tests.integration.telemetry.collector import READY_S, free_port, running, wait_for_port
+from tests.integration.telemetry.prometheus_server import PROMETHEUS, ask, scraping
 from tests.integration.telemetry.traffic import METHOD, ride_together
 
-PROMETHEUS = shutil.which("prometheus")
 pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
 
 
@@ -70,45 +62,8 @@ def scraped(telemetry: Telemetry) -> Iterator[int]:
 @pytest.fixture
 def prometheus(scraped: int, tmp_path: Path) -> Iterator[str]:
     """The URL of a Prometheus that scrapes every second."""
-    assert PROMETHEUS is not None
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
-        f"scrape_configs: [{{job_name: embedserve, static_configs: [{{targets: ['127.0.0.1:{scraped}']}}]}}]\n"
-    )
-    port = free_port()
-    command = [
-        PROMETHEUS, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage",
-    ]  # fmt: skip
-    with running(command, tmp_path / "prometheus.log") as process:
-        wait_for_port(port, process)
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url)
+    with scraping([f"127.0.0.1:{scraped}"], tmp_path) as url:
         yield url
-
-
-def wait_until_ready(url: str) -> None:
-    """Until Prometheus has opened its storage; before, it answers 503 to everything."""
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
-        with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/-/ready", timeout=5):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{url} is not ready after {READY_S} s")
-
-
-def ask(url: str, path: str, **parameters: str) -> list[dict[str, Any]]:
-    """The data of one API call, once there is some."""
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(parameters)}", timeout=5) as answer:
-            data = json.load(answer)["data"]
-        found: list[dict[str, Any]] = data["result"] if isinstance(data, dict) else data
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"Prometheus has nothing for {parameters}")
 
 
 class TestPrometheus:
