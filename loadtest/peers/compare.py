@@ -39,17 +39,21 @@ PERCENTILES = ("p50", "p95", "p99")
 Turn = dict[str, Any]
 
 
-def turn(server: PeerProcess, scenario: Scenario, tell: Callable[[Progress], None] | None = None) -> Turn:
-    """One turn of one peer: its figures, or ``{"failed": sentence}``. It is thawed for it, and frozen afterwards."""
+def turn(server: PeerProcess, scenario: Scenario, before: Turn | None = None) -> Turn:
+    """One turn of one peer: its figures, or ``{"failed": sentence}``. It is thawed for it, and frozen afterwards.
+
+    ``before`` is its turn of an earlier repetition, which knows the best batch size of an offline encode.
+    """
     server.thaw()
-    meter = _Meter(server, scenario.seconds, tell)
+    meter = _Meter(server, scenario.seconds)
     try:
         result = asyncio.run(
             drive(scenario, partial(server.peer.target, server.address, server.model), on_progress=meter)
         )
         found = _figures(result.figures(), meter, server)
         if isinstance(server.peer, SentenceTransformers):
-            found |= asyncio.run(_offline(server, scenario, found["texts_per_s"]))
+            size = (before or {}).get("offline_batch_size")
+            found |= asyncio.run(_offline(server, scenario, found["texts_per_s"], (size,) if size else BATCH_SIZES))
         return found
     except TargetFailed as error:
         return {"failed": str(error)}
@@ -64,8 +68,9 @@ def compared(
     turns: dict[str, list[Turn]] = {server.peer.label: [] for server in servers}
     for repetition in range(repetitions):
         for server in servers:
-            found = turn(server, scenario)
-            turns[server.peer.label].append(found)
+            own = turns[server.peer.label]
+            found = turn(server, scenario, own[0] if own else None)
+            own.append(found)
             what = found.get("failed") or f"{found['texts_per_s']:.0f} texts/s, p50 {found['p50_ms']:.1f} ms"
             say(f"  {scenario.name} {repetition + 1}/{repetitions} {server.peer.label}: {what}")
     return turns
@@ -148,7 +153,7 @@ def _figures(figures: Mapping[str, Any], meter: _Meter, server: PeerProcess) -> 
     }
 
 
-async def _offline(server: PeerProcess, scenario: Scenario, rate: float) -> Turn:
+async def _offline(server: PeerProcess, scenario: Scenario, rate: float, sizes: Sequence[int]) -> Turn:
     """The bound that no service can pass, and what the loop around the library costs."""
     calls = calls_of(scenario)
     fewest, most = OFFLINE_TEXTS
@@ -157,7 +162,7 @@ async def _offline(server: PeerProcess, scenario: Scenario, rate: float) -> Turn
     target = EncodeTarget(server.address)
     await target.open()
     try:
-        rates = {size: await target.offline(texts, size) for size in BATCH_SIZES}
+        rates = {size: await target.offline(texts, size) for size in sizes}
         best = max(rates, key=lambda size: rates[size])
         return {
             "offline_texts_per_s": rates[best],
@@ -172,10 +177,9 @@ async def _offline(server: PeerProcess, scenario: Scenario, rate: float) -> Turn
 class _Meter:
     """Reads the server's CPU time while its run goes on; warm-up and connecting are not in it."""
 
-    def __init__(self, server: PeerProcess, seconds: float, tell: Callable[[Progress], None] | None) -> None:
+    def __init__(self, server: PeerProcess, seconds: float) -> None:
         self._server = server
         self._seconds = seconds
-        self._tell = tell
         self._first: tuple[float, float] | None = None
         self._last: tuple[float, float] | None = None
 
@@ -183,8 +187,6 @@ class _Meter:
         if 0 <= progress.seconds <= self._seconds:
             self._last = (time.monotonic(), self._server.cpu_s())
             self._first = self._first or self._last
-        if self._tell is not None:
-            self._tell(progress)
 
     @property
     def cores(self) -> float:
