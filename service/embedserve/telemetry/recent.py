@@ -245,7 +245,12 @@ class Recent:
         }
 
     def update_full(self, now_ns: int, busy: Mapping[str, float]) -> None:
-        """Note which resources have become a bottleneck, and which no longer are one."""
+        """Note which resources have become a bottleneck, and which no longer are one.
+
+        Not in the first seconds: whoever has only begun is busy.
+        """
+        if now_ns - self.seconds.begun_ns < QUIET_NS:
+            return
         for name, share in busy.items():
             if share < NOT_FULL:
                 self.full_since[name] = None

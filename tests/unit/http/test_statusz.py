@@ -144,6 +144,11 @@ class TestVerdict:
         assert verdict.headline == "Serving, tokenizer is full"
         assert "The tokenizer: 98\xa0% busy since 11:59:30" in answers(verdict)["What is the bottleneck?"]
 
+    def test_refusals_without_a_bottleneck_are_wondered_at(self) -> None:
+        told = answers(judge(shedding(resources=SERVING.resources)))
+
+        assert told["What is the bottleneck?"].startswith("Nothing is full, and yet calls are refused")
+
     def test_idle(self) -> None:
         quiet = dataclasses.replace(TRAFFIC, calls_per_s=0.0, in_flight=0)
 
@@ -155,7 +160,7 @@ class TestVerdict:
             ("starting", "wait", "Starting for 4\xa0s"),
             ("warming", "wait", "Warming up for 4\xa0s"),
             ("stalled", "bad", "Stalled since 11:59:56: a pass has been at work for 4\xa0ms"),
-            ("draining", "wait", "Draining since 11:59:56: 5 calls"),
+            ("draining", "wait", "Draining since 11:59:56: 5 calls to be answered"),
             ("stopped", "wait", "Stopped since 11:59:56"),
             ("failed", "bad", "Failed at 11:59:56"),
         ],

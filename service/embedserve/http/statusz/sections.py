@@ -12,7 +12,7 @@ from embedserve.http.statusz.charts import bar, line
 from embedserve.http.statusz.markup import Html, Part, foreign, tag
 from embedserve.http.statusz.reasons import POLICIES, REASONS
 from embedserve.http.statusz.tables import facts, section, table
-from embedserve.http.statusz.words import NONE, amount, count, duration, instant, rate, share, size
+from embedserve.http.statusz.words import NONE, amount, count, duration, instant, rate, several, share, size
 from embedserve.snapshot import Ended, Figure, History, Latency, Snapshot
 
 __all__ = ["admission", "device", "latency", "load", "passes", "process", "queue", "requests"]
@@ -89,8 +89,8 @@ def queue(shown: Snapshot) -> Html:
         "queue",
         "Queue",
         facts(
-            ("waiting", f"{count(items)} texts, {count(tokens)} tokens"),
-            ("running", f"{count(shown.running_items)} texts, {count(shown.running_tokens)} tokens"),
+            ("waiting", f"{several(items, 'text')}, {several(tokens, 'token')}"),
+            ("running", f"{several(shown.running_items, 'text')}, {several(shown.running_tokens, 'token')}"),
             ("worked off in", duration(shown.drain_s)),
         ),
         table(
@@ -322,20 +322,24 @@ def _trace(trace_id: str | None) -> Part:
 
 
 def _calls(shown: Snapshot, name: str, caption: str, calls: Sequence[Ended], *, slow: bool = False) -> Html:
+    # What was refused has gone through no stage, and its texts were hardly looked at.
+    whole = name != "refused"
     rows = [
         (
             instant(call.at_s, shown.at_s),
             duration(call.duration_s),
-            f"{call.longest_stage} {duration(call.longest_s)}" if call.longest_stage else NONE,
+            *((f"{call.longest_stage} {duration(call.longest_s)}" if call.longest_stage else NONE,) if whole else ()),
             _status(call),
             call.method,
             foreign(call.tenant) if call.tenant else NONE,
             NONE if call.texts is None else count(call.texts),
-            NONE if call.tokens is None else count(call.tokens),
+            *((NONE if call.tokens is None else count(call.tokens),) if whole else ()),
             _trace(call.trace_id),
         )
         for call in calls
     ]
-    heads = ("ended", "took", "longest stage", "status", "method", "tenant", "texts", "tokens", "trace")
+    heads: tuple[str, ...] = ("ended", "took", "status", "method", "tenant", "texts", "trace")
+    if whole:
+        heads = ("ended", "took", "longest stage", "status", "method", "tenant", "texts", "tokens", "trace")
     empty = "No call has ended in that time." if slow else "None since the start."
-    return table(name, caption, heads, rows, numbers="-n----nn-", empty=empty)
+    return table(name, caption, heads, rows, numbers="-n----nn-" if whole else "-n---n-", empty=empty)

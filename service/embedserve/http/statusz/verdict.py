@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embedserve.http.statusz.reasons import REASONS
-from embedserve.http.statusz.words import amount, clock, count, duration, rate, share
+from embedserve.http.statusz.words import amount, clock, count, duration, rate, several, share
 from embedserve.snapshot import Bucket, Resource, Snapshot
 
 __all__ = ["Answer", "Verdict", "judge"]
@@ -63,7 +63,9 @@ def _state(shown: Snapshot) -> tuple[str, str, str]:
         case "starting":
             return "wait", "Starting", f"Starting for {lasted}: no calls are taken yet."
         case "warming":
-            said = f"Warming up for {lasted}: the model is being loaded and tried. Calls get UNAVAILABLE until then."
+            said = (
+                f"Warming up for {lasted}: the model is being loaded and tried. Calls get UNAVAILABLE until it serves."
+            )
             return "wait", "Warming up", said
         case "stalled":
             age = shown.device.pass_age_s
@@ -71,8 +73,8 @@ def _state(shown: Snapshot) -> tuple[str, str, str]:
             said = f"Stalled since {since}: {why}. New calls get UNAVAILABLE with ENGINE_STALLED."
             return "bad", "Stalled", said
         case "draining":
-            left = count(shown.traffic.in_flight)
-            return "wait", "Draining", f"Draining since {since}: {left} calls are in flight, and then the process ends."
+            left = several(shown.traffic.in_flight, "call")
+            return "wait", "Draining", f"Draining since {since}: {left} to be answered, and then the process ends."
         case "failed":
             said = f"Failed at {since}: nothing more will run. The log's last event, failed or start_failed, says why."
             return "bad", "Failed", said
@@ -127,8 +129,13 @@ def _bottleneck(shown: Snapshot) -> Answer:
     question = "What is the bottleneck?"
     if shown.process.state == "stalled":
         return Answer(question, "The device: it is silent, so that everything else waits for it.", "bad")
+    if shown.process.state in ("starting", "warming"):
+        return Answer(question, "No calls are served yet.", "good")
     full = _full(shown)
     others = ", ".join(f"{one.name} {share(one.busy)}" for one in shown.resources if one is not full)
+    if full is None and shown.admission.since_s is not None:
+        said = f"Nothing is full, and yet calls are refused: a limit is nearer than the machine's own. Busy: {others}."
+        return Answer(question, said, "warn")
     if full is None:
         return Answer(question, f"Nothing is full. Busy: {others}.", "good")
     since = _at(shown, full.full_since_s or shown.at_s)
@@ -144,7 +151,7 @@ def _refusing(shown: Snapshot) -> Answer:
         if not past:
             return Answer(question, f"Nothing in the last {duration(shown.recent_s)}.", "good")
         last = max(refusal.last_s for refusal in admission.refusals)
-        said = f"Nothing now; {count(past)} calls in the last {duration(shown.recent_s)}, until {_at(shown, last)}."
+        said = f"Nothing now; {several(past, 'call')} in the last {duration(shown.recent_s)}, until {_at(shown, last)}."
         return Answer(question, said, "good")
     top = current[0]
     why = REASONS.get(top.reason, top.reason)

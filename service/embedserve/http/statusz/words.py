@@ -11,7 +11,7 @@ import time
 
 from embedserve.http.statusz.markup import Html, tag
 
-__all__ = ["NONE", "amount", "clock", "count", "duration", "instant", "rate", "share", "size"]
+__all__ = ["NONE", "amount", "clock", "count", "duration", "instant", "rate", "several", "share", "size"]
 
 NONE = "\N{EN DASH}"
 """Where there is nothing to say."""
@@ -34,6 +34,11 @@ def count(value: float) -> str:
 def amount(value: float | None) -> str:
     """Any number."""
     return NONE if value is None else _digits(value)
+
+
+def several(number: float, noun: str) -> str:
+    """So many of something."""
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
 
 
 def rate(per_s: float) -> str:
