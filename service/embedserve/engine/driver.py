@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.pending import Pending
-from embedserve.engine.record import Flight, batch_record
+from embedserve.engine.record import Flight, batch_record, board
 from embedserve.engine.stages import Ride
 from embedserve.engine.wall import sentence, walled
 from embedserve.engine.worker import Part, Pass, PassResult, Riders
@@ -176,18 +176,12 @@ class Driver:
         self._device_free_ns = now + sum(other.predicted_ns for other in self._flights.values())
         if settlement.fatal is None and self._scheduler.waiting_items:
             self._pump()  # first the next pass, then the answers: the device must not wait for us
-        if flight.probe:
-            trace = None
-        elif any(rider.call.trace is not None for rider in flight.riders):
-            trace = self._observer.batch_finished(batch_record(flight, result, now))
-        else:
-            # No answer needs the batch's trace, so the answers go first: this runs after the tasks that wait for them.
-            trace = None
+        if not flight.probe:  # told after the tasks that wait for the answers have run
             self._loop.call_soon(self._tell_walled, flight, result, now)
         if settlement.fatal is not None:
             self.fail(settlement.fatal, settlement.settled)
         else:
-            self._settle(settlement.settled, flight, result, trace, now)
+            self._settle(settlement.settled, flight, result, now)
         self.notify()
 
     def fail(self, why: str, settled: Iterable[Settled] | None = None) -> None:
@@ -232,7 +226,7 @@ class Driver:
         now = time.monotonic_ns()
         expired = self._scheduler.expire(now)
         if expired:
-            self._settle(expired, None, None, None, now)
+            self._settle(expired, None, None, now)
             self.notify()
         for submission_id in self._scheduler.overdue():
             overdue = self._waiting.get(submission_id)
@@ -269,7 +263,8 @@ class Driver:
         wanted = Riders(len(riders), None if None in deadlines else max(deadlines))  # type: ignore[type-var]
         if not self._flights:
             self._watch.begun(now, predicted)
-        self._flights[batch.id] = Flight(batch, riders, now, predicted, wanted)
+        trace = board(batch, riders, self._observer, now)
+        self._flights[batch.id] = Flight(batch, riders, now, predicted, wanted, trace)
         self._device_free_ns = max(now, self._device_free_ns) + predicted
         parts = [
             Part(rider.ids, rider.offsets, piece.indexes, rider.normalize_on_device, rider.skip)
@@ -334,7 +329,6 @@ class Driver:
         settlement: Iterable[Settled],
         flight: Flight | None,
         result: PassResult | None,
-        trace: object | None,
         now: int,
     ) -> None:
         counted = []
@@ -351,7 +345,7 @@ class Driver:
                 assert flight is not None
                 assert result is not None
                 assert result.vectors is not None
-                self._deliver(pending, settled, flight, result, result.vectors, trace, now)
+                self._deliver(pending, settled, flight, result, result.vectors, now)
             else:
                 useless = pending.fail(settled)
             if pending.remaining == 0:
@@ -374,7 +368,6 @@ class Driver:
         flight: Flight,
         result: PassResult,
         vectors: npt.NDArray[np.float32],
-        trace: object | None,
         now: int,
     ) -> None:
         times, batch, stages = result.times, flight.batch, pending.call.stages
@@ -384,7 +377,7 @@ class Driver:
         stages.dequeued_ns = max(times.start_ns, stages.queued_ns)
         stages.assembled_ns = max(times.assembled_ns, stages.dequeued_ns)
         stages.computed_ns = now
-        ride = Ride(batch.id, batch.rows, batch.edge, len(settled.rows), stages.dequeued_ns, now, trace)
+        ride = Ride(batch.id, batch.rows, batch.edge, len(settled.rows), stages.dequeued_ns, now)
         pending.deliver(settled, vectors, ride)
 
     def _give_up(self, why: str) -> Iterable[Settled]:

@@ -47,6 +47,8 @@ class BatchRecord(NamedTuple):
     """What the cost model said of the pass."""
     error: BaseException | None = None
     """What the pass raised; for the log, never for a client."""
+    trace: object | None = None
+    """What ``batch_dispatched`` gave for it; ``None`` where no member was sampled."""
 
 
 class EngineObserver(Protocol):
@@ -61,11 +63,15 @@ class EngineObserver(Protocol):
     def rejected(self, rejection: Rejection, *, stage: str) -> None:
         """A request was refused; ``stage`` is ``estimate`` (before tokenising) or ``exact``."""
 
-    def batch_finished(self, record: BatchRecord) -> object | None:
-        """A pass ended.
+    def batch_dispatched(self, batch_id: int) -> object | None:
+        """A batch with a sampled request in it was handed to the worker.
 
-        Returns a handle that members' traces can link to, or ``None`` where none of them is sampled.
+        Returns a handle that the traces of its members can link to, or ``None`` where batches are not traced. Given
+        now, and not when the pass ends: who expires meanwhile, or rides in a pass that fails, has a link as well.
         """
+
+    def batch_finished(self, record: BatchRecord) -> None:
+        """A pass ended; ``record.trace`` is its handle."""
 
     def settled(self, verdict: str, items: int) -> None:
         """Items ended; ``verdict`` is a ``scheduling.item.Verdict`` value or ``cancelled``."""
@@ -102,9 +108,12 @@ class SilentObserver:
     def rejected(self, rejection: Rejection, *, stage: str) -> None:
         """Nothing."""
 
-    def batch_finished(self, record: BatchRecord) -> object | None:  # noqa: ARG002
+    def batch_dispatched(self, batch_id: int) -> object | None:  # noqa: ARG002
         """Nothing."""
         return None
+
+    def batch_finished(self, record: BatchRecord) -> None:
+        """Nothing."""
 
     def settled(self, verdict: str, items: int) -> None:
         """Nothing."""

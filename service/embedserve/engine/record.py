@@ -5,14 +5,16 @@ Decides what is told of a pass and what an outcome is called. Must never know wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from embedserve.engine.observer import BatchRecord, Member
+from embedserve.engine.observer import BatchRecord, EngineObserver, Member
 from embedserve.engine.pending import Pending
+from embedserve.engine.stages import Boarding
 from embedserve.engine.worker import PassResult, Riders
 from embedserve.scheduling.item import Batch, Failed, Fatal, Outcome, OutOfMemory, Skipped, Succeeded
 
-__all__ = ["Flight", "batch_record"]
+__all__ = ["Flight", "batch_record", "board"]
 
 
 class Flight(NamedTuple):
@@ -23,11 +25,25 @@ class Flight(NamedTuple):
     dispatched_ns: int
     predicted_ns: int
     wanted: Riders
+    trace: object | None
+    """What the observer calls the batch; ``None`` where no rider is sampled."""
 
     @property
     def probe(self) -> bool:
         """Whether no caller rides in it."""
         return len(self.riders) == 1 and self.riders[0].probe
+
+
+def board(batch: Batch, riders: Sequence[Pending], observer: EngineObserver, now: int) -> object | None:
+    """Note in each sampled rider's marks that it is in ``batch``; the batch's handle, ``None`` if none is sampled."""
+    sampled = [
+        (rider, piece) for rider, piece in zip(riders, batch.slices, strict=True) if rider.call.trace is not None
+    ]
+    trace = observer.batch_dispatched(batch.id) if sampled else None
+    if trace is not None:
+        for rider, piece in sampled:
+            rider.call.stages.boardings.append(Boarding(batch.id, batch.rows, len(piece.indexes), now, trace))
+    return trace
 
 
 def batch_record(flight: Flight, result: PassResult, now: int) -> BatchRecord:
@@ -52,6 +68,7 @@ def batch_record(flight: Flight, result: PassResult, now: int) -> BatchRecord:
         returned_ns=now,
         predicted_ns=flight.predicted_ns,
         error=result.error,
+        trace=flight.trace,
     )
 
 

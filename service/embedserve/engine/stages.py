@@ -8,13 +8,27 @@ where the next begins), so that stages always add up to the total.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-__all__ = ["Ride", "Stages"]
+__all__ = ["Boarding", "Ride", "Stages"]
+
+
+class Boarding(NamedTuple):
+    """That some items of a sampled request were handed to the worker in one batch, whatever became of it."""
+
+    batch_id: int
+    batch_rows: int
+    """Rows of the whole batch, other requests' included."""
+    rows: int
+    """Rows of this request."""
+    dispatched_ns: int
+    trace: object
+    """What ``EngineObserver.batch_dispatched`` gave for it: lets the request's spans link to the batch's."""
 
 
 @dataclass(slots=True)
 class Ride:
-    """That some items of a request rode in one batch."""
+    """That a batch had the vectors of some items of a request."""
 
     batch_id: int
     batch_rows: int
@@ -24,8 +38,6 @@ class Ride:
     """Rows of this request."""
     dequeued_ns: int
     finished_ns: int
-    trace: object | None
-    """What ``EngineObserver.batch_finished`` returned for it: lets the request's spans link to the batch's."""
 
 
 @dataclass(slots=True)
@@ -60,3 +72,5 @@ class Stages:
     predicted_ns: int = 0
     """What admission predicted for queue and pass together."""
     rides: list[Ride] = field(default_factory=list)
+    boardings: list[Boarding] = field(default_factory=list)
+    """Of a sampled request, whose batches are traced; empty otherwise."""

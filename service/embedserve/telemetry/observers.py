@@ -97,12 +97,24 @@ class TelemetryEngineObserver:
         self._decisions.cell("rejected", rejection.policy, rejection.reason, stage).value += 1
         self._log_rejection(rejection, stage)
 
-    def batch_finished(self, record: BatchRecord) -> object | None:
-        """A pass ended; the context of its span when a request in it is sampled."""
+    def batch_dispatched(self, batch_id: int) -> object | None:  # noqa: ARG002
+        """A batch with a sampled request in it is on its way; the context of its span."""
+        if self._spans is None:
+            return None
+        return SpanContext(
+            self._ids.generate_trace_id(), self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED)
+        )
+
+    def batch_finished(self, record: BatchRecord) -> None:
+        """A pass ended."""
         batch = record.batch
         self._batch_duration.cell(record.outcome).observe((record.returned_ns - record.dispatched_ns) * _S_PER_NS)
+        if self._spans is not None and record.trace is not None:
+            assert isinstance(record.trace, SpanContext)
+            sampled = [member for member in record.members if member.trace is not None]
+            self._spans.put(BatchTrace(record.trace, record, sampled))
         if record.outcome == "skipped":  # nothing was computed
-            return None
+            return
         self._batch_items.observe(batch.rows)
         self._batch_tokens.observe(batch.tokens)
         self._batch_padded_tokens.observe(batch.padded_tokens)
@@ -112,16 +124,6 @@ class TelemetryEngineObserver:
             self._retries.value += 1
         if record.times is not None:
             self._pass_ended(record.times, record.predicted_ns, again=batch.attempt > 0)
-        if self._spans is None:
-            return None
-        sampled = [member for member in record.members if member.trace is not None]
-        if not sampled:
-            return None
-        context = SpanContext(
-            self._ids.generate_trace_id(), self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED)
-        )
-        self._spans.put(BatchTrace(context, record, sampled))
-        return context
 
     def settled(self, verdict: str, items: int) -> None:
         """Items ended."""

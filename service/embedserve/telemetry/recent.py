@@ -353,6 +353,7 @@ class RecentEngine:
         # What is not noted here goes straight to the other one, at no cost.
         self.admitted = inner.admitted
         self.rejected = inner.rejected
+        self.batch_dispatched = inner.batch_dispatched
         self.settled = inner.settled
         self.request_finished = inner.request_finished
         self.model_swapped = inner.model_swapped
@@ -363,10 +364,10 @@ class RecentEngine:
         self._recent.tokenized(waited_ns, elapsed_ns)
         self._inner.tokenized(texts, tokens, waited_ns, elapsed_ns)
 
-    def batch_finished(self, record: BatchRecord) -> object | None:
+    def batch_finished(self, record: BatchRecord) -> None:
         """A pass ended."""
         self._recent.batch_finished(record)
-        return self._inner.batch_finished(record)
+        self._inner.batch_finished(record)
 
     def stalled(self) -> None:
         """The device is silent."""

@@ -29,7 +29,7 @@ from typing import Final, NamedTuple
 from opentelemetry.trace import SpanContext
 
 from embedserve.engine.observer import BatchRecord, Member
-from embedserve.engine.stages import Ride, Stages
+from embedserve.engine.stages import Boarding, Stages
 from embedserve.telemetry import semconv
 from embedserve.telemetry.segments import ADMIT_EXACT, Segment
 from embedserve.telemetry.span_data import SERVER, LinkData, SpanData, SpanFactory, Value
@@ -137,10 +137,18 @@ class CallRecord(NamedTuple):
                 # The request's own view: one stretch in the worker, told apart in the batch's trace.
                 begun_ns = begin_ns
             elif stage in _IN_WORKER:
-                links = [_ride_link(ride) for ride in stages.rides if ride.trace is not None]
+                links = [_batch_link(boarding) for boarding in stages.boardings]
                 spans.append(factory.child(context, "forward", begun_ns or begin_ns, end_ns, links=links))
             elif stage == "queue":
-                spans.append(factory.child(context, stage, begin_ns, end_ns, _queue_attributes(stages)))
+                # Its marks are set when a pass has ended: who expires while the device is at work has none, and yet
+                # it did not wait in the queue any more.
+                away_ns = end_ns
+                if end_ns == self.ended_ns and stages.boardings:
+                    away_ns = min(max(stages.boardings[-1].dispatched_ns, begin_ns), end_ns)
+                spans.append(factory.child(context, stage, begin_ns, away_ns, _queue_attributes(stages)))
+                if away_ns < end_ns:
+                    links = [_batch_link(boarding) for boarding in stages.boardings]
+                    spans.append(factory.child(context, "forward", away_ns, end_ns, links=links))
             elif stage in _ADMIT:
                 spans.append(factory.child(context, "admit", begin_ns, end_ns, _ADMIT[stage]))
             else:
@@ -223,7 +231,7 @@ class BatchTrace(NamedTuple):
             record.returned_ns,
             attributes=self._attributes(),
             links=[_member_link(member) for member in self.sampled],
-            error=None if record.outcome == "ok" else record.outcome,
+            error=None if record.outcome in _WELL else record.outcome,
         )
         if times is None:
             return [root]
@@ -254,9 +262,12 @@ class BatchTrace(NamedTuple):
             semconv.BATCH_OUTCOME: self.record.outcome,
             semconv.BATCH_PREDICTED_MS: self.record.predicted_ns / _NS_PER_MS,
         }
-        if self.record.outcome != "ok":
+        if self.record.outcome not in _WELL:
             attributes[semconv.ERROR_TYPE] = self.record.outcome
         return attributes
+
+
+_WELL: Final = ("ok", "skipped")
 
 
 def _member_link(member: Member) -> LinkData:
@@ -271,11 +282,15 @@ def _member_link(member: Member) -> LinkData:
     )
 
 
-def _ride_link(ride: Ride) -> LinkData:
-    assert isinstance(ride.trace, SpanContext)
+def _batch_link(boarding: Boarding) -> LinkData:
+    assert isinstance(boarding.trace, SpanContext)
     return LinkData(
-        ride.trace,
-        {semconv.BATCH_ID: ride.batch_id, semconv.BATCH_ROWS: ride.batch_rows, semconv.LINK_ROWS: ride.rows},
+        boarding.trace,
+        {
+            semconv.BATCH_ID: boarding.batch_id,
+            semconv.BATCH_ROWS: boarding.batch_rows,
+            semconv.LINK_ROWS: boarding.rows,
+        },
     )
 
 

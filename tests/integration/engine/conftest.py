@@ -46,9 +46,11 @@ class RecordingObserver(SilentObserver):
     def canary(self, outcome: str) -> None:
         self.canaries.append(outcome)
 
-    def batch_finished(self, record: BatchRecord) -> object | None:
+    def batch_dispatched(self, batch_id: int) -> object | None:
+        return batch_id
+
+    def batch_finished(self, record: BatchRecord) -> None:
         self.batches.append(record)
-        return record.batch.id
 
     def rejected(self, rejection: Rejection, *, stage: str) -> None:
         self.rejections.append((stage, rejection))

@@ -133,7 +133,16 @@ class TestAnswers:
         marks = [s.arrived_ns, s.admitted_ns, s.tokenized_ns, s.queued_ns, s.dequeued_ns, s.assembled_ns, s.computed_ns]
         assert all(marks)
         assert marks == sorted(marks)
-        assert s.rides[0].trace == bench.observer.batches[0].batch.id
+        (boarding,) = s.boardings
+        assert boarding.trace == boarding.batch_id == bench.observer.batches[0].batch.id
+        assert (boarding.batch_rows, boarding.rows) == (2, 2)
+        assert s.queued_ns <= boarding.dispatched_ns <= s.dequeued_ns
+
+    async def test_a_request_that_is_not_sampled_notes_no_batch(self, bench: Bench) -> None:
+        asked = call("hello world")
+        await bench.engine.embed(asked)
+
+        assert asked.stages.boardings == []
 
 
 class TestBadTexts:

@@ -26,6 +26,7 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.canary import WATCH
+from tests.integration.telemetry import trace_file
 
 READY_S = 20.0
 """A loaded CI machine may need long to start a process."""
@@ -66,7 +67,9 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 class Sink:
     """Keeps spans, metrics and logs, and lets a test wait for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace_file: Path | None = None) -> None:
+        self.trace_file = trace_file
+        """Where spans are written to as well, once they have arrived."""
         self.spans: list[Span] = []
         self.metrics: dict[str, Metric] = {}
         self.logs: list[LogRecord] = []
@@ -86,6 +89,8 @@ class _Traces(trace_grpc.TraceServiceServicer):
     def Export(self, request: trace_pb2.ExportTraceServiceRequest, context: object) -> object:
         WATCH.saw("spans over OTLP", request.SerializeToString())
         with self._sink.arrived:
+            if self._sink.trace_file is not None:
+                trace_file.write(request, self._sink.trace_file)
             for resource in request.resource_spans:
                 self._sink.resources.append(resource.resource)
                 for scope in resource.scope_spans:
@@ -141,9 +146,9 @@ def rotel_agent() -> Path | None:
 
 
 @contextmanager
-def collecting(agent: Path, directory: Path) -> Iterator[Collector]:
-    """A collector on free ports that forwards to a sink on another."""
-    sink = Sink()
+def collecting(agent: Path, directory: Path, *, traces: Path | None = None) -> Iterator[Collector]:
+    """A collector on free ports that forwards to a sink on another, which writes spans to the file ``traces``."""
+    sink = Sink(traces)
     server = grpc.server(ThreadPoolExecutor(4))
     trace_grpc.add_TraceServiceServicer_to_server(_Traces(sink), server)
     metrics_grpc.add_MetricsServiceServicer_to_server(_Metrics(sink), server)

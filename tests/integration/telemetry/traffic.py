@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from embedserve.api.observer import CallTrace
 from embedserve.engine.observer import BatchRecord, Member
-from embedserve.engine.stages import Ride, Stages
+from embedserve.engine.stages import Boarding, Ride, Stages
 from embedserve.model.backend import PassTimes
 from embedserve.scheduling.item import Batch, Shape, Slice
 from embedserve.telemetry.setup import Telemetry
@@ -33,13 +33,16 @@ def ride_together(telemetry: Telemetry, metadata: list[list[tuple[str, str | byt
     batch = Batch(1, tuple(Slice(n, (0,)) for n in range(rows)), Shape.PACKED, 10, rows, 10 * rows, 10 * rows, begun)
     members = [Member(call.context, 0, 1, 10, begun + 5 * MS) for call in calls]
     times = PassTimes(*(begun + n * MS for n in range(8, 14)))
-    record = BatchRecord(batch, members, "ok", begun + 7 * MS, times, begun + 14 * MS, 5 * MS)
-    handle = telemetry.engine_observer.batch_finished(record)
+    sampled = any(call.context is not None for call in calls)
+    trace = telemetry.engine_observer.batch_dispatched(1) if sampled else None
+    record = BatchRecord(batch, members, "ok", begun + 7 * MS, times, begun + 14 * MS, 5 * MS, trace=trace)
+    telemetry.engine_observer.batch_finished(record)
     for call in calls:
         stages = Stages(
             begun, begun + MS, begun + 2 * MS, begun + 4 * MS, begun + 5 * MS, begun + 8 * MS, begun + 9 * MS,
             begun + 14 * MS, begun + 15 * MS, texts=1, tokens=10, bucket=16, predicted_ns=10 * MS,
-            rides=[Ride(1, rows, 10, 1, begun + 8 * MS, begun + 14 * MS, handle)],
+            rides=[Ride(1, rows, 10, 1, begun + 8 * MS, begun + 14 * MS)],
+            boardings=[Boarding(1, rows, 1, begun + 7 * MS, trace)] if trace is not None else [],
         )  # fmt: skip
         telemetry.engine_observer.request_finished(stages, verdict="done")
         call.end(status="OK", stages=stages, error_type=None, attributes={"texts": 1, "model": "m"})

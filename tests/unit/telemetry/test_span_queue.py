@@ -13,7 +13,7 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from embedserve.errors import ConfigError
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.span_queue import LINKS_PER_EXPORT_MAX, SpanQueueLimits
-from tests.unit.telemetry.pipeline import EMBED, Pipeline, record_of
+from tests.unit.telemetry.pipeline import EMBED, Pipeline, finish_pass
 
 
 def one_call(pipeline: Pipeline) -> None:
@@ -48,7 +48,7 @@ class TestSpanQueue:
     async def test_one_export_holds_a_bounded_number_of_links(self, pipeline: Pipeline) -> None:
         contexts = [SpanContext(1, number + 1, False, TraceFlags(1)) for number in range(1024)]
         for _ in range(20):
-            pipeline.engine.batch_finished(record_of(contexts))
+            finish_pass(pipeline, contexts)
 
         pipeline.finish()
 

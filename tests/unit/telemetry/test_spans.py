@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
-from embedserve.engine.stages import Ride, Stages
+from embedserve.engine.stages import Boarding, Stages
 from embedserve.telemetry.segments import segments
 from embedserve.telemetry.spans import SPANS
-from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, record_of, stages_of
+from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, finish_pass, record_of, stages_of
 
 ATTRIBUTES = {"texts": 2, "model": "m", "dimensions": 4, "encoding": "float"}
 
@@ -207,6 +207,43 @@ class TestCall:
         assert queue.attributes["embedserve.bucket"] == 32
         assert queue.end_time - queue.start_time >= 46 * MS
 
+    async def test_a_call_that_expires_while_the_device_is_at_work_has_its_batch(self, pipeline: Pipeline) -> None:
+        """Its wait ends where the worker got it, and the links go both ways although the pass ends later."""
+        begun = time.monotonic_ns() - 50 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        handle = pipeline.engine.batch_dispatched(7)
+        stages = Stages(begun, begun + MS, begun + 2 * MS, begun + 3 * MS, begun + 4 * MS, bucket=32)
+        stages.boardings.append(Boarding(7, 1, 1, begun + 10 * MS, handle))
+        call.end(status="DEADLINE_EXCEEDED", stages=stages, error_type="DeadlineExpired", attributes={})
+        pipeline.engine.batch_finished(record_of([call.context], begun_ns=begun)._replace(trace=handle))
+
+        spans = pipeline.finish()
+
+        server, batch = by_name(spans, EMBED), by_name(spans, "batch")
+        children = children_of(spans, server)
+        assert_contiguous(server, children)
+        assert [child.name for child in children][-2:] == ["queue", "forward"]
+        assert children[-2].end_time - children[-2].start_time == 6 * MS
+        assert [batch.context.span_id] == [link.context.span_id for link in children[-1].links]
+        assert [server.context.span_id] == [link.context.span_id for link in batch.links]
+
+    async def test_a_request_links_to_each_pass_that_it_was_in(self, pipeline: Pipeline) -> None:
+        """To one that failed, too: whoever was in the way of others is found from either side."""
+        begun = time.monotonic_ns() - 20 * MS
+        call = pipeline.calls.begin(EMBED, [], begun, "")
+        stages = stages_of(begun)
+        for outcome in ("failed", "ok"):
+            handle = finish_pass(pipeline, [call.context], outcome=outcome, begun_ns=begun)
+            stages.boardings.append(Boarding(7, 1, 1, begun, handle))
+        call.end(status="OK", stages=stages, error_type=None, attributes={})
+
+        spans = pipeline.finish()
+
+        batches = [span for span in spans if span.name == "batch"]
+        (forward,) = [span for span in children_of(spans, by_name(spans, EMBED)) if span.name == "forward"]
+        assert [link.context.span_id for link in forward.links] == [batch.context.span_id for batch in batches]
+        assert [batch.status.status_code for batch in batches] == [StatusCode.ERROR, StatusCode.UNSET]
+
     async def test_words_that_nobody_declared_never_reach_a_span(self, pipeline: Pipeline) -> None:
         call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
         call.end(status="OK", stages=None, error_type=None, attributes={"first_text": "my secret", "count": 3})
@@ -238,10 +275,10 @@ class TestBatch:
     async def test_calls_and_batch_are_linked_both_ways(self, pipeline: Pipeline) -> None:
         begun = time.monotonic_ns() - 20 * MS
         calls = [pipeline.calls.begin(EMBED, [], begun, "") for _ in range(3)]
-        handle = pipeline.engine.batch_finished(record_of([call.context for call in calls], begun_ns=begun))
+        handle = finish_pass(pipeline, [call.context for call in calls], begun_ns=begun)
         for call in calls:
             stages = stages_of(begun)
-            stages.rides.append(Ride(7, 3, 16, 1, begun, begun + MS, handle))
+            stages.boardings.append(Boarding(7, 3, 1, begun, handle))
             call.end(status="OK", stages=stages, error_type=None, attributes={})
 
         spans = pipeline.finish()
@@ -261,7 +298,7 @@ class TestBatch:
 
     async def test_its_children_add_up_to_it(self, pipeline: Pipeline) -> None:
         call = pipeline.calls.begin(EMBED, [], time.monotonic_ns(), "")
-        pipeline.engine.batch_finished(record_of([call.context], begun_ns=time.monotonic_ns()))
+        finish_pass(pipeline, [call.context], begun_ns=time.monotonic_ns())
 
         spans = pipeline.finish()
 
@@ -272,12 +309,12 @@ class TestBatch:
         assert_contiguous(batch, children_of(spans, batch))
 
     async def test_a_batch_without_a_sampled_call_is_not_traced(self, pipeline: Pipeline) -> None:
-        assert pipeline.engine.batch_finished(record_of([None, None])) is None
+        assert finish_pass(pipeline, [None, None]) is None
         assert pipeline.finish() == []
 
     async def test_more_members_than_the_sdks_128_are_all_linked(self, pipeline: Pipeline) -> None:
         contexts = [pipeline.calls.begin(EMBED, [], 0, "").context for _ in range(300)]
-        pipeline.engine.batch_finished(record_of([*contexts, None], begun_ns=time.monotonic_ns()))
+        finish_pass(pipeline, [*contexts, None], begun_ns=time.monotonic_ns())
 
         batch = by_name(pipeline.finish(), "batch")
 
@@ -289,7 +326,7 @@ class TestBatch:
     ) -> None:
         pipeline = make_pipeline(links_max=2)
         contexts = [pipeline.calls.begin(EMBED, [], 0, "").context for _ in range(3)]
-        pipeline.engine.batch_finished(record_of(contexts))
+        finish_pass(pipeline, contexts)
 
         batch = by_name(pipeline.finish(), "batch")
 
@@ -299,7 +336,7 @@ class TestBatch:
     @pytest.mark.parametrize("outcome", ["out_of_memory", "failed", "fatal"])
     async def test_a_pass_that_fails_is_an_error(self, pipeline: Pipeline, outcome: str) -> None:
         context = SpanContext(1, 2, is_remote=False)
-        pipeline.engine.batch_finished(record_of([context], outcome=outcome))
+        finish_pass(pipeline, [context], outcome=outcome)
 
         (batch,) = pipeline.finish()
 
@@ -311,7 +348,7 @@ class TestCatalogue:
     async def test_every_span_that_is_made_is_in_it(self, pipeline: Pipeline) -> None:
         begun = time.monotonic_ns() - 20 * MS
         call = pipeline.calls.begin(EMBED, [], begun - MS, "")
-        pipeline.engine.batch_finished(record_of([call.context], begun_ns=begun))
+        finish_pass(pipeline, [call.context], begun_ns=begun)
         call.end(status="OK", stages=stages_of(begun), error_type=None, attributes={})
 
         made = {span.name for span in pipeline.finish()}

@@ -16,7 +16,7 @@ from opentelemetry.trace import StatusCode
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.propagation import Propagation
 from embedserve.telemetry.tracing import current_span_context
-from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, record_of, stages_of
+from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, finish_pass, stages_of
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED, UNSAMPLED = f"00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-00"
@@ -110,7 +110,7 @@ class TestForcing:
         """The sampler that looks at links: who is traced takes its batch along."""
         pipeline = make_pipeline(ALWAYS_OFF, force_trace=True)
         calls = [pipeline.calls.begin(EMBED, metadata, time.monotonic_ns(), "") for metadata in ([], [self.FORCE], [])]
-        pipeline.engine.batch_finished(record_of([call.context for call in calls], begun_ns=time.monotonic_ns()))
+        finish_pass(pipeline, [call.context for call in calls], begun_ns=time.monotonic_ns())
 
         (batch,) = [span for span in pipeline.finish() if span.name == "batch"]
         assert [calls[1].trace_id] == [f"{link.context.trace_id:032x}" for link in batch.links]
