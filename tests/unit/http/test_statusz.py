@@ -146,8 +146,11 @@ class TestVerdict:
 
     def test_refusals_without_a_bottleneck_are_wondered_at(self) -> None:
         told = answers(judge(shedding(resources=SERVING.resources)))
+        assert told["What is the bottleneck?"].startswith("Nothing is near to full, and yet calls are refused")
 
-        assert told["What is the bottleneck?"].startswith("Nothing is full, and yet calls are refused")
+        device, *others = SERVING.resources
+        near = judge(shedding(resources=(dataclasses.replace(device, busy=0.81), *others)))
+        assert answers(near)["What is the bottleneck?"].startswith("The device is near to full. Busy: device 81")
 
     def test_idle(self) -> None:
         quiet = dataclasses.replace(TRAFFIC, calls_per_s=0.0, in_flight=0)

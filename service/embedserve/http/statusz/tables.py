@@ -43,7 +43,14 @@ def table(
     said = tag("p", caption, id=label, class_="caption")
     if not body and empty:
         return tag("div", said, tag("p", empty, class_="empty"), class_="table")
-    head = tag("tr", [tag("th", word, scope="col", class_=kind) for word, kind in zip(heads, classes, strict=True)])
+    # A column of pictures, which stand beside their numbers, has no name.
+    head = tag(
+        "tr",
+        [
+            tag("th", word, scope="col", class_=kind) if word else tag("td", class_=kind)
+            for word, kind in zip(heads, classes, strict=True)
+        ],
+    )
     grid = tag("table", tag("thead", head), tag("tbody", body), aria_labelledby=label)
     frame = tag("div", grid, class_="scroll", role="region", tabindex=0, aria_labelledby=label)
     return tag("div", said, frame, class_="table")

@@ -16,6 +16,8 @@ __all__ = ["Answer", "Verdict", "judge"]
 
 SLOW_BUCKET = 2.0
 """A bucket whose P95 is so many times the fastest one's stands out."""
+NEAR = 0.7
+"""Busy for so much of the time, a resource explains refusals: work comes in bursts."""
 FAILED_BAD = 0.01
 """From this share of calls on, failures are the trouble; under it, a part of it."""
 SAMPLES_MIN = 5
@@ -132,14 +134,22 @@ def _bottleneck(shown: Snapshot) -> Answer:
     if shown.process.state in ("starting", "warming"):
         return Answer(question, "No calls are served yet.", "good")
     full = _full(shown)
-    others = ", ".join(f"{one.name} {share(one.busy)}" for one in shown.resources if one is not full)
-    if full is None and shown.admission.since_s is not None:
-        said = f"Nothing is full, and yet calls are refused: a limit is nearer than the machine's own. Busy: {others}."
-        return Answer(question, said, "warn")
     if full is None:
-        return Answer(question, f"Nothing is full. Busy: {others}.", "good")
+        return _nothing_full(shown, question)
+    others = ", ".join(f"{one.name} {share(one.busy)}" for one in shown.resources if one is not full)
     since = _at(shown, full.full_since_s or shown.at_s)
     return Answer(question, f"The {full.name}: {share(full.busy)} busy since {since}. Others: {others}.", "warn")
+
+
+def _nothing_full(shown: Snapshot, question: str) -> Answer:
+    busy = ", ".join(f"{one.name} {share(one.busy)}" for one in shown.resources)
+    if shown.admission.since_s is None:
+        return Answer(question, f"Nothing is full. Busy: {busy}.", "good")
+    nearest = max(shown.resources, key=lambda one: one.busy)
+    if nearest.busy >= NEAR:
+        return Answer(question, f"The {nearest.name} is near to full. Busy: {busy}.", "warn")
+    said = f"Nothing is near to full, and yet calls are refused: a limit comes before the machine's own. Busy: {busy}."
+    return Answer(question, said, "warn")
 
 
 def _refusing(shown: Snapshot) -> Answer:
