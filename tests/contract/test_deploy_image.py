@@ -76,6 +76,13 @@ class TestBuild:
         (torch,) = (tmp_path / "torch.txt").read_text().splitlines()
         assert re.match(r"torch\b[^-]", torch)
 
+    def test_nothing_but_torch_comes_from_the_index_for_torch(self, image: list[Instruction]) -> None:
+        """A second index could otherwise offer any package under a name that PyPI has too."""
+        commands = [part for line in image if line.word == "RUN" for part in line.rest.split("&&")]
+        (elsewhere,) = (command for command in commands if "-index-url" in command)
+        assert "--no-deps --index-url" in elsewhere
+        assert "--requirement torch.txt" in elsewhere
+
     def test_versions_are_pinned_and_alike_everywhere(self, image: list[Instruction]) -> None:
         (base,) = (line.rest.partition("=")[2] for line in image if line.word == "ARG" and "PYTHON_IMAGE" in line.rest)
         assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
