@@ -231,7 +231,9 @@ ADMISSION_SIGNAL: Final = _gauge(
     "embedserve.admission.signal", "1", "What moves that limit: wait over what batching explains; about 1 when well."
 )
 MAX_BATCH_TOKENS: Final = _gauge(
-    "embedserve.batch.max_tokens", "{token}", "Token budget of a pass now; falls when memory ran out."
+    "embedserve.batch.max_tokens",
+    "{token}",
+    "Token budget of a pass now; falls where one would take too long, or memory ran out.",
 )
 COST_FIXED: Final = _gauge("embedserve.cost.fixed", "s", "Cost model: time of an empty pass (a of a + b * tokens).")
 COST_PER_TOKEN: Final = _gauge(
