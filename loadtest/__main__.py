@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 
 import click
 
-from loadtest import store
+from loadtest import store, yardstick
 from loadtest.comparison import compared
 from loadtest.deployment import CLIENTS, Reach
 from loadtest.drive import TargetFailed
 from loadtest.report import page_of
+from loadtest.result import Run
 from loadtest.runner import run_in_turns, saved
 from loadtest.scenario import Marks, Scenario, ScenarioError, load_scenario, shipped
-from loadtest.table import Teller, console, print_comparison, print_rows, print_run
+from loadtest.table import Teller, console, print_comparison, print_rows, print_run, ranged
 
 MISSED, WRONG, VOID = 1, 2, 3
 TARGET_HELP = "HOST:PORT of a deployment, or serve:, null: or echo: for a server that is started for the test."
@@ -43,7 +44,7 @@ def _load_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--mark", "marks", multiple=True, metavar="NAME=VALUE", help="p99_ms_at_most=200."),
         click.option("--capacity", type=float, help="Calls a second; absent: measured first."),
         click.option("--processes", type=click.IntRange(1, 256), help="Client processes."),
-        click.option("--connections", type=click.IntRange(1, 1000), default=4, show_default=True, help="Of each process."),
+        click.option("--connections", type=click.IntRange(1, 1000), default=4, help="Of each process; 4."),
         click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True,
                      help="wire takes a third of what grpc (grpc.aio) takes from the machine."),
         click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="Metadata sent with each call."),
@@ -142,6 +143,78 @@ def report(folder: Path) -> None:
     place.write_text(page_of(result), encoding="utf-8")
     print_run(teller, result)
     teller.say(f"written: {place}")
+
+
+def _yardstick_options(scenario: str, seconds: float, repeat: int) -> Callable[..., Any]:
+    """Of the commands that start their servers themselves."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        options = (
+            click.argument("scenario", default=scenario),
+            click.option("--repeat", type=click.IntRange(1, 100), default=repeat, show_default=True),
+            click.option("--seconds", type=float, default=seconds, show_default=True, help="Of each turn."),
+            click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True),
+            click.option("--write", type=click.Path(path_type=Path, dir_okay=False), help="The result as JSON."),
+            click.argument("settings", nargs=-1, type=click.UNPROCESSED),
+        )
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@main.command(name="ceiling")
+@_yardstick_options("short", seconds=6.0, repeat=5)
+def ceiling_command(**options: Any) -> None:
+    """The product on the null model against a bare grpc.aio echo of the same sizes, in turns."""
+    _yardstick("ceiling", options, lambda scenario, reach, teller: yardstick.ceiling(
+        scenario, reach, options["repeat"], teller, _command()))  # fmt: skip
+
+
+@main.command(name="bare")
+@_yardstick_options("docs", seconds=8.0, repeat=3)
+def bare_command(**options: Any) -> None:
+    """End to end against the engine alone on the same texts, sorted, in its best batches; and that against matrices."""
+    _yardstick("bare", options, lambda scenario, reach, teller: yardstick.bare(
+        scenario, reach, options["repeat"], options["seconds"], teller))  # fmt: skip
+
+
+@main.command(name="overhead")
+@_yardstick_options("one", seconds=5.0, repeat=5)
+def overhead_command(**options: Any) -> None:
+    """One caller's p50 against tokenising and a bare forward pass of the same texts."""
+    _yardstick("overhead", options, lambda scenario, reach, teller: yardstick.overhead(
+        scenario, reach, options["repeat"], options["seconds"], teller))  # fmt: skip
+
+
+@main.command(name="memory")
+@click.option("--texts", type=click.IntRange(1000), default=1_000_000, show_default=True)
+@_yardstick_options("ingest", seconds=15.0, repeat=1)
+def memory_command(texts: int, **options: Any) -> None:
+    """The server's memory after a million texts against its memory when it had settled."""
+    _yardstick("memory", options, lambda scenario, reach, teller: yardstick.memory(scenario, reach, texts, teller))
+
+
+def _yardstick(
+    name: str, options: dict[str, Any], measure: Callable[[Scenario, Reach, Teller], dict[str, Any]]
+) -> None:
+    teller = Teller(console())
+    noted = Run(name)
+    with _told_errors(teller):
+        scenario = load_scenario(options["scenario"], {"seconds": options["seconds"]})
+        found = measure(scenario, Reach(client=options["client"], settings=tuple(options["settings"])), teller)
+    rows = [(title, ranged(value)) for title, value in found["rows"]]
+    print_rows(teller, f"{name}: {scenario.name}", ("", "median (range)"), rows)
+    teller.say(f"mark {found['mark']}: {'met' if found['met'] else 'MISSED'}", "green" if found["met"] else "bold red")
+    if not noted.quiet:
+        teller.say("preliminary: the machine was busy before the run began", "yellow")
+    if options["write"]:
+        store.write_json(
+            options["write"], {**noted.facts(_command()), "scenario": scenario.model_dump(mode="json"), **found}
+        )
+        teller.say(f"written: {options['write']}")
+    sys.exit(0 if found["met"] else MISSED)
 
 
 def _scenario(name: str, options: dict[str, Any]) -> Scenario:

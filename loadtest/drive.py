@@ -94,6 +94,7 @@ async def drive(
     processes: int | None = None,
     capacity: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> Result:
     """Run ``scenario`` once.
 
@@ -103,6 +104,7 @@ async def drive(
         processes: so many client processes; absent: as the scenario says; 0: in this event loop.
         capacity: calls a second that phases refer to; absent: measured first where a phase needs it.
         on_progress: called about twice a second.
+        on_start: called once, when every client is connected and warm and the first phase is about to begin.
 
     Raises:
         TargetFailed: a client could not connect, or a target raised.
@@ -116,7 +118,8 @@ async def drive(
         Job(scenario=scenario, make_target=make_target, capacity=capacity, part=part, parts=max(1, count))
         for part in range(max(1, count))
     ]
-    accounts = await (_fleet(jobs, tell) if count else _alone(jobs[0], tell))
+    starting = on_start or (lambda: None)
+    accounts = await (_fleet(jobs, tell, starting) if count else _alone(jobs[0], tell, starting))
     clients = tuple(ClientUse(a.cpu_s, a.took_s, len(a.ledger.rows), a.unsent) for a in accounts)
     return Result(scenario, Ledger.merged(a.ledger for a in accounts), clients, capacity)
 
@@ -136,9 +139,10 @@ async def _measured(
     return rate
 
 
-async def _alone(job: Job, tell: Callable[[Progress], None]) -> list[Account]:
+async def _alone(job: Job, tell: Callable[[Progress], None], starting: Callable[[], None]) -> list[Account]:
     client = Client(job)
     await client.prepare()
+    starting()
     start = time.monotonic()
     playing = asyncio.ensure_future(client.play(start))
     while not (await asyncio.wait({playing}, timeout=0.5))[0]:
@@ -147,7 +151,7 @@ async def _alone(job: Job, tell: Callable[[Progress], None]) -> list[Account]:
     return [await playing]
 
 
-async def _fleet(jobs: list[Job], tell: Callable[[Progress], None]) -> list[Account]:
+async def _fleet(jobs: list[Job], tell: Callable[[Progress], None], starting: Callable[[], None]) -> list[Account]:
     try:
         pickled = [pickle.dumps(job) for job in jobs]
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -155,7 +159,7 @@ async def _fleet(jobs: list[Job], tell: Callable[[Progress], None]) -> list[Acco
     make = jobs[0].make_target
     if getattr(getattr(make, "func", make), "__module__", None) == "__main__":
         raise ValueError("make_target must live in a module that a client process can import, not in __main__")
-    fleet = _Fleet(jobs, pickled, tell)
+    fleet = _Fleet(jobs, pickled, tell, starting)
     try:
         return await fleet.run()
     finally:
@@ -165,10 +169,17 @@ async def _fleet(jobs: list[Job], tell: Callable[[Progress], None]) -> list[Acco
 class _Fleet:
     """The client processes of one run."""
 
-    def __init__(self, jobs: list[Job], pickled: list[bytes], tell: Callable[[Progress], None]) -> None:
+    def __init__(
+        self,
+        jobs: list[Job],
+        pickled: list[bytes],
+        tell: Callable[[Progress], None],
+        starting: Callable[[], None],
+    ) -> None:
         self._scenario = jobs[0].scenario
         self._pickled = pickled
         self._tell = tell
+        self._starting = starting
         self._processes: list[asyncio.subprocess.Process] = []
         self._so_far = [(0, 0)] * len(pickled)
 
@@ -193,6 +204,7 @@ class _Fleet:
             )
         except TimeoutError:
             raise TargetFailed(f"a client was not ready after {limit:.0f} s: does the server answer?") from None
+        self._starting()
         start = time.monotonic() + HEAD_START_S
         for process in self._processes:
             self._send(process, pickle.dumps(start))

@@ -82,10 +82,15 @@ def repeated(
 ) -> dict[str, Any]:
     """One repetition: its figures, and what the server's own metrics say of it."""
     with teller.bar(title) as show:
-        before = server.sample()
-        result = asyncio.run(
-            drive(scenario, server.make_target, processes=processes, capacity=capacity, on_progress=show)
+        before: dict[str, float] = {}
+
+        def start() -> None:
+            before.update(server.sample())
+
+        run = drive(
+            scenario, server.make_target, processes=processes, capacity=capacity, on_progress=show, on_start=start
         )
+        result = asyncio.run(run)
     figures = {**result.figures(), "server": server.difference(before)}
     best = max(figures["phases"], key=lambda phase: phase["texts_per_s"])
     latency = best["latency_ms"] or {}

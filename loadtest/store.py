@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-__all__ = ["FORMAT", "REPORT", "Unreadable", "default_folder", "load", "save", "save_comparison"]
+__all__ = ["FORMAT", "REPORT", "Unreadable", "default_folder", "load", "save", "save_comparison", "write_json"]
 
 FORMAT = 1
 RESULT, REPORT, COMPARISON = "result.json", "report.html", "comparison.json"
@@ -30,16 +30,19 @@ def default_folder(name: str) -> Path:
 
 def save(folder: Path, result: Mapping[str, Any], page: str) -> None:
     """Write both files; the folder is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT).write_bytes(orjson.dumps({"format": FORMAT, **result}, option=orjson.OPT_INDENT_2) + b"\n")
+    write_json(folder / RESULT, result)
     (folder / REPORT).write_text(page, encoding="utf-8")
 
 
 def save_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
     """Beside the results of both sides."""
-    (folder / COMPARISON).write_bytes(
-        orjson.dumps({"format": FORMAT, **comparison}, option=orjson.OPT_INDENT_2) + b"\n"
-    )
+    write_json(folder / COMPARISON, comparison)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One file, with the number of the form."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(orjson.dumps({"format": FORMAT, **content}, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def load(place: Path) -> dict[str, Any]:
