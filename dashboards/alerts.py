@@ -172,6 +172,9 @@ def _symptoms() -> tuple[Alert, ...]:
 
 def _device_causes() -> tuple[Alert, ...]:
     quarter = EACH.over("15m")
+    failed = EACH.over("1h").increase(m.MODEL_COMPILE_DURATION, where={"outcome": "failed"}, part="_count")
+    # A machine without a compiler, and a model that has no compiled form, are no news.
+    ran = f"max by (job) (max_over_time({RULE.series(m.MODEL_VARIANT, '', {'variant': 'compiled'})}[1d]))"
     return (
         Alert(
             "EmbedserveDeviceStalled", "ticket", [[Condition(quarter.increase(m.STALLS), ">", 0)]], "0m",
@@ -196,10 +199,10 @@ def _device_causes() -> tuple[Alert, ...]:
         ),
         Alert(
             "EmbedserveCompileFailed", "ticket",
-            [[Condition(
-                EACH.over("1h").increase(m.MODEL_COMPILE_DURATION, where={"outcome": "failed"}, part="_count"), ">", 0
-            )]], "0m", "{{ $labels.instance }} could not compile its model",
-            "It serves with the eager model, which is slower.", "Compiling fails", "engine",
+            [[Condition(failed, ">", 0), Condition(ran, ">", 0, "on (job)")]], "0m",
+            "{{ $labels.instance }} could not compile its model",
+            "Others of its job run compiled, or did within a day. It serves with the eager model, which is slower.",
+            "Compiling fails", "engine",
         ),
     )  # fmt: skip
 

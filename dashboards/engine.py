@@ -159,12 +159,12 @@ def _memory() -> Row:
         "Memory",
         (
             lines(
-                "Device memory", "How near is the device to its memory's end? 0 where the device does not say (a CPU).",
+                "Device memory", "How near is the device to its memory's end? On a CPU: the process, and the machine.",
                 Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "max", EACH), "used {{instance}}"),
                 Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "max", EACH), "all {{instance}}"), unit="bytes",
             ),
             lines(
-                "Token budget", "Did memory run out? The budget of a pass falls then, and comes back slowly.",
+                "Token budget", "How much may ride in a pass? Less where it would take too long, or memory ran out.",
                 Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", EACH), "{{instance}}"), unit="si:tok",
             ),
             lines(

@@ -120,7 +120,7 @@ def _batches() -> Row:
                 ), Target(BOARD.mean(m.BATCH_ITEMS), "mean"), unit="short",
             ),
             lines(
-                "Tokens a pass", "How near are batches to their budget? A budget that falls: memory ran out.",
+                "Tokens a pass", "How near are batches to their budget? It falls where a pass would take too long.",
                 Target(BOARD.mean(m.BATCH_TOKENS), "useful"), Target(BOARD.mean(m.BATCH_PADDED_TOKENS), "computed"),
                 Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min"), "budget"), unit=TOKENS,
             ),

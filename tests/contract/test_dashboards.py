@@ -34,7 +34,7 @@ NOT_OURS = {"up", "ALERTS"}
 """What Prometheus itself writes."""
 WORDS = {
     "by", "ignoring", "on", "group_left", "and", "or", "unless", "offset", "sum", "min", "max", "count", "rate",
-    "increase", "changes", "topk", "histogram_quantile", "label_replace", "count_over_time", "sum_over_time",
+    "increase", "changes", "topk", "max_over_time", "histogram_quantile", "label_replace", "count_over_time", "sum_over_time",
 }  # fmt: skip
 """Of PromQL, as far as it is used here."""
 
