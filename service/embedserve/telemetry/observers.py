@@ -112,7 +112,8 @@ class TelemetryEngineObserver:
         if self._spans is not None and record.trace is not None:
             assert isinstance(record.trace, SpanContext)
             sampled = [member for member in record.members if member.trace is not None]
-            self._spans.put(BatchTrace(record.trace, record, sampled))
+            kept = record._replace(members=(), error=None)
+            self._spans.put(BatchTrace(record.trace, kept, len(record.members), sampled))
         if record.outcome == "skipped":  # nothing was computed
             return
         self._batch_items.observe(batch.rows)

@@ -213,6 +213,8 @@ class BatchTrace(NamedTuple):
 
     context: SpanContext
     record: BatchRecord
+    """Without its members and its error: a traceback keeps a whole batch alive, and spans may wait for minutes."""
+    requests: int
     sampled: Sequence[Member]
 
     @property
@@ -256,7 +258,7 @@ class BatchTrace(NamedTuple):
             semconv.BATCH_ROWS: batch.rows,
             semconv.BATCH_TOKENS: batch.tokens,
             semconv.BATCH_PADDED_TOKENS: batch.padded_tokens,
-            semconv.BATCH_REQUESTS: len(self.record.members),
+            semconv.BATCH_REQUESTS: self.requests,
             semconv.BATCH_REQUESTS_SAMPLED: len(self.sampled),
             semconv.BATCH_ATTEMPT: batch.attempt,
             semconv.BATCH_OUTCOME: self.record.outcome,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -342,6 +343,22 @@ class TestBatch:
 
         assert StatusCode.ERROR is batch.status.status_code
         assert outcome == batch.attributes["error.type"]
+
+    async def test_what_waits_to_be_sent_keeps_no_exception_alive(self, pipeline: Pipeline) -> None:
+        """Its frames hold the texts and the tensors of the pass, and a dead collector holds spans for minutes."""
+        class PassFailed(Exception):
+            """One that can be referred to weakly."""
+
+        error = PassFailed()
+        gone = weakref.ref(error)
+        context = SpanContext(1, 2, is_remote=False)
+        trace = pipeline.engine.batch_dispatched(7)
+        pipeline.engine.batch_finished(record_of([context], outcome="failed")._replace(trace=trace, error=error))
+        del error
+
+        assert gone() is None
+        (batch,) = pipeline.finish()
+        assert batch.attributes["embedserve.batch.requests"] == 1
 
 
 class TestCatalogue:
