@@ -143,11 +143,16 @@ class TestImage:
         listening = (*config.server.addresses, config.operations.address)
         assert all(address.startswith("0.0.0.0:") for address in listening), "a container's loopback is its own"
 
-    def test_a_model_of_ones_own_ends_in_the_configuration(self, image: list[Instruction], tmp_path: Path) -> None:
-        """The line that the build appends makes a file that the service takes."""
+    @pytest.mark.parametrize(("name", "served_as"), [("", None), ("BAAI/bge-small-en-v1.5", "BAAI/bge-small-en-v1.5")])
+    def test_a_model_of_ones_own_ends_in_the_configuration(
+        self, image: list[Instruction], tmp_path: Path, name: str, served_as: str | None
+    ) -> None:
+        """The commands of the build, run here, append what the service takes."""
         (made,) = of(image, "runtime", "RUN")
-        (appended,) = re.findall(r"printf '([^']+)'", made.rest)
         file = tmp_path / "embedserve.toml"
-        file.write_text(EXAMPLE.read_text(encoding="utf-8") + appended.replace("\\n", "\n") % "/models")
-        config = load_config({}, {}, file=str(file), on_this_machine=False).config
-        assert config.model.source == "/models"
+        file.write_bytes(EXAMPLE.read_bytes())
+        script = made.rest.partition("&& groupadd")[0].replace("/etc/embedserve/embedserve.toml", str(file))
+        arguments = {**os.environ, "MODEL_SOURCE": "/models", "MODEL_NAME": name}
+        subprocess.run(["/bin/sh", "-c", script], env=arguments, check=True, timeout=30)
+        model = load_config({}, {}, file=str(file), on_this_machine=False).config.model
+        assert (model.source, model.name) == ("/models", served_as)
