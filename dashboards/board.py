@@ -110,12 +110,14 @@ def _choice(name: str, label: str, query: str) -> builder.QueryVariable:
 
 def _annotations() -> list[builder.AnnotationQuery]:
     minute = Scope(BOARD.matchers, "2m")
-    models = f"count by (job, name, revision) ({BOARD.series(m.MODEL_INFO)})"
+    models, before = (
+        f"count by (job, name, revision) ({BOARD.series(m.MODEL_INFO)}{offset})" for offset in ("", " offset 2m")
+    )
     return [
         _annotation("Restarts", f"{BOARD.series(m.PROCESS_START)} * 1000", "restarted", "{{instance}}", "purple")
         .use_value_for_time(True),
         _annotation(
-            "Model", f"{models} unless {models.replace('})', '} offset 2m)')}", "model", "{{name}} {{revision}}", "blue"
+            "Model", f"{models} unless {before}", "model", "{{name}} {{revision}}", "blue"
         ),
         _annotation(
             "Model swaps", f"{minute.increase(m.MODEL_SWAPS, ('instance', 'variant'))} > 0", "now runs {{variant}}",

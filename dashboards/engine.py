@@ -81,7 +81,7 @@ def _bottleneck() -> Row:
             lines(
                 "Tokenizer's output", "How much does the tokenizer do?",
                 Target(BOARD.rate(m.TOKENIZER_TOKENS), "tokens"), Target(BOARD.rate(m.TOKENIZER_TEXTS), "texts"),
-                unit="short",
+                unit="cps",
             ),
             lines(
                 "Event loop lag", "Is the process too busy to serve, whatever the device does?",
@@ -210,7 +210,7 @@ def _process() -> Row:
         "Process",
         (
             lines(
-                "CPU", "How many cores does a process use?",
+                "Cores", "How many cores does a process keep busy?",
                 Target(BOARD.rate(m.PROCESS_CPU, ("instance", "cpu_mode")), "{{instance}} {{cpu_mode}}"), unit="none",
                 stacked=True, width=12,
             ),

@@ -97,7 +97,7 @@ def _queue() -> Row:
             lines(
                 "Texts in and out", "Are texts let in as fast as they leave?",
                 Target(BOARD.rate(m.ITEMS_ADMITTED), "admitted"), Target(BOARD.rate(m.ITEMS_SETTLED), "settled"),
-                Target(BOARD.gauge(m.RUNNING_ITEMS), "in passes now"), unit="short", width=6,
+                unit="cps", width=6,
             ),
             lines(
                 "Time to work it off", "How long would a newcomer wait? The worst process.",
@@ -117,7 +117,8 @@ def _batches() -> Row:
             lines(
                 "Texts a pass", "How full are batches?", *(
                     Target(BOARD.quantile(q, m.BATCH_ITEMS), f"P{q * 100:g}") for q in (0.5, 0.95)
-                ), Target(BOARD.mean(m.BATCH_ITEMS), "mean"), unit="short",
+                ), Target(BOARD.mean(m.BATCH_ITEMS), "mean"),
+                Target(BOARD.gauge(m.RUNNING_ITEMS), "in all passes now"), unit="short",
             ),
             lines(
                 "Tokens a pass", "How near are batches to their budget? It falls where a pass would take too long.",
@@ -217,22 +218,24 @@ def _failures() -> Row:
         (
             lines(
                 "Passes run again", "How much is run again to find the texts that fail?",
-                Target(BOARD.rate(m.BATCH_RETRIES, EACH), "{{instance}}"), unit="ops", width=6,
+                Target(BOARD.rate(m.BATCH_RETRIES, EACH), "{{instance}}"), unit="ops", width=4,
             ),
             lines(
                 "Time for it", "Which share of the device's work is that?",
                 Target(share(BOARD.rate(m.RETRY_BUSY, EACH), BOARD.rate(m.DEVICE_BUSY, EACH)), "{{instance}}"),
-                unit="percentunit", high=1, width=6,
+                unit="percentunit", high=1, width=5,
             ),
             lines(
-                "Texts under suspicion", "Do texts of failed passes pile up? They wait while the budget is 0 or less.",
-                Target(BOARD.gauge(m.RETRY_ITEMS, "max", EACH), "texts {{instance}}"),
-                Target(BOARD.gauge(m.RETRY_BUDGET, "min", EACH), "budget, s, {{instance}}"), unit="short", width=6,
-                low=None,
+                "Texts under suspicion", "Do texts of failed passes pile up?",
+                Target(BOARD.gauge(m.RETRY_ITEMS, "max", EACH), "{{instance}}"), unit="short", width=5,
+            ),
+            lines(
+                "Budget for it", "Must they wait for others? At 0 s of device time and below they do.",
+                Target(BOARD.gauge(m.RETRY_BUDGET, "min", EACH), "{{instance}}"), unit="s", width=5, low=None,
             ),
             lines(
                 "Tenants in quarantine", "Does a caller keep sending texts that fail, and since when?",
-                Target(BOARD.gauge(m.QUARANTINE, "max", EACH), "{{instance}}"), unit="short", width=6,
+                Target(BOARD.gauge(m.QUARANTINE, "max", EACH), "{{instance}}"), unit="short", width=5,
             ),
         ),
     )  # fmt: skip

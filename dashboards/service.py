@@ -180,7 +180,7 @@ def _failing() -> Row:
             lines(
                 "Texts that got no vector", "What becomes of texts that were let in and are not embedded?",
                 Target(BOARD.rate(m.ITEMS_SETTLED, ("verdict",), where={"verdict": "!done"}), "{{verdict}}"),
-                unit="short", width=6,
+                unit="cps", width=6,
             ),
             lines(
                 "Errors, ours and theirs", "Is it us? unexpected errors are our fault; expected ones are wrong calls, "
@@ -234,7 +234,7 @@ def _blind() -> Row:
                 Target(BOARD.rate(m.SPANS, ("outcome",), where={"outcome": LOST}), "spans {{outcome}}"),
                 Target(BOARD.rate(m.LOG_RECORDS, ("outcome",), where={"outcome": LOST}), "log records {{outcome}}"),
                 Target(BOARD.rate(m.METRIC_EXPORTS, where={"outcome": "failed"}), "pushes of metrics failed"),
-                Target(BOARD.rate(m.LOG_LINES, where={"outcome": "dropped"}), "log lines dropped"), unit="short",
+                Target(BOARD.rate(m.LOG_LINES, where={"outcome": "dropped"}), "log lines dropped"), unit="cps",
                 width=6,
             ),
             lines(

@@ -34,7 +34,8 @@ NOT_OURS = {"up", "ALERTS"}
 """What Prometheus itself writes."""
 WORDS = {
     "by", "ignoring", "on", "group_left", "and", "or", "unless", "offset", "sum", "min", "max", "count", "rate",
-    "increase", "changes", "topk", "max_over_time", "histogram_quantile", "label_replace", "count_over_time", "sum_over_time",
+    "increase", "changes", "topk", "max_over_time",
+    "histogram_quantile", "label_replace", "count_over_time", "sum_over_time",
 }  # fmt: skip
 """Of PromQL, as far as it is used here."""
 
@@ -177,6 +178,14 @@ class TestPanels:
     def test_exemplars_are_asked_of_buckets_only(self, panel: dict[str, Any]) -> None:
         for target in panel["targets"]:
             assert not target.get("exemplar") or "_bucket{" in target["expr"]
+
+    @pytest.mark.parametrize("panel", PANELS)
+    def test_what_is_counted_a_second_says_so(self, panel: dict[str, Any]) -> None:
+        rates = [t["expr"] for t in panel["targets"] if re.match(r"(label_replace\()?sum[^/]*rate\([^/]*$", t["expr"])]
+        counted = [query for query in rates if not re.search(r"_seconds(_total|_sum)\{", query)]
+        if counted and panel["type"] != "heatmap":
+            assert panel["fieldConfig"]["defaults"]["unit"] in {"reqps", "cps", "ops", "si:tok/s"}
+            assert len(rates) == len(panel["targets"]) or "capacity" in str(panel), "counts and rates on one axis"
 
 
 def _unit(panel: dict[str, Any]) -> str | None:
