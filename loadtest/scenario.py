@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 __all__ = ["Capacity", "Marks", "Phase", "Scenario", "ScenarioError", "Texts", "load_scenario", "shipped"]
 
 SCENARIOS = Path(__file__).resolve().parent / "scenarios"
+LOADS = ("callers", "rate", "of_capacity")
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -44,11 +45,12 @@ class Texts(_Strict):
     distinct: Annotated[int, Field(ge=1, le=1_000_000)] = 8192
     """So many different texts, rounded up to whole calls; then they come again."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.words[0] > self.words[1]:
-            raise ValueError(f"words: the fewest come first: [{self.words[1]}, {self.words[0]}]")
-        return self
+    @field_validator("words")
+    @classmethod
+    def _ordered(cls, words: tuple[int, int]) -> tuple[int, int]:
+        if words[0] > words[1]:
+            raise ValueError(f"the fewest come first: [{words[1]}, {words[0]}]")
+        return words
 
 
 class Phase(_Strict):
@@ -65,16 +67,22 @@ class Phase(_Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        given = [name for name in ("callers", "rate", "of_capacity") if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = "none of them is given" if not given else f"given are {' and '.join(given)}"
-            raise ValueError(f"exactly one of callers, rate and of_capacity says the load; {what}")
+        mistake = _mistaken_load([name for name in LOADS if getattr(self, name) is not None])
+        if mistake:
+            raise ValueError(mistake)
         return self
 
     @property
     def closed(self) -> bool:
         """Whether callers wait for their answers."""
         return self.callers is not None
+
+
+def _mistaken_load(given: Sequence[str]) -> str:
+    if len(given) == 1:
+        return ""
+    what = f"given are {' and '.join(given)}" if given else "none of them is given"
+    return f"exactly one of callers, rate and of_capacity says the load; {what}"
 
 
 class Capacity(_Strict):
@@ -178,7 +186,7 @@ def _override(data: dict[str, Any], name: str, value: Any) -> None:
         phases = data.get("phases")
         for phase in phases if isinstance(phases, list) else ():
             if name != "seconds":
-                for other in ("callers", "rate", "of_capacity"):
+                for other in LOADS:
                     phase.pop(other, None)
             phase[name] = value
         return
@@ -193,6 +201,12 @@ def _checked(path: Path, data: dict[str, Any]) -> Scenario:
         return Scenario.model_validate(data)
     except ValidationError as error:
         lines = [f"  {_place(found['loc'])}: {_sentence(found)}" for found in error.errors()]
+        # pydantic judges a table as a whole only when its keys are right; a reader wants to hear all at once.
+        wrong = {found["loc"][1] for found in error.errors() if found["loc"][0] == "phases" and len(found["loc"]) > 2}
+        for number in sorted(wrong):
+            phase = data["phases"][number]
+            mistake = _mistaken_load([name for name in LOADS if name in phase]) if isinstance(phase, dict) else ""
+            lines += [f"  {_place(('phases', number))}: {mistake}"] if mistake else []
         raise ScenarioError(f"{path} cannot be run:\n" + "\n".join(lines)) from None
 
 

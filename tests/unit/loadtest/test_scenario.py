@@ -1,0 +1,91 @@
+"""What a scenario file may say."""
+
+from __future__ import annotations
+
+import pytest
+
+from loadtest.scenario import ScenarioError, load_scenario, shipped
+
+WRONG = """
+method = "embedd"
+timeout = 3
+[texts]
+words = [12, 5]
+per_cal = 32
+[[phases]]
+name = "a"
+seconds = -1
+callers = 4
+[[phases]]
+name = "b"
+seconds = 5
+callers = 4
+rate = 100
+tiemout = 1
+[marks]
+p99_ms = 3
+"""
+
+
+class TestShipped:
+    def test_every_one_can_be_run_and_says_what_it_shows(self):
+        assert {"short", "mixed", "ingest", "ingest_256", "streaming", "overload", "burst", "ramp", "docs"} <= {
+            *shipped()
+        }
+        for name in shipped():
+            assert load_scenario(name).about.endswith((".", "?"))
+
+    def test_the_ramp_doubles_its_callers_to_64(self):
+        scenario = load_scenario("ramp")
+        assert [phase.callers for phase in scenario.phases] == [1, 2, 4, 8, 16, 32, 64]
+        assert scenario.marks.throughput_never_falls_by is not None
+
+
+class TestMistakes:
+    def test_all_of_a_file_are_told_at_once_with_their_places(self, tmp_path):
+        path = tmp_path / "wrong.toml"
+        path.write_text(WRONG)
+        with pytest.raises(ScenarioError) as caught:
+            load_scenario(path)
+        lines = str(caught.value).splitlines()
+        for place, word in {
+            "about": "must be given",
+            "method": "'embed' or 'stream'",
+            "timeout": "did you mean timeout_s?",
+            "texts.words": "the fewest come first",
+            "texts.per_cal": "did you mean per_call?",
+            "phases[1].seconds": "greater than 0, not -1",
+            "phases[2].tiemout": "no such key",
+            "phases[2]": "given are callers and rate",
+            "marks.p99_ms": "did you mean p99_ms_at_most?",
+        }.items():
+            assert any(line.strip().startswith(f"{place}:") and word in line for line in lines), (place, word, lines)
+
+    def test_a_name_that_is_nearly_right_is_guessed(self):
+        with pytest.raises(ScenarioError, match="did you mean short"):
+            load_scenario("shrot")
+
+    def test_what_is_not_toml_is_called_so(self, tmp_path):
+        path = tmp_path / "x.toml"
+        path.write_text("about = ")
+        with pytest.raises(ScenarioError, match="not TOML"):
+            load_scenario(path)
+
+    def test_a_folder_is_no_file(self, tmp_path):
+        with pytest.raises(ScenarioError, match="cannot be read"):
+            load_scenario(tmp_path)
+
+
+class TestOverrides:
+    def test_callers_rate_and_seconds_are_every_phase_s(self):
+        scenario = load_scenario("burst", {"rate": 50.0, "seconds": 3.0})
+        assert {(p.rate, p.of_capacity, p.callers, p.seconds) for p in scenario.phases} == {(50.0, None, None, 3.0)}
+        assert not scenario.needs_capacity
+
+    def test_dotted_names_reach_into_tables(self):
+        scenario = load_scenario("short", {"texts.per_call": 8, "marks.p99_ms_at_most": 200})
+        assert (scenario.texts.per_call, scenario.marks.p99_ms_at_most) == (8, 200)
+
+    def test_an_unknown_one_is_a_mistake(self):
+        with pytest.raises(ScenarioError, match=r"texts\.per_cal: no such key"):
+            load_scenario("short", {"texts.per_cal": 8})
