@@ -38,7 +38,6 @@ GUARDED = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
 }
 """What a browser is told of everything that shows names: keep nothing, guess nothing, lend it to nobody."""
 _FACTS = dataclasses.fields(Snapshot)

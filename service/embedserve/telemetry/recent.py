@@ -29,7 +29,7 @@ QUIET_NS: Final = NOW_S * NS
 """Trouble that has not shown for so long is over."""
 FULL, NOT_FULL = 0.9, 0.8
 """Busy for more of the time than the first is a bottleneck, until it is under the second."""
-RING: Final = 16
+RING: Final = 8
 """Failed calls that are kept."""
 RING_REASON: Final = 4
 """Refused calls that are kept of each reason, so that a frequent one leaves a rare one to be seen."""
@@ -261,7 +261,7 @@ class Recent:
     def refused(self) -> list[EndedCall]:
         """The last refused calls of each reason, latest first."""
         calls = (call for known in self.reasons.values() for call in known.calls)
-        return sorted(calls, key=attrgetter("at_ns"), reverse=True)[:RING]
+        return sorted(calls, key=attrgetter("at_ns"), reverse=True)[: 2 * RING]
 
     def refusals(self, now_ns: int, offset_ns: int) -> tuple[Refusal, ...]:
         """By reason, the most frequent of the last minutes first; ``offset_ns`` leads to the wall clock."""
