@@ -47,6 +47,7 @@ namespace {
 using BFloat16 = c10::BFloat16;
 
 constexpr int64_t TOKENS_OF_CHUNK = 128;  // Fits a core's cache; more brought nothing, 64 cost 3 %.
+constexpr int64_t TOKENS_WORTH_A_CHUNK = 24;  // To wake another core for less costs more than it brings.
 constexpr int64_t TOKENS_OF_BLOCK = 64;   // Rows of A in one matrix product.
 constexpr int64_t QUERIES_OF_BLOCK = 32;  // Scores of 32 queries and 256 keys fill 32 KiB, a core's first cache.
 constexpr int64_t KEYS_OF_BLOCK = 256;    // Longer rows go by blocks of keys with a running maximum (flash attention).
@@ -394,7 +395,8 @@ struct Pass {
 };
 
 struct Chunk {
-  int64_t first, rows, tokens;  // places in the order of rows
+  std::vector<int64_t> rows;  // longest first
+  int64_t tokens = 0;
 };
 
 class Encoder {
@@ -471,24 +473,27 @@ class EncoderOf final : public Encoder {
     return Linear<T>(weight, static_cast<const float*>(*tensors++), outputs, inputs);
   }
 
-  // Longest rows first, so that the last chunks, which decide how long the others wait, are small.
+  // As many chunks as every lane gets the same number of, all with nearly the same number of tokens: who has none left
+  // waits for the others. Longest row first, each into the chunk that has the least.
   void cut(const Pass& pass) {
+    const int64_t* offsets = pass.offsets;
+    const auto tokens_of = [offsets](int64_t row) { return offsets[row + 1] - offsets[row]; };
     order_.resize(pass.rows);
     for (int64_t r = 0; r < pass.rows; ++r) order_[r] = r;
-    const int64_t* offsets = pass.offsets;
-    std::stable_sort(order_.begin(), order_.end(), [offsets](int64_t a, int64_t b) {
-      return offsets[a + 1] - offsets[a] > offsets[b + 1] - offsets[b];
-    });
-    // With fewer chunks than lanes a core would have nothing to do.
-    const int64_t share = up_to(offsets[pass.rows] / std::max<int64_t>(pass.lanes, 1) + 1, 16);
-    const int64_t limit = std::clamp<int64_t>(share, 32, TOKENS_OF_CHUNK);
-    chunks_.clear();
-    for (int64_t r = 0; r < pass.rows; ++r) {
-      const int64_t tokens = offsets[order_[r] + 1] - offsets[order_[r]];
-      if (chunks_.empty() || chunks_.back().tokens + tokens > limit) chunks_.push_back({r, 0, 0});
-      chunks_.back().rows += 1;
-      chunks_.back().tokens += tokens;
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
+    const int64_t tokens = offsets[pass.rows], lanes = std::max<int64_t>(pass.lanes, 1);
+    int64_t count = up_to((tokens + TOKENS_OF_CHUNK - 1) / TOKENS_OF_CHUNK, lanes);
+    count = std::clamp<int64_t>(std::min(count, tokens / TOKENS_WORTH_A_CHUNK), 1, pass.rows);
+    chunks_.assign(count, {});
+    for (const int64_t row : order_) {
+      Chunk& least = *std::min_element(chunks_.begin(), chunks_.end(),
+                                       [](const Chunk& a, const Chunk& b) { return a.tokens < b.tokens; });
+      least.rows.push_back(row);
+      least.tokens += tokens_of(row);
     }
+    // The largest first, so that the last ones, which decide how long the others wait, are small.
+    std::stable_sort(chunks_.begin(), chunks_.end(),
+                     [](const Chunk& a, const Chunk& b) { return a.tokens > b.tokens; });
   }
 
   void serve(int64_t lane) {
@@ -523,7 +528,7 @@ class EncoderOf final : public Encoder {
 
   void compute(const Chunk& chunk, Scratch<T>& own) const {
     const int64_t* offsets = pass_->offsets;
-    const int64_t longest = offsets[order_[chunk.first] + 1] - offsets[order_[chunk.first]];
+    const int64_t longest = offsets[chunk.rows[0] + 1] - offsets[chunk.rows[0]];
     own.fit(shape_, chunk.tokens, longest);
     embed(chunk, own);
     for (const Layer<T>& layer : layers_) {
@@ -539,8 +544,8 @@ class EncoderOf final : public Encoder {
     const int64_t h = shape_.hidden;
     float* state = own.states.get();
     T* input = own.inputs.get();
-    for (int64_t r = chunk.first; r < chunk.first + chunk.rows; ++r) {
-      for (int64_t t = pass_->offsets[order_[r]]; t < pass_->offsets[order_[r] + 1]; ++t, state += h, input += h) {
+    for (const int64_t row : chunk.rows) {
+      for (int64_t t = pass_->offsets[row]; t < pass_->offsets[row + 1]; ++t, state += h, input += h) {
         const T* __restrict word = words_ + static_cast<int64_t>(pass_->ids[t]) * h;
         const float* __restrict place = positions_ + static_cast<int64_t>(pass_->positions[t]) * h;
 #pragma omp simd
@@ -568,8 +573,8 @@ class EncoderOf final : public Encoder {
       }
     }
     int64_t token = 0;
-    for (int64_t r = chunk.first; r < chunk.first + chunk.rows; ++r) {
-      const int64_t count = pass_->offsets[order_[r] + 1] - pass_->offsets[order_[r]];
+    for (const int64_t row : chunk.rows) {
+      const int64_t count = pass_->offsets[row + 1] - pass_->offsets[row];
       for (int64_t head = 0; head < shape_.heads; ++head) {
         attend_row(shape_, own.attended.get() + token * stride + head * shape_.head(), stride, count,
                    own.mixed.get() + token * h + head * shape_.head(), own);
@@ -613,11 +618,11 @@ class EncoderOf final : public Encoder {
   void pool(const Chunk& chunk, const Scratch<T>& own) const {
     const int64_t h = shape_.hidden, tokens = pass_->offsets[pass_->rows];
     const float* state = own.states.get();
-    for (int64_t r = chunk.first; r < chunk.first + chunk.rows; ++r) {
-      const int64_t first = pass_->offsets[order_[r]];
-      const int64_t count = pass_->offsets[order_[r] + 1] - first;
+    for (const int64_t row : chunk.rows) {
+      const int64_t first = pass_->offsets[row];
+      const int64_t count = pass_->offsets[row + 1] - first;
       for (int64_t mode = 0; mode < pass_->modes; ++mode) {
-        float* __restrict to = pass_->vectors + (order_[r] * pass_->modes + mode) * h;
+        float* __restrict to = pass_->vectors + (row * pass_->modes + mode) * h;
         for (int64_t j = 0; j < h; ++j) to[j] = 0.0f;
         for (int64_t t = 0; t < count; ++t) {
           const float weight = pass_->pooling[mode * tokens + first + t];
@@ -639,7 +644,7 @@ class EncoderOf final : public Encoder {
   std::vector<Scratch<T>> scratch_;
 
   std::mutex running_;  // one pass at a time
-  std::vector<int64_t> order_;
+  std::vector<int64_t> order_;  // rows, longest first
   std::vector<Chunk> chunks_;
   const Pass* pass_ = nullptr;
   std::atomic<size_t> next_{0};
