@@ -29,11 +29,13 @@ MARKS: Mapping[str, Mapping[str, float]] = {
     "infinity": {"short": 10, "mixed": 10, "ingest": 10, "ingest_mixed": 10},
 }
 """How many times the texts a second of a peer embedserve must reach, by scenario."""
+SETTLE_WINDOW_S = 0.4
+"""After a turn; 60 turns wait so long each."""
 OFFLINE_S = 3.0
 OFFLINE_TEXTS = (64, 4096)
 """Fewest and most texts of one offline encode; between them as many as take about ``OFFLINE_S``."""
 KEPT = ("texts_per_s", "calls_per_s", "failed_share", "p50_ms", "p95_ms", "p99_ms", "server_cores", "client_cores",
-        "rss_mib", "offline_texts_per_s", "loop_us")  # fmt: skip
+        "server_cpu_ms_per_text", "rss_mib", "offline_texts_per_s", "loop_us")  # fmt: skip
 PERCENTILES = ("p50", "p95", "p99")
 
 Turn = dict[str, Any]
@@ -58,6 +60,8 @@ def turn(server: PeerProcess, scenario: Scenario, before: Turn | None = None) ->
     except TargetFailed as error:
         return {"failed": str(error)}
     finally:
+        # What is left of this turn's calls must not be done in the peer's next turn, or in the time of another.
+        server.settle(SETTLE_WINDOW_S)
         server.freeze()
 
 
@@ -99,7 +103,7 @@ def summary(turns: Mapping[str, Sequence[Turn]], scenario: str) -> dict[str, Any
 def table(found: Mapping[str, Any]) -> str:
     """One scenario for the terminal."""
     head = (f"{'':<30}{'texts/s (range)':>24}{'p50':>9}{'p95':>9}{'p99':>9} ms {'failed':>7}{'server':>8}{'client':>8}"
-            f"{'RSS':>7}  embedserve is (range)")  # fmt: skip
+            f"{'ms/text':>9}{'RSS':>7}  embedserve is (range)")  # fmt: skip
     lines = [f"{found['scenario']}", head]
     for label, one in found["peers"].items():
         if "texts_per_s" not in one:
@@ -110,13 +114,16 @@ def table(found: Mapping[str, Any]) -> str:
             f"{label:<30}{_ranged(rate, 0):>24}"
             + "".join(f"{one[f'{name}_ms']['median']:>9.1f}" for name in PERCENTILES)
             + f"    {one['failed_share']['median']:>6.1%}{one['server_cores']['median']:>8.2f}"
-            + f"{one['client_cores']['median']:>8.2f}{one['rss_mib']['median']:>7.0f}  {_verdict(one)}"
+            + f"{one['client_cores']['median']:>8.2f}{one['server_cpu_ms_per_text']['median']:>9.2f}"
+            + f"{one['rss_mib']['median']:>7.0f}  {_verdict(one)}"
         )
         if "offline_texts_per_s" in one:
             bound = one["offline_texts_per_s"]
             lines.append(f"{'  offline, best batches':<30}{_ranged(bound, 0):>24}  {'(no service)':>20}")
         lines += [f"  {label}: {note}" for note in one["notes"]]
-    lines.append("server and client: cores used during the run; RSS: MiB after it; failed: share of calls")
+    lines.append(
+        "server, client: cores used; ms/text: CPU time of the server; RSS: MiB after the run; failed: share of calls"
+    )
     return "\n".join(lines)
 
 
@@ -147,6 +154,7 @@ def _figures(figures: Mapping[str, Any], meter: _Meter, server: PeerProcess) -> 
         "statuses": phase["statuses"],
         **{f"{name}_ms": latency[name] for name in PERCENTILES},
         "server_cores": meter.cores,
+        "server_cpu_ms_per_text": 1e3 * meter.cores / phase["texts_per_s"] if phase["texts_per_s"] else float("nan"),
         "client_cores": sum(client["cpu_share"] for client in figures["clients"]),
         "rss_mib": server.rss_mib(),
         "notes": [*figures["void"], *figures["notes"]],

@@ -70,13 +70,18 @@ class PeerProcess:
         """Resident memory of all its processes now."""
         return sum(stat.pages for stat in _group(self.pid)) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
-    def settle(self) -> bool:
-        """Wait until it has nothing to do, at most ``SETTLE_S_MAX``: a model may still be compiled after the start."""
+    def settle(self, window_s: float | None = None) -> bool:
+        """Wait until it has nothing to do, at most ``SETTLE_S_MAX``; whether it came to that.
+
+        A model may still be compiled after the start, and calls that nobody waits for any more are still computed by
+        servers that do not notice: neither may fall into a turn. Idle is one ``window_s`` of under ``SETTLED_CORES``.
+        """
+        window_s = window_s or SETTLE_WINDOW_S
         ends = time.monotonic() + SETTLE_S_MAX
         while time.monotonic() < ends:
             before = self.cpu_s()
-            time.sleep(SETTLE_WINDOW_S)
-            if self.cpu_s() - before < SETTLED_CORES * SETTLE_WINDOW_S:
+            time.sleep(window_s)
+            if self.cpu_s() - before < SETTLED_CORES * window_s:
                 return True
         return False
 

@@ -24,7 +24,8 @@ from loadtest.scenario import load_scenario
 def turn_of(rate: float, **given: Any) -> dict[str, Any]:
     return {
         "texts_per_s": rate, "calls_per_s": rate, "failed_share": 0.0, "statuses": {"OK": 10}, "p50_ms": 1.0,
-        "p95_ms": 2.0, "p99_ms": 3.0, "server_cores": 1.5, "client_cores": 0.1, "rss_mib": 500.0, "notes": [], **given,
+        "p95_ms": 2.0, "p99_ms": 3.0, "server_cores": 1.5, "client_cores": 0.1,
+        "server_cpu_ms_per_text": 1.5, "rss_mib": 500.0, "notes": [], **given,
     }  # fmt: skip
 
 
