@@ -60,6 +60,8 @@ class Story:
     """A request whose deadline came while it waited."""
     hopeless: str = ""
     """One that was refused for its deadline."""
+    forced: str = ""
+    """One that its caller does not sample, and asked to be traced all the same."""
     curled: str = ""
     """One that grpcurl sent."""
     told: dict[str, str] = field(default_factory=dict)
@@ -90,9 +92,12 @@ class Sender:
         self._story.told[trace] = dict(await call.trailing_metadata() or ()).get("x-trace-id", "")
         return trace
 
-    async def unseen(self, text: str) -> None:
-        """One unary request that its caller does not sample."""
-        await self._stub.Embed(pb.EmbedRequest(texts=[text]), metadata=self._metadata(self.trace(), flags="00"))
+    async def unseen(self, text: str, *also: tuple[str, str]) -> str:
+        """One unary request that its caller does not sample; its trace."""
+        trace = self.trace()
+        metadata = (*self._metadata(trace, flags="00"), *also)
+        await self._stub.Embed(pb.EmbedRequest(texts=[text]), metadata=metadata)
+        return trace
 
     async def stream(self, texts: list[str]) -> str:
         """One streamed request; its trace."""
@@ -136,6 +141,7 @@ async def tell(address: str, story: Story) -> None:
         together = [sender.embed("hello") for _ in range(15)]
         together.insert(7, sender.embed(SLOW, trace=story.slow))
         story.beside = set(await asyncio.gather(*together))
+        story.forced = await sender.unseen("hello", ("x-force-trace", "1"))
 
 
 def curl(server: ServerProcess, trace: str) -> str:
@@ -155,7 +161,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     story = Story(file=None)  # type: ignore[arg-type]
     with collecting(AGENT, folder, traces=traces) as collector:
         exporting = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint, "OTEL_METRICS_EXPORTER": "none"}
-        with running(*QUICK, *PATIENT, command=FAKE, OTEL_BSP_SCHEDULE_DELAY="200", **exporting) as server:
+        flags = (*QUICK, *PATIENT, "--telemetry.force_trace", "true")
+        with running(*flags, command=FAKE, OTEL_BSP_SCHEDULE_DELAY="200", **exporting) as server:
             asyncio.run(tell(server.address, story))
             if GRPCURL.exists():
                 story.curled = "ab" * 16
@@ -170,7 +177,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 def _whole(spans: list[Any], story: Story) -> bool:
     servers = {span.trace_id.hex() for span in spans if span.kind == 2}
-    expected = REQUESTS + len(story.crowd) + 16 + 2 + bool(story.curled)
+    expected = REQUESTS + len(story.crowd) + 16 + 3 + bool(story.curled)
     linked = {(link.trace_id, link.span_id) for span in spans if span.name == "forward" for link in span.links}
     return len(servers) >= expected and linked <= {(span.trace_id, span.span_id) for span in spans}
 
@@ -264,6 +271,12 @@ class TestTraceIds:
         assert len(story.told) > REQUESTS / 2
         # A client that gives up by itself has no trailers.
         assert {told for sent, told in story.told.items() if told != sent and sent != story.late} == set()
+
+    def test_a_caller_that_asks_for_it_has_a_trace_of_one_call(self, story: Story) -> None:
+        request = request_of(story, story.forced)
+
+        assert request.attributes["embedserve.trace.forced"] is True
+        assert len(story.file.batches(request)) == 1
 
     @pytest.mark.skipif(not GRPCURL.exists(), reason="grpcurl is not installed")
     def test_grpcurl_finds_its_own_trace(self, story: Story) -> None:
