@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loadtest.drive import TargetFailed
 from loadtest.peers import compare, parity
 from loadtest.peers import process as peer_process
 from loadtest.peers.__main__ import PEERS, SCENARIOS, _peer, _scenario
@@ -71,6 +72,71 @@ class TestSummary:
         assert "texts_per_s" not in found["peers"]["coral"]
         assert "coral" in compare.table(found)
         assert "failed: no answer" in compare.table(found)
+
+
+class FakeServer:
+    """A running peer that writes down what is done with it."""
+
+    address = "127.0.0.1:1"
+    model = Path("/a/model")
+
+    def __init__(self, peer: Peer, log: list[str]) -> None:
+        self.peer = peer
+        self._log = log
+
+    def _note(self, what: str) -> None:
+        self._log.append(f"{self.peer.label} {what}")
+
+    def thaw(self) -> None:
+        self._note("thaw")
+
+    def freeze(self) -> None:
+        self._note("freeze")
+
+    def settle(self, _window_s: float) -> bool:
+        self._note("settle")
+        return True
+
+
+class TestTurns:
+    @pytest.fixture
+    def log(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Every run fails, as that of a peer that went away does."""
+        log: list[str] = []
+
+        async def drive(_scenario: Any, make_target: Any, **_options: Any) -> Any:
+            log.append(f"drive {make_target.func.__self__.label}")
+            raise TargetFailed("it went away")
+
+        monkeypatch.setattr(compare, "drive", drive)
+        return log
+
+    def servers(self, log: list[str]) -> Any:
+        return [FakeServer(PEERS[name](), log) for name in ("embedserve", "coral", "infinity")]
+
+    def test_peers_take_turns_in_each_repetition(self, log: list[str]) -> None:
+        said: list[str] = []
+
+        turns = compare.compared(self.servers(log), load_scenario("short"), 2, said.append)
+
+        assert [line for line in log if line.startswith("drive")] == 2 * [
+            "drive embedserve",
+            "drive coral",
+            "drive infinity",
+        ]
+        assert turns["coral"] == 2 * [{"failed": "it went away"}]
+        assert "short 2/2 infinity: it went away" in said[-1]
+
+    def test_one_that_fails_is_idle_and_frozen_before_the_next_begins(self, log: list[str]) -> None:
+        compare.compared(self.servers(log), load_scenario("short"), 1, lambda _: None)
+
+        assert log[:5] == [
+            "embedserve thaw",
+            "drive embedserve",
+            "embedserve settle",
+            "embedserve freeze",
+            "coral thaw",
+        ]
 
 
 class TestTable:
