@@ -288,15 +288,15 @@ def _process_causes() -> tuple[Alert, ...]:
 ALERTS: Final = (*_symptoms(), *_device_causes(), *_queue_causes(), *_process_causes())
 
 
-def record_groups() -> list[dict[str, object]]:
-    """Recording rules, as Prometheus reads them: the objectives, and what dashboards and autoscalers ask for."""
-    rules: dict[str, list[dict[str, object]]] = {"embedserve-slo": [], "embedserve": []}
+def record_groups() -> Mapping[str, list[dict[str, object]]]:
+    """Recording rules as Prometheus reads them, by file: the objectives, and what alerts and autoscalers ask for."""
+    rules: dict[str, list[dict[str, object]]] = {"objectives": [], "recording": []}
     for record in RECORDS:
         rule: dict[str, object] = {"record": record.name, "expr": record.query}
         if record.labels:
             rule["labels"] = dict(record.labels)
-        rules["embedserve-slo" if record.labels else "embedserve"].append(rule)
-    return [{"name": name, "rules": group} for name, group in rules.items()]
+        rules["objectives" if record.labels else "recording"].append(rule)
+    return {file: [{"name": f"embedserve-{file}", "rules": group}] for file, group in rules.items()}
 
 
 def alert_groups(anchors: Mapping[str, str], operations: str) -> list[dict[str, object]]:

@@ -82,7 +82,7 @@ def made(operations: str = OPERATIONS) -> Mapping[Path, str]:
     files = {
         HERE / f"{name}.json": json.dumps(model, indent=1, sort_keys=True) + "\n" for name, model in boards().items()
     }
-    files[HERE / "rules" / "recording.yml"] = _rules(record_groups())
+    files |= {HERE / "rules" / f"{file}.yml": _rules(groups) for file, groups in record_groups().items()}
     files[HERE / "rules" / "alerts.yml"] = _rules(alert_groups(anchors(PAGE.read_text(encoding="utf-8")), operations))
     readme = README.read_text(encoding="utf-8")
     files[README] = _TABLE.sub(lambda match: match[1] + _questions() + match[2], readme)

@@ -50,7 +50,12 @@ def _glance() -> Row:
 
 def _bottleneck() -> Row:
     calls = BOARD.rate(m.STAGE_DURATION, where={"stage": "forward"}, part="_count")
-    groups = {"tokenizer": "tokenize", "device": "queue|assemble|forward", "this process": "validate|admit|respond"}
+    groups = {
+        "tokenizer": "tokenize",
+        "device": "queue|assemble|forward",
+        "this process": "validate|admit|respond",
+        "caller's upload": "receive",
+    }
     return Row(
         "Is the device or the tokenizer the bottleneck?",
         (

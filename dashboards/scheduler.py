@@ -41,8 +41,10 @@ def _glance() -> Row:
                 "Efficiency", "Which part of what is computed is text, not padding?", Target(efficiency, "useful"),
                 unit="percentunit", limits=Limits(0.8, 0.5), none="no passes",
             ),
-            figure("Batch", "How full are batches?", Target(BOARD.mean(m.BATCH_ITEMS), "texts"), unit="short",
-                   none="no passes", decimals=1),
+            figure(
+                "Batch", "How full are batches: texts in one, on average?",
+                Target(BOARD.mean(m.BATCH_ITEMS), "texts"), unit="short", none="no passes", decimals=1,
+            ),
             figure(
                 "Refused most", "Which limit refuses most?", Target(f"topk(1, {refused} > 0)", "{{reason}}"),
                 unit="reqps", named=True, none="nothing refused",

@@ -201,8 +201,8 @@ def _shed() -> Row:
         "What is shed?",
         (
             lines(
-                "Refusals by reason", "What is shed, why, and since when?", Target(refused, "{{policy}}: {{reason}}"),
-                unit="reqps", stacked=True, width=12,
+                "Refusals by reason", "What is shed, why, and since when? The runbook, Shedding, has each reason.",
+                Target(refused, "{{policy}}: {{reason}}"), unit="reqps", stacked=True, width=12,
             ),
             lines(
                 "Share that is shed", "How much of the traffic is refused, by each process?",
