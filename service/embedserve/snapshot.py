@@ -102,10 +102,15 @@ class Traffic:
     """Useful tokens of passes."""
     refused_per_s: float
     failed_per_s: float
+    mistaken_per_s: float
+    """Calls that ended by their caller's doing: wrong, or cancelled."""
+    last_mistake: str | None
+    """The status of the last one."""
     calls: History
     tokens: History
     refused: History
     failed: History
+    mistaken: History
     by_status: Mapping[str, int]
     """Calls since the start by gRPC status."""
     in_flight: int

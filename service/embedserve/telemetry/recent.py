@@ -98,6 +98,7 @@ class Recent:
         self.by_status: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.reasons: dict[tuple[str, str], Refused] = {}
+        self.last_mistake: str | None = None
         self.shedding, self.failing = Episode(), Episode()
         self.full_since: dict[str, int | None] = {"device": None, "tokenizer": None, "event loop": None}
         self.in_flight = 0
@@ -136,7 +137,10 @@ class Recent:
             call = self._kept(method, now, duration, status, None, error_type, attributes, trace_id)
             self._refuse(call, now)
             return
-        elif status not in CALLERS_OWN:
+        elif status in CALLERS_OWN:
+            slot.mistaken += 1
+            self.last_mistake = status
+        else:
             slot.failed += 1
             self.failing.mark(now)
             self.failed.append(self._kept(method, now, duration, status, stages, error_type, attributes, trace_id))

@@ -26,7 +26,7 @@ class Slot:
     """What one second had."""
 
     __slots__ = (
-        "batches", "calls", "device_ns", "failed", "reasons", "refused", "second", "texts", "tokenized",
+        "batches", "calls", "device_ns", "failed", "mistaken", "reasons", "refused", "second", "texts", "tokenized",
         "tokenizer_ns", "tokens",
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ class Slot:
     def clear(self, second: int) -> None:
         """Begin ``second``."""
         self.second = second
-        self.calls = self.refused = self.failed = self.texts = 0
+        self.calls = self.refused = self.failed = self.mistaken = self.texts = 0
         self.batches = self.tokens = self.device_ns = 0
         self.tokenized = self.tokenizer_ns = 0
         self.reasons: dict[tuple[str, str], int] | None = None

@@ -44,7 +44,9 @@ RESOURCES = (
     Resource("tokenizer", 0.07, FLAT, None),
     Resource("event loop", 0.31, FLAT, None),
 )
-TRAFFIC = Traffic(200.0, 400.0, 9000.0, 0.0, 0.0, FLAT, FLAT, (0.0,) * 60, (0.0,) * 60, {"OK": 1234}, 5, None)
+TRAFFIC = Traffic(
+    200.0, 400.0, 9000.0, 0.0, 0.0, 0.0, None, FLAT, FLAT, (0.0,) * 60, (0.0,) * 60, (0.0,) * 60, {"OK": 1234}, 5, None
+)  # fmt: skip
 BUCKETS = (
     Bucket(16, 3, 30, 0.004, Latency(240, 0.002, 0.005, 0.009), Latency(240, 0.01, 0.02, 0.04)),
     Bucket(512, 1, 400, 0.3, Latency(20, 0.1, 0.3, 0.4), Latency(20, 0.2, 0.5, 0.6)),

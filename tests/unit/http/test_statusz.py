@@ -184,6 +184,16 @@ class TestVerdict:
         assert verdict.level == level
         assert "the last one: INTERNAL" in answers(verdict)["Do calls fail?"]
 
+    def test_callers_mistakes_are_no_failures_and_not_served_either(self) -> None:
+        verdict = judge(
+            snapshot(traffic=dataclasses.replace(TRAFFIC, mistaken_per_s=150.0, last_mistake="INVALID_ARGUMENT"))
+        )
+
+        assert verdict.level == "good"
+        assert verdict.sentence.startswith("Serving 50 calls/s.")
+        told = answers(verdict)["Do calls fail?"]
+        assert told.endswith("By callers' own doing: 150/s, the last one INVALID_ARGUMENT.")
+
     def test_the_slow_length_is_named(self) -> None:
         assert answers(judge(SERVING))["Which length is slow?"].startswith("Slowest: up to 512 tokens, P95 500\xa0ms")
 

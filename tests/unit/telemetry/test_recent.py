@@ -175,6 +175,8 @@ class TestCalls:
 
         assert len(recent.failed) == failed
         assert (recent.failing.since(clock.now) is not None) == bool(failed)
+        (slot,) = recent.seconds.last(10, clock.now)
+        assert (slot.failed, slot.mistaken) == (failed, 1 - failed)
 
     def test_what_is_kept_holds_no_attribute_that_is_not_known(self, recent: Recent, clock: Clock) -> None:
         call(recent, clock, "INTERNAL", text="the secret text", tenant="a", texts=1)

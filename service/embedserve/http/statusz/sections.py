@@ -43,6 +43,7 @@ def load(shown: Snapshot) -> Html:
         ("tokens", traffic.tokens_per_s, traffic.tokens),
         ("refused", traffic.refused_per_s, traffic.refused),
         ("failed", traffic.failed_per_s, traffic.failed),
+        ("callers' mistakes", traffic.mistaken_per_s, traffic.mistaken),
     )
     by_status = ", ".join(f"{status} {count(calls)}" for status, calls in traffic.by_status.items()) or NONE
     return section(

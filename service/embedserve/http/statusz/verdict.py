@@ -107,7 +107,7 @@ def _serving(shown: Snapshot) -> tuple[str, str, str]:
     headline = ", ".join(head)
     if not traffic.calls_per_s and not traffic.in_flight and level == "good":
         return level, "Serving, idle", f"Serving. Idle: no call in the last {shown.now_s:.0f} s."
-    done = max(traffic.calls_per_s - traffic.refused_per_s - traffic.failed_per_s, 0.0)
+    done = max(traffic.calls_per_s - traffic.refused_per_s - traffic.failed_per_s - traffic.mistaken_per_s, 0.0)
     text = ", ".join(parts)
     return level, headline, f"Serving {amount(done)} calls/s. {text[0].upper()}{text[1:]}."
 
@@ -209,16 +209,16 @@ def _slow_stage(shown: Snapshot) -> Answer:
 def _failing(shown: Snapshot) -> Answer:
     question = "Do calls fail?"
     traffic = shown.traffic
+    own = f" By callers' own doing: {rate(traffic.mistaken_per_s)}, the last one {traffic.last_mistake}."
+    mistakes = own if traffic.mistaken_per_s > 0 else ""
     if traffic.failing_since_s is not None:
         status = shown.requests.failed[0].status if shown.requests.failed else "errors"
         often = f"{share(_failed(shown))} of calls ({rate(traffic.failed_per_s)})"
-        said = f"{often} since {_at(shown, traffic.failing_since_s)}; the last one: {status}."
+        said = f"{often} since {_at(shown, traffic.failing_since_s)}; the last one: {status}.{mistakes}"
         return Answer(question, said, _failing_level(shown))
     past = sum(value or 0.0 for value in traffic.failed) * shown.step_s
     if past >= 0.5 and shown.requests.failed:
         last = shown.requests.failed[0]
-        said = (
-            f"Not now; {count(past)} in the last {duration(shown.recent_s)}, {last.status} at {_at(shown, last.at_s)}."
-        )
-        return Answer(question, said, "good")
-    return Answer(question, f"None in the last {duration(shown.recent_s)}.", "good")
+        ended = f"{count(past)} in the last {duration(shown.recent_s)}, {last.status} at {_at(shown, last.at_s)}"
+        return Answer(question, f"Not now; {ended}.{mistakes}", "good")
+    return Answer(question, f"None in the last {duration(shown.recent_s)}.{mistakes}", "good")
