@@ -24,6 +24,7 @@ from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.semconv import OTHER
 from embedserve.telemetry.span_queue import SpanQueue
 from embedserve.telemetry.spans import BatchTrace
+from embedserve.telemetry.tally import observe
 
 __all__ = ["TelemetryEngineObserver"]
 
@@ -41,8 +42,11 @@ class TelemetryEngineObserver:
         spans: SpanQueue | None,
         log_rejection: LogRejection,
         bucket_edges: Sequence[int] = (),
+        *,
+        exemplars: bool = False,
     ) -> None:
         """Without ``spans`` no batch is traced. ``log_rejection(rejection, stage)`` must not block."""
+        self._exemplars = exemplars
         self._spans = spans
         self._log_rejection = log_rejection
         self._ids = RandomIdGenerator()
@@ -107,13 +111,16 @@ class TelemetryEngineObserver:
 
     def batch_finished(self, record: BatchRecord) -> None:
         """A pass ended."""
-        batch = record.batch
-        self._batch_duration.cell(record.outcome).observe((record.returned_ns - record.dispatched_ns) * _S_PER_NS)
-        if self._spans is not None and record.trace is not None:
-            assert isinstance(record.trace, SpanContext)
+        batch, trace = record.batch, record.trace
+        assert trace is None or isinstance(trace, SpanContext)
+        traced = trace if self._exemplars else None
+        now_ns = 0 if traced is None else time.time_ns()
+        took_ns = record.returned_ns - record.dispatched_ns
+        observe(self._batch_duration.cell(record.outcome), took_ns * _S_PER_NS, traced, now_ns)
+        if self._spans is not None and trace is not None:
             sampled = [member for member in record.members if member.trace is not None]
             kept = record._replace(members=(), error=None)
-            self._spans.put(BatchTrace(record.trace, kept, len(record.members), sampled))
+            self._spans.put(BatchTrace(trace, kept, len(record.members), sampled))
         if record.outcome == "skipped":  # nothing was computed
             return
         self._batch_items.observe(batch.rows)
@@ -124,6 +131,7 @@ class TelemetryEngineObserver:
         if batch.attempt:
             self._retries.value += 1
         if record.times is not None:
+            self._observe_stages(record.times, traced, now_ns)
             self._pass_ended(record.times, record.predicted_ns, again=batch.attempt > 0)
 
     def settled(self, verdict: str, items: int) -> None:
@@ -164,13 +172,15 @@ class TelemetryEngineObserver:
             self._wait_actual.observe(took_ns * _S_PER_NS)
             self._wait_prediction.observe(took_ns / stages.predicted_ns)
 
-    def _pass_ended(self, times: PassTimes, predicted_ns: int, *, again: bool) -> None:
+    def _observe_stages(self, times: PassTimes, traced: SpanContext | None, now_ns: int) -> None:
         marks = (
             times.start_ns, times.assembled_ns, times.copied_in_ns, times.forward_ns, times.pooled_ns,
             times.copied_out_ns,
         )  # fmt: skip
         for cell, begin_ns, end_ns in zip(self._pass_stages, marks, marks[1:], strict=False):
-            cell.observe((end_ns - begin_ns) * _S_PER_NS)
+            observe(cell, (end_ns - begin_ns) * _S_PER_NS, traced, now_ns)
+
+    def _pass_ended(self, times: PassTimes, predicted_ns: int, *, again: bool) -> None:
         busy_ns = times.copied_out_ns - times.start_ns
         self._device_busy.value += busy_ns * _S_PER_NS
         if again:

@@ -134,13 +134,16 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
         gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges, _line_counts(lines))
     spans = parts.spans()
     shed_log = ShedLog(structlog.get_logger("embedserve.admission").bind())
+    exemplars_kept = exporters.exemplars_enabled(settings)
     return Telemetry(
-        engine_observer=TelemetryEngineObserver(instruments, spans, shed_log, settings.bucket_edges),
+        engine_observer=TelemetryEngineObserver(
+            instruments, spans, shed_log, settings.bucket_edges, exemplars=exemplars_kept
+        ),
         call_observer=RequestTracer(
             instruments,
             sampler=parts.sampler if spans is not None else None,
             spans=spans,
-            exemplars=exporters.exemplars_enabled(settings),
+            exemplars=exemplars_kept,
             log_call=log_call,
             force_trace=settings.force_trace,
         ),

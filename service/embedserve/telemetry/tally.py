@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanContext
 
 from embedserve.telemetry.semconv import OTHER
 
-__all__ = ["CounterCell", "CounterTally", "HistogramCell", "HistogramTally"]
+__all__ = ["CounterCell", "CounterTally", "HistogramCell", "HistogramTally", "observe"]
 
 UNDECLARED_SERIES_MAX: Final = 32
 """Label sets that a tally takes beside its declared ones; more are counted as ``_OTHER``. Cardinality is closed."""
@@ -82,6 +82,14 @@ class HistogramCell:
             max=None,  # type: ignore[arg-type]
             exemplars=[_exemplar(*kept) for kept in self._exemplars.copy() if kept is not None],
         )
+
+
+def observe(cell: HistogramCell, value: float, context: SpanContext | None, now_ns: int) -> None:
+    """Count ``value``, with an exemplar where it belongs to the sampled trace ``context``; ``now_ns`` is wall clock."""
+    if context is None:
+        cell.observe(value)
+    else:
+        cell.observe_traced(value, context, now_ns)
 
 
 def _exemplar(value: float, context: SpanContext, at_ns: int) -> Exemplar:

@@ -43,7 +43,7 @@ from embedserve.telemetry.propagation import Propagation, asks_for_a_trace
 from embedserve.telemetry.segments import ADMIT_EXACT, Segment, segments
 from embedserve.telemetry.span_queue import SpanQueue
 from embedserve.telemetry.spans import CallRecord, error_kind
-from embedserve.telemetry.tally import CounterCell, HistogramCell
+from embedserve.telemetry.tally import CounterCell, HistogramCell, observe
 
 __all__ = ["CallEnd", "RequestTracer", "current_span_context"]
 
@@ -181,7 +181,7 @@ class RequestTracer:
             duration = self._instruments.histogram(table.RPC_DURATION).cell(method.name, name)
             method.durations[name] = duration
         now_ns = 0 if traced is None else time.time_ns()
-        _observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced, now_ns)
+        observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced, now_ns)
         if "attempt" in attributes:
             self._retries[int(attributes["attempt"])].value += 1
         if status != "OK":
@@ -207,29 +207,22 @@ class RequestTracer:
     ) -> None:
         """Each stage once: both halves of admission are one."""
         cells = self._stages
-        _observe(cells["receive"], received_ns * _S_PER_NS, traced, now_ns)
+        observe(cells["receive"], received_ns * _S_PER_NS, traced, now_ns)
         admitted_ns, was_judged = 0, False
         for stage, begin_ns, end_ns in parts:
             if stage in _ADMITS:
                 admitted_ns += end_ns - begin_ns
                 was_judged = True
             else:
-                _observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced, now_ns)
+                observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced, now_ns)
         if was_judged:
-            _observe(cells["admit"], admitted_ns * _S_PER_NS, traced, now_ns)
+            observe(cells["admit"], admitted_ns * _S_PER_NS, traced, now_ns)
 
     def _count_error(
         self, method: _Method, status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]
     ) -> None:
         kind = error_kind(status, error_type, attributes)
         self._instruments.counter(table.RPC_ERRORS).cell(method.name, kind).value += 1
-
-
-def _observe(cell: HistogramCell, value: float, context: SpanContext | None, now_ns: int) -> None:
-    if context is None:
-        cell.observe(value)
-    else:
-        cell.observe_traced(value, context, now_ns)
 
 
 class _Call:

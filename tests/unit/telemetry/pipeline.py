@@ -101,7 +101,11 @@ def make_pipeline(
         force_trace=force_trace,
     )
     engine = TelemetryEngineObserver(
-        instruments, queue, lambda rejection, stage: rejections.append((rejection, stage)), (16, 32)
+        instruments,
+        queue,
+        lambda rejection, stage: rejections.append((rejection, stage)),
+        (16, 32),
+        exemplars=exemplars,
     )
     return Pipeline(instruments, exporter, queue, calls, engine, ended, rejections)
 

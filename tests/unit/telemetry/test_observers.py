@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
+from opentelemetry.trace import SpanContext
 
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.stages import Stages
@@ -12,7 +14,7 @@ from embedserve.scheduling.item import Rejection, Verdict
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.instruments import Instrument
 from embedserve.telemetry.tally import HistogramCell
-from tests.unit.telemetry.pipeline import MS, Pipeline, record_of, stages_of
+from tests.unit.telemetry.pipeline import MS, Pipeline, finish_pass, record_of, stages_of
 
 
 def count(pipeline: Pipeline, instrument: Instrument, *labels: str) -> float:
@@ -64,6 +66,22 @@ class TestEngineObserver:
             assert (int(computed), pytest.approx(0.001 * computed)) == histogram(
                 pipeline, table.BATCH_STAGE_DURATION, stage
             )
+
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_a_slow_pass_leads_to_its_own_trace(self, make_pipeline: Callable[..., Pipeline], kept: bool) -> None:
+        pipeline = make_pipeline(exemplars=kept)
+        context = SpanContext(1, 2, is_remote=False)
+        trace = finish_pass(pipeline, [context, None])
+        finish_pass(pipeline, [None])
+
+        assert isinstance(trace, SpanContext)
+        for cell in (
+            pipeline.instruments.histogram(table.BATCH_DURATION).cell("ok"),
+            pipeline.instruments.histogram(table.BATCH_STAGE_DURATION).cell("forward"),
+        ):
+            point = cell.point(0)
+            assert point.count == 2
+            assert [e.trace_id for e in point.exemplars] == [trace.trace_id] * kept
 
     def test_a_pass_that_runs_texts_again(self, pipeline: Pipeline) -> None:
         record = record_of([None])

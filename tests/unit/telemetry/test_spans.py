@@ -346,6 +346,7 @@ class TestBatch:
 
     async def test_what_waits_to_be_sent_keeps_no_exception_alive(self, pipeline: Pipeline) -> None:
         """Its frames hold the texts and the tensors of the pass, and a dead collector holds spans for minutes."""
+
         class PassFailed(Exception):
             """One that can be referred to weakly."""
 
