@@ -114,14 +114,15 @@ def _group(leader: int) -> list[_Stat]:
 
 @contextlib.contextmanager
 def running(peer: Peer, python: Path, model: Path, folder: Path) -> Iterator[PeerProcess]:
-    """Start ``peer``, wait until it gives a vector, end it afterwards. Its output goes to ``folder/server.log``.
+    """Start ``peer``, wait until it gives a vector, end it afterwards.
 
+    What it prints goes to ``folder/server-VARIANT.log``.
     Raises ``RuntimeError`` with the log's last lines where it ends or is not ready after ``START_S_MAX``.
     """
     port = _free_port()
     launch = peer.launch(python, model, port)
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "server.log"
+    log = folder / f"server-{peer.variant}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             list(launch.command), cwd=ROOT, env=_environment(launch), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
