@@ -101,9 +101,9 @@ def _passes() -> Row:
         "Passes",
         (
             lines(
-                "Duration of a pass", "How long do passes take, and since when?",
+                "Duration of a pass", "How long do passes take, and since when? Points are traces of batches.",
                 *(
-                    Target(BOARD.quantile(q, m.BATCH_DURATION, where=OK), f"P{q * 100:g}")
+                    Target(BOARD.quantile(q, m.BATCH_DURATION, where=OK), f"P{q * 100:g}", exemplar=True)
                     for q in (0.5, 0.95, 0.99)
                 ), unit="s",
             ),
@@ -119,7 +119,7 @@ def _passes() -> Row:
             ),
             heat(
                 "All passes", "Are passes alike, or are some much longer?",
-                Target(BOARD.rate(m.BATCH_DURATION, ("le",), where=OK, part="_bucket"), "{{le}}"),
+                Target(BOARD.rate(m.BATCH_DURATION, ("le",), where=OK, part="_bucket"), "{{le}}", exemplar=True),
                 unit="s",
             ),
             lines(
