@@ -54,12 +54,19 @@ async def result(target: Any, *phases: dict[str, Any], **more: Any) -> dict[str,
     run = await drive(asked, target, processes=0)
     repetitions = [{**run.figures(), "server": {}}]
     summary = summarised(repetitions)
+    machine = {"cpu": "c", "cores": 2, "memory_gib": 1.0, "system": "s"}
+    facts = {"command": "x", "begun": "now", "commit": "abc", "uncommitted_changes": False, "versions": {"python": "3"}}
     return {
-        "target": "<b>host</b>:1", "command": "python -m loadtest run x", "begun": "now", "commit": "abc",
-        "uncommitted_changes": False, "preliminary": True, "load_average_before": [1.0], "versions": {"python": "3"},
-        "machine": {"cpu": "c", "cores": 2, "memory_gib": 1.0, "system": "s"},
-        "scenario": asked.model_dump(mode="json"), "summary": summary, "marks": judged(Marks(p99_ms_at_most=1e-9), summary), "repetitions": repetitions,
-    }  # fmt: skip
+        **facts,
+        "target": "<b>host</b>:1",
+        "preliminary": True,
+        "load_average_before": [1.0],
+        "machine": machine,
+        "scenario": asked.model_dump(mode="json"),
+        "summary": summary,
+        "marks": judged(Marks(p99_ms_at_most=1e-9), summary),
+        "repetitions": repetitions,
+    }
 
 
 class TestPage:

