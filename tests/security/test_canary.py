@@ -64,6 +64,7 @@ def outputs(server: ServerProcess, sink: Sink, metrics: str, heard: list[str]) -
             "standard output": "\n".join(server.stdout),
             "the log": "\n".join(server.stderr),
             "spans": "\n".join(map(str, sink.spans)),
+            "logs over OTLP": "\n".join(map(str, sink.logs)),
             "metrics over OTLP": "\n".join(map(str, sink.metrics.values())),
             "resources": "\n".join(map(str, sink.resources)),
             "metrics over HTTP": metrics,
@@ -88,7 +89,9 @@ def test_a_text_appears_in_no_log_line_span_metric_or_error(command: tuple[str, 
     env = {
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
         "OTEL_TRACES_SAMPLER": "always_on",
+        "OTEL_LOGS_EXPORTER": "otlp",
         "OTEL_BSP_SCHEDULE_DELAY": "50",
+        "OTEL_BLRP_SCHEDULE_DELAY": "50",
         "OTEL_METRIC_EXPORT_INTERVAL": "300",
     }
     loud = ("--telemetry.log_level", "debug", "--telemetry.log_requests", "all")
@@ -100,7 +103,8 @@ def test_a_text_appears_in_no_log_line_span_metric_or_error(command: tuple[str, 
         with urllib.request.urlopen(server.operations + "/metrics", timeout=10) as answer:
             metrics = answer.read().decode()
         code = server.stop()
-        collector.sink.wait_for(lambda: len(collector.sink.spans) > 40 and bool(collector.sink.metrics))
+        sink = collector.sink
+        sink.wait_for(lambda: len(sink.spans) > 40 and bool(sink.metrics) and len(sink.logs) >= len(heard))
         left = outputs(server, collector.sink, metrics, heard)
 
     assert code == 0
