@@ -62,7 +62,7 @@ def _load_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--target", required=True, help=TARGET_HELP)
 @click.option("--repeat", type=click.IntRange(1, 1000), default=1, show_default=True, help="Repetitions.")
 @click.option(
-    "--metrics", help="The server's metrics, such as http://HOST:8081/metrics: batches, padding, CPU, memory."
+    "--metrics", help="The server's metrics, such as http://HOST:8001/metrics: batches, padding, CPU, memory."
 )
 @_load_options
 def run(scenario: str, target: str, repeat: int, metrics: str | None, **options: Any) -> None:

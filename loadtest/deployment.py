@@ -46,7 +46,7 @@ class Reach:
     tls: bool = False
     ca_file: str | None = None
     metrics: str | None = None
-    """Where the server's metrics are, such as ``http://localhost:8081/metrics``; absent: not looked at."""
+    """Where the server's metrics are, such as ``http://localhost:8001/metrics``; absent: not looked at."""
     settings: tuple[str, ...] = ()
     """For ``serve:`` and ``null:``, as to ``embedserve serve``."""
 
