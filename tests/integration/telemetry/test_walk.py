@@ -33,13 +33,13 @@ GRPCURL = Path(sys.executable).parent / "grpcurl"
 pytestmark = [pytest.mark.process, pytest.mark.skipif(AGENT is None, reason="rotel is not installed")]
 
 EMBED, STREAM = "embedserve.v1.EmbeddingService/Embed", "embedserve.v1.EmbeddingService/EmbedStream"
-REQUESTS, CALLERS = 1000, 64
+REQUESTS, CALLERS = 1000, 128
 SDK_LINKS = 128
 """That a span keeps unless told otherwise."""
 CROWD = 400
 SLOW = "~ hello"
 """The fake device takes 300 ms for a batch with this text."""
-HOLD_S = 0.15
+HOLD_S = 0.25
 PATIENT = ("--scheduling.max_queue_delay_ms", str(int(HOLD_S * 1000)))
 """So that requests that are sent together ride together."""
 
@@ -126,10 +126,10 @@ async def tell(address: str, story: Story) -> None:
         await asyncio.gather(*(one(number) for number in range(REQUESTS)))
         # Before anybody knows how slow the device can be, who has little time is admitted beside a slow text and comes
         # too late. While it is seen to be slow, he is refused.
-        for name, after_s in (("late", HOLD_S / 4), ("hopeless", HOLD_S + 0.05)):
+        for name, after_s, within_s in (("late", HOLD_S / 4, HOLD_S), ("hopeless", HOLD_S + 0.05, 0.1)):
             slow = asyncio.ensure_future(sender.unseen(SLOW))
             await asyncio.sleep(after_s)
-            setattr(story, name, await sender.embed("hello world", within_s=0.15))
+            setattr(story, name, await sender.embed("hello world", within_s=within_s))
             await slow
         while sender.largest_batch <= SDK_LINKS and len(story.crowd) < 5 * CROWD:
             dam = asyncio.ensure_future(sender.unseen(SLOW))  # behind which they gather
@@ -247,13 +247,13 @@ class TestThoseThatWereNotAnswered:
         late = request_of(story, story.late)
         assert late.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
         assert late.attributes["embedserve.error.kind"] == "expected"
-        assert late.attributes["embedserve.deadline_ms"] == pytest.approx(150, abs=20)
+        assert 0 < late.attributes["embedserve.deadline_ms"] < HOLD_S * 1000 + 10  # gRPC rounds up
 
         queue, forward = story.file.children(late)[-2:]
         assert (queue.name, forward.name) == ("queue", "forward")
         (batch,) = story.file.batches(late)
         assert batch.end_ns > late.end_ns, "it expired while the device was at work, and has its batch all the same"
-        assert queue.attributes["embedserve.predicted_ms"] < 150
+        assert queue.attributes["embedserve.predicted_ms"] < HOLD_S * 1000
         assert queue.attributes["embedserve.bucket"] == 16
 
     def test_one_that_was_refused_says_by_whom_and_by_which_numbers(self, story: Story) -> None:
