@@ -21,6 +21,7 @@ from embedserve.engine.load import ORDINARY_TOKENS
 from embedserve.engine.observer import EngineObserver
 from embedserve.lifecycle import Lifecycle, State
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.model.cores import core_count
 from embedserve.scheduling.admission import LoadState
 from embedserve.scheduling.item import Depth, Rejection
 from embedserve.snapshot import (
@@ -63,7 +64,7 @@ class Status:
         self._lifecycle = lifecycle
         self._addresses = addresses
         self._edges = bucket_edges(config, checkpoint)
-        self._threads = config.tokenizer.thread_count(os.cpu_count() or 1)
+        self._threads = config.tokenizer.thread_count(core_count())
         self._engine: Engine | None = None
         self._changes = deque([Change(lifecycle.state.value, time.time())], maxlen=CHANGES)
         self._started_s = time.time()

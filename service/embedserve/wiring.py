@@ -24,6 +24,7 @@ from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import ConfigError
 from embedserve.model.backend import Backend, BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.model.cores import core_count
 from embedserve.scheduling.admission import Policy
 from embedserve.scheduling.admission.gradient import GradientPolicy
 from embedserve.scheduling.admission.latency_p95 import LatencyP95Policy
@@ -241,7 +242,7 @@ def build_engine(
         scheduler=build_scheduler(config, checkpoint),
         settings=EngineSettings(
             tokenizer=TokenizerSettings(
-                threads=tokenizer.thread_count(os.cpu_count() or 1),
+                threads=tokenizer.thread_count(core_count()),
                 max_pending=tokenizer.max_pending,
                 inline_chars=tokenizer.inline_chars,
                 chunk_texts=tokenizer.chunk_texts,

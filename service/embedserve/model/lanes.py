@@ -10,7 +10,6 @@ at twice the load the capacity fell by 28 % where 5 % of the processor's time wa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Lanes", "core_count"]
+__all__ = ["Lanes"]
 
 _T = TypeVar("_T")
 
@@ -28,14 +27,6 @@ Int = npt.NDArray[np.int64]
 
 SPLIT_TOKENS = 384
 """Tokens from which lanes pay: 256 took 25 ms in one and 29 in two, 640 54 and 49, 1,024 89 and 48."""
-
-
-def core_count() -> int:
-    """Cores that a pass may use: those of this process, or what ``OMP_NUM_THREADS`` says."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdigit() and int(said):
-        return int(said)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Lanes:

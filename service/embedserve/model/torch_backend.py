@@ -31,10 +31,11 @@ from embedserve.model.backend import (
 )
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.compiled import CompiledModel, Reference, least_cosine
+from embedserve.model.cores import core_count
 from embedserve.model.dense import load_dense, scale_to_unit_length
 from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
-from embedserve.model.lanes import Lanes, core_count
+from embedserve.model.lanes import Lanes
 from embedserve.model.layout import check_batch, packed, padded, pass_size
 from embedserve.model.native.compiler import default_cache
 from embedserve.model.native.plan import plan_for

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedserve.model.lanes import SPLIT_TOKENS, Lanes, core_count
+from embedserve.model.lanes import SPLIT_TOKENS, Lanes
 
 
 @pytest.fixture
@@ -74,16 +74,3 @@ class TestRun:
         with lanes.all_on_one(SPLIT_TOKENS):
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 1
-
-
-class TestCores:
-    def test_the_environment_has_the_word(self, monkeypatch):
-        monkeypatch.setenv("OMP_NUM_THREADS", "3")
-
-        assert core_count() == 3
-
-    @pytest.mark.parametrize("said", ["", "0", "many"])
-    def test_nonsense_is_no_word(self, monkeypatch, said):
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
-
-        assert core_count() >= 1
