@@ -115,11 +115,7 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
         forward=parts.log_records.put if parts.log_records is not None else None,
     )
     _unpatch_stock_interceptor()
-    log_call = None
-    if settings.log_requests != "off":
-        log_call = CallLog(
-            structlog.get_logger("embedserve.access").bind(), settings.log_requests, settings.log_requests_ratio
-        )
+    log_call = _call_log(settings)
     snapshot = SharedSnapshot()
     if parts.nothing and log_call is None:
         return Telemetry(
@@ -200,6 +196,13 @@ class _Parts:
             return None
         factory = SpanFactory(links_max=self._links_max)
         return SpanQueue(self._sender, factory, self.instruments.counter(table.SPANS), self._limits)
+
+
+def _call_log(settings: TelemetrySettings) -> CallLog | None:
+    if settings.log_requests == "off":
+        return None
+    logger = structlog.get_logger("embedserve.access").bind()
+    return CallLog(logger, settings.log_requests, settings.log_requests_ratio)
 
 
 def _line_counts(lines: LogStream | None) -> Callable[[], tuple[int, int]]:
