@@ -14,7 +14,7 @@ from math import ceil, floor, log10
 __all__ = ["Band", "Line", "bars", "chart", "short"]
 
 WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 62, 26, 14, 46
 COLOURS = 6
 """Classes c0 to c5; a seventh line begins anew."""
 ROW = 26

@@ -58,7 +58,8 @@ def _verdict(result: Mapping[str, Any]) -> str:
         lines.append(f"<p>{escape(row['mark'])} {row['asked']:g}: found {number(row['found'])}, {word}</p>")
     if not lines:
         count = result["summary"]["repetitions"]
-        lines.append(f"<p>{count} repetition{'s' if count > 1 else ''}, all of them count; no marks were set.</p>")
+        what = f"All {count} repetitions count" if count > 1 else "The run counts"
+        lines.append(f"<p>{what}; no marks were set.</p>")
     notes = dict.fromkeys(note for one in result["repetitions"] for note in one["notes"])
     lines += [f"<p class='soft'>{escape(note)}</p>" for note in notes]
     if result["preliminary"]:
@@ -67,11 +68,13 @@ def _verdict(result: Mapping[str, Any]) -> str:
 
 
 def _figures(result: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title, _ in FIGURES.values())
+    left_out = {"texts_per_s"} if result["scenario"]["texts"]["per_call"] == 1 else set()
+    names = [name for name in FIGURES if name not in left_out]
+    head = "".join(f"<th>{escape(FIGURES[name][0])}</th>" for name in names)
     rows = ""
     for phase in result["summary"]["phases"]:
-        load = f"{phase['callers']} callers" if phase["callers"] else f"{ranged(phase['rate'])}/s"
-        cells = "".join(f"<td>{ranged(phase[name], share=name == 'failed_share')}</td>" for name in FIGURES)
+        load = f"{phase['callers']} callers" if phase["callers"] else f"{number(phase['rate']['median'])}/s"
+        cells = "".join(f"<td>{_stacked(phase[name], share=name == 'failed_share')}</td>" for name in names)
         rows += f"<tr><td>{escape(phase['name'])}</td><td>{load}</td>{cells}</tr>"
     table = f"<div class='scroll'><table><tr><th>phase</th><th>load</th>{head}</tr>{rows}</table></div>"
     summary = result["summary"]
@@ -83,6 +86,14 @@ def _figures(result: Mapping[str, Any]) -> str:
     if "recovery_s" in summary:
         facts.append(f"Latency was normal again {ranged(summary['recovery_s'])} s after the burst.")
     return table + "".join(f"<p>{escape(fact)}</p>" for fact in facts)
+
+
+def _stacked(spread: Mapping[str, float] | None, *, share: bool) -> str:
+    """The median, and the range below it."""
+    if spread is None or spread["lowest"] == spread["highest"]:
+        return ranged(spread, share=share)
+    low, high = (number(spread[end], share=share) for end in ("lowest", "highest"))
+    return f"{number(spread['median'], share=share)}<br><small class='soft'>{low} to {high}</small>"
 
 
 def _sections(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -141,7 +152,9 @@ def _percentiles(runs: Sequence[Mapping[str, Any]]) -> str:
             shares = [share for share in PERCENTILES if (1 - share) * total >= 1]
             values: list[float | None] = [histogram.percentile(packed, share) for share in shares]
             lines.append(Line(column[0]["name"], [-log10(1 - share) for share in shares], values, points=True))
-    ticks = [(0.0, "0"), (-log10(0.5), "50 %"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0, "99.99 %")]
+    reached = max((line.x[-1] for line in lines), default=0.0)
+    named = [(0.0, "0"), (-log10(0.5), "50 %"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0, "99.99 %")]
+    ticks = [tick for place, tick in enumerate(named) if place < 3 or named[place - 1][0] < reached - 1e-9]
     return chart(lines, x_label="share of the calls", y_label="latency, ms", log_y=True, x_ticks=ticks)
 
 
