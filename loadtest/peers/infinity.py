@@ -19,7 +19,7 @@ import aiohttp
 import numpy as np
 import orjson
 
-from loadtest.peers.peer import HOST, Launch, Peer, Vectors
+from loadtest.peers.peer import HOST, Launch, Peer, Vectors, multiplies_bfloat16
 from loadtest.target import Reply
 
 __all__ = ["Infinity", "InfinityTarget", "status_of", "vectors_of"]
@@ -46,7 +46,8 @@ class Infinity(Peer):
     # optimum's extra "onnxruntime" brings datasets, and datasets 4 a pyarrow that wants numpy 2: held below that.
     requirements = ("infinity-emb[torch,server]==0.0.78", "optimum[onnxruntime]==1.24.0", "transformers==4.48.3",
                     "datasets<4", "pyarrow<21", "onnxscript==0.7.2")  # fmt: skip
-    variants = ("float32", "bfloat16", "no-bettertransformer", "onnx")
+    variants = ("auto", "float32", "bfloat16", "no-bettertransformer", "onnx")
+    # auto: what embedserve's own "auto" takes on this processor. infinity's "auto" is float32 on every CPU.
 
     def prepare(self, checkpoint: Path, folder: Path, python: Path) -> Path:
         """The checkpoint itself; for its ONNX engine a copy with an exported graph."""
@@ -63,11 +64,12 @@ class Infinity(Peer):
 
     def launch(self, python: Path, model: Path, port: int) -> Launch:
         """Its command, telemetry and the access log off; batches of 32, its default."""
+        fast = self.variant == "bfloat16" or (self.variant == "auto" and multiplies_bfloat16())
         engine = ("optimum", "--pooling-method", "mean") if self.variant == "onnx" else ("torch",)
         command = [str(python.parent / "infinity_emb"), "v2", "--model-id", str(model),
                    "--served-model-name", MODEL_NAME, "--device", "cpu",
                    "--host", HOST, "--port", str(port), "--log-level", "error", "--batch-size", "32",
-                   "--dtype", "bfloat16" if self.variant == "bfloat16" else "float32", "--engine", *engine]  # fmt: skip
+                   "--dtype", "bfloat16" if fast else "float32", "--engine", *engine]  # fmt: skip
         if self.variant == "no-bettertransformer":
             command.append("--no-bettertransformer")
         return Launch(command, {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0", "HF_HUB_OFFLINE": "1"})

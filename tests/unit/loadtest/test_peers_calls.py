@@ -397,6 +397,14 @@ class TestLaunch:
         with pytest.raises(RuntimeError, match="another proto"):
             Coral().launch(python, Path("/a/model"), 1)
 
+    @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+    def test_infinity_takes_the_dtype_that_embedserve_would(
+        self, python: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: str
+    ) -> None:
+        monkeypatch.setattr("loadtest.peers.infinity.multiplies_bfloat16", lambda: fast)
+        command = Infinity().launch(python, Path("/a/model"), 1).command
+        assert command[command.index("--dtype") + 1] == dtype
+
     def test_infinity_has_its_telemetry_off(self, python: Path) -> None:
         launch = Infinity("bfloat16").launch(python, Path("/a/model"), 1)
         assert launch.env["DO_NOT_TRACK"] == "1"
