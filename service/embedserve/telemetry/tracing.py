@@ -29,7 +29,6 @@ from opentelemetry.trace import (
     SpanContext,
     SpanKind,
     TraceFlags,
-    format_trace_id,
     set_span_in_context,
 )
 
@@ -228,7 +227,7 @@ class RequestTracer:
 class _Call:
     """Implements ``CallTrace``."""
 
-    __slots__ = ("_tracer", "arrived_ns", "context", "forced", "method", "parent", "peer")
+    __slots__ = ("_tracer", "arrived_ns", "context", "forced", "method", "parent", "peer", "trace_id")
 
     def __init__(
         self,
@@ -245,14 +244,11 @@ class _Call:
         self.forced = forced
         self.method = method
         self.context = context
+        self.trace_id = None if context is None else f"{context.trace_id:032x}"
+        """32 hex digits, asked for several times; ``None`` when the call is not sampled."""
         self.parent = parent
         self.arrived_ns = arrived_ns
         self.peer = peer
-
-    @property
-    def trace_id(self) -> str | None:
-        """32 hex digits; ``None`` when the call is not sampled."""
-        return format_trace_id(self.context.trace_id) if self.context is not None else None
 
     def end(
         self,
