@@ -46,7 +46,7 @@ def _load_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--processes", type=click.IntRange(1, 256), help="Client processes."),
         click.option("--connections", type=click.IntRange(1, 1000), default=4, help="Of each process; 4."),
         click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True,
-                     help="wire takes a third of what grpc (grpc.aio) takes from the machine."),
+                     help="wire takes less than half of what grpc (grpc.aio) takes of a core."),
         click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="Metadata sent with each call."),
         click.option("--tls", is_flag=True, help="Speak TLS to HOST:PORT."),
         click.option("--ca", type=click.Path(exists=True, dir_okay=False), help="Trusted certificates, PEM."),

@@ -11,6 +11,7 @@ import asyncio
 import json
 import signal
 import sys
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -45,7 +46,7 @@ async def serve(reply: bytes) -> None:
         return reply
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 1024)])
-    handlers = {"Embed": grpc.unary_unary_rpc_method_handler(echo)}
+    handlers: dict[str, Any] = {"Embed": grpc.unary_unary_rpc_method_handler(echo)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -241,18 +241,13 @@ def _notes(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...]) -> list
         for i, client in enumerate(clients)
         if client.cpu_share > BUSY_SHARE
     ]
-    late = [
-        phase
-        for phase in phases
-        if phase["latency_ms"]
-        and phase["late_ms"]
-        and phase["late_ms"]["p99"] > LATE_SHARE * phase["latency_ms"]["p50"]
-    ]
+    timed = [phase for phase in phases if phase["latency_ms"] and phase["late_ms"]]
+    late = [phase for phase in timed if phase["late_ms"]["p99"] > LATE_SHARE * phase["latency_ms"]["p50"]]
     if late:
         worst = max(late, key=lambda phase: phase["late_ms"]["p99"])
         notes.append(
-            f"the client was late: in phase {worst['name']} 1 % of the calls were sent {worst['late_ms']['p99']:.1f} ms "
-            f"or more after their time, which is in their latency (median {worst['latency_ms']['p50']:.1f} ms)"
+            f"the client was late: in phase {worst['name']} 1 % of the calls were sent {worst['late_ms']['p99']:.1f} "
+            f"ms or more after their time, which is in their latency (median {worst['latency_ms']['p50']:.1f} ms)"
         )
     few = [p["name"] for p in phases if p["answered"] and p["answered"] < P99_CALLS]
     if few:

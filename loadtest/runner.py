@@ -17,14 +17,18 @@ from loadtest.deployment import Deployment, Reach, deployed
 from loadtest.drive import drive
 from loadtest.report import page_of
 from loadtest.result import Run
-from loadtest.scenario import Scenario
+from loadtest.scenario import Phase, Scenario
 from loadtest.summary import judged, summarised
 from loadtest.table import Teller, number
 
-__all__ = ["repeated", "run_in_turns"]
+__all__ = ["repeated", "run_in_turns", "saved", "warmed"]
 
 PAUSE_S = 0.5
 """Between two runs: what the last one left in queues is gone."""
+COMPILE_S = 20.0
+"""A server that has not said by then how its compiled model came out is measured as it is."""
+WARM_CALLERS = 8
+"""Before an open loop."""
 
 
 def run_in_turns(
@@ -45,6 +49,8 @@ def run_in_turns(
     noted = Run(scenario.name)
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(deployed(spec, scenario, reach)) for spec, reach in sides]
+        for server, (_, reach) in zip(servers, sides, strict=True):
+            warmed(server, scenario, reach, teller)
         repetitions: list[list[dict[str, Any]]] = [[] for _ in servers]
         for turn in range(repeat):
             order = range(len(servers)) if turn % 2 == 0 else reversed(range(len(servers)))
@@ -100,6 +106,20 @@ def repeated(
         + (" VOID" if figures["void"] else "")
     )
     return figures
+
+
+def warmed(server: Deployment, scenario: Scenario, reach: Reach, teller: Teller) -> None:
+    """Load a server that was started for the test until its compiled model serves, or it says that there is none."""
+    if server.name != "serve:":
+        return
+    phase = Phase(name="warm-up", seconds=1.0, callers=scenario.phases[0].callers or WARM_CALLERS)
+    short = scenario.model_copy(update={"phases": (phase,)})
+    ends = time.monotonic() + COMPILE_S
+    while True:
+        repeated(short, server, teller, "warming up, not counted")
+        ended = server.sample().get("embedserve_model_compile_duration_seconds_count", 0.0)
+        if ended or "--model.compile" in reach.settings or time.monotonic() > ends:
+            return
 
 
 def saved(folder: Path, result: dict[str, Any]) -> None:

@@ -11,14 +11,13 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loadtest.deployment import Deployment, Reach, deployed
 from loadtest.drive import TargetFailed
-from loadtest.runner import repeated, run_in_turns
+from loadtest.runner import repeated, run_in_turns, warmed
 from loadtest.scenario import Scenario
 from loadtest.summary import spread
 from loadtest.table import Teller, number
@@ -36,8 +35,6 @@ OVERHEAD_MARK_MS = 1.0
 MEMORY_MARK = 0.02
 SETTLED_TEXTS = 100_000
 """Served before memory is first looked at: arenas and caches have their size by then."""
-COMPILE_S = 20.0
-"""A server that has not said by then how its compiled model came out is measured as it is."""
 NO_POLICY = ("--admission.policies", "none")
 """A closed loop of so many callers shall be answered, not shed."""
 
@@ -193,15 +190,9 @@ def _bare_engine(scenario: Scenario, reach: Reach) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _served(scenario: Scenario, reach: Reach, teller: Teller) -> Iterator[Deployment]:
-    """The product, warm and with its compiled model where it will have one."""
-    short = scenario.model_copy(update={"phases": (scenario.phases[0].model_copy(update={"seconds": 1.0}),)})
+    """The product, warm."""
     with deployed("serve:", scenario, reach) as server:
-        ends = time.monotonic() + COMPILE_S
-        while True:
-            repeated(short, server, teller, "warming up")
-            ended = server.sample().get("embedserve_model_compile_duration_seconds_count", 0.0)
-            if ended or "--model.compile" in reach.settings or time.monotonic() > ends:
-                break
+        warmed(server, scenario, reach, teller)
         yield server
 
 
