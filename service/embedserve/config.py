@@ -259,7 +259,7 @@ class Telemetry(Section):
     """auto: for people on a terminal, JSON otherwise, since machines read a service's log."""
     force_trace: Switch = False
     """Trace calls with the metadata x-force-trace: 1, whatever the sampler says. Off: each costs the server 60 us."""
-    log_requests: Literal["off", "errors", "sampled", "all"] = "errors"
+    log_requests: Literal["off", "errors", "sampled", "all"] = "all"
     """Which calls get a line; sampled: errors and some of the rest. Metrics and traces tell of them at less cost."""
     log_requests_ratio: Annotated[float, between(0, 1)] = 0.01
     """Share of the calls without an error that get a line where log_requests is sampled. A line costs some 20 us."""
