@@ -19,6 +19,8 @@ from loadtest.summary import FIGURES
 
 __all__ = ["Teller", "console", "number", "print_comparison", "print_rows", "print_run", "ranged"]
 
+WORDS = 30
+"""Characters of a cell that is no figure any more."""
 WIDE = 100
 """Columns of a terminal that holds every figure."""
 
@@ -163,10 +165,11 @@ def print_comparison(teller: Teller, comparison: Mapping[str, Any]) -> None:
 
 
 def print_rows(teller: Teller, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A small table of words; the first column is words, the others figures."""
+    """A small table; a last column that says something in words is set as words are."""
     table = Table(title=escape(title), title_justify="left")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
+        words = not place or max((len(row[place]) for row in rows), default=0) > WORDS
+        table.add_column(column, justify="left" if words else "right")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     teller.console.print(table)

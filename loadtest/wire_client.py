@@ -18,6 +18,7 @@ import time
 from collections import deque
 from typing import Any, Final
 
+from loadtest.answer import Answer
 from loadtest.header_block import fields_of, literal
 
 __all__ = ["Answer", "Connection"]
@@ -41,35 +42,6 @@ OF_HTTP: Final = {b"400": INTERNAL, b"401": 16, b"403": 7, b"404": 12} | dict.fr
 """gRPC's status of an HTTP one that came from a proxy; UNKNOWN of the others."""
 # The whole of a good ending: a literal name and one digit. Everything else is read field by field.
 GOOD: Final = re.compile(rb"\x0bgrpc-status\x010(?!\d)")
-NO_NUMBER: Final = float("nan")
-
-
-class Answer:
-    """How one call ended."""
-
-    __slots__ = ("_parts", "code", "details", "first_at", "pushback_ms")
-
-    def __init__(self) -> None:
-        """Nothing has come yet."""
-        self.code = UNKNOWN
-        self.pushback_ms = NO_NUMBER
-        self.details = b""
-        """``google.rpc.Status``, serialised; empty where there is none."""
-        self.first_at = 0.0
-        """``time.monotonic`` when the first message began to come in; 0 without one."""
-        self._parts: list[bytes] = []
-
-    def messages(self) -> list[bytes]:
-        """Every message, serialised. ``ValueError`` when one is compressed or cut."""
-        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        found, at = [], 0
-        while at < len(body):
-            end = at + 5 + int.from_bytes(body[at + 1 : at + 5], "big")
-            if body[at] or end > len(body):
-                raise ValueError("a message is compressed or incomplete")
-            found.append(body[at + 5 : end])
-            at = end
-        return found
 
 
 class _Stream:
@@ -294,7 +266,7 @@ class Connection(asyncio.Protocol):
             answer = stream.answer
             if not answer.first_at:
                 answer.first_at = time.monotonic()
-            answer._parts.append(payload)  # noqa: SLF001 - of this module
+            answer.parts.append(payload)
         if flags & END_STREAM:  # without trailers
             self._settle(number, UNKNOWN)
 

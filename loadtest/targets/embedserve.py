@@ -22,8 +22,9 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from embedserve.v1 import embedding_pb2 as pb
+from loadtest.answer import Answer
 from loadtest.target import Reply
-from loadtest.wire_client import Answer, Connection
+from loadtest.wire_client import Connection
 
 __all__ = ["AioTarget", "Options", "WireTarget"]
 
