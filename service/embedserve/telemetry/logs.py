@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, Final, TextIO, cast
 
 import orjson
@@ -27,7 +28,7 @@ from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.settings import LogFormat
 from embedserve.telemetry.tracing import current_span_context
 
-__all__ = ["REDACTED", "Forward", "configure_logs"]
+__all__ = ["REDACTED", "Forward", "LineLogger", "configure_logs", "line_logger"]
 
 Forward = Callable[[Mapping[str, Any]], None]
 
@@ -62,6 +63,40 @@ class NamedLogger:
     debug = info = warning = error = critical = msg
 
 
+class LineLogger:
+    """Writes the lines of which there is one a call: the same lines as structlog's, for a third of the time.
+
+    For JSON alone, and for fields whose names and values are known to be plain: nothing is redacted.
+    """
+
+    def __init__(self, stream: LogStream | BinaryIO, name: str, level: int) -> None:
+        """Lines below ``level`` are dropped."""
+        self._stream = stream
+        self._name = name
+        self._level = level
+
+    def info(self, event: str, **fields: object) -> None:
+        """Write a line at info."""
+        if self._level <= logging.INFO:
+            self._write(event, "info", fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Write a line at warning."""
+        if self._level <= logging.WARNING:
+            self._write(event, "warning", fields)
+
+    def _write(self, event: str, level: str, fields: dict[str, object]) -> None:
+        for key, value in fields.items():
+            if type(value) is str and len(value) > VALUE_CHARS_MAX:
+                fields[key] = _safe(value)
+        fields["event"] = event
+        fields["logger"] = self._name
+        _add_trace(None, level, fields)
+        fields["level"] = level
+        fields["timestamp"] = datetime.now(UTC).isoformat()[:-6] + "Z"
+        self._stream.write(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
+
+
 class _Text:
     """A stream of text over one of bytes, for the standard library's handler, which writes a whole line at once."""
 
@@ -73,6 +108,18 @@ class _Text:
 
     def flush(self) -> None:
         self._stream.flush()
+
+
+_line_target: tuple[LogStream | BinaryIO, _LevelByLogger] | None = None
+"""Where ``LineLogger`` writes; ``None`` where lines have another form, or go somewhere else too."""
+
+
+def line_logger(name: str) -> Any:
+    """A logger with ``info`` and ``warning`` for very many lines: the fast one where logs are plain JSON."""
+    if _line_target is None:
+        return structlog.get_logger(name).bind()
+    stream, levels = _line_target
+    return LineLogger(stream, name, levels.level(name))
 
 
 def configure_logs(
@@ -103,9 +150,12 @@ def configure_logs(
         _redact,
     ]
     forwarding: list[Processor] = [] if forward is None else [_Forwarding(forward)]
+    levels_by_logger = _LevelByLogger(_number(level), by_logger)
+    global _line_target  # noqa: PLW0603 - as structlog's own configuration is
+    _line_target = None if console or forward is not None else (target, levels_by_logger)
     structlog.configure(
         processors=[
-            _LevelByLogger(_number(level), by_logger),
+            levels_by_logger,
             *shared,
             *forwarding,
             _exceptions(console=console),
@@ -159,11 +209,12 @@ class _LevelByLogger:
         name = getattr(logger, "name", "")
         if name:
             event["logger"] = name
-        if logging.getLevelNamesMapping().get(method.upper(), logging.ERROR) < self._level(name):
+        if logging.getLevelNamesMapping().get(method.upper(), logging.ERROR) < self.level(name):
             raise structlog.DropEvent
         return event
 
-    def _level(self, name: str) -> int:
+    def level(self, name: str) -> int:
+        """The number of the lowest level that ``name`` writes."""
         while name and self._levels:
             if name in self._levels:
                 return self._levels[name]

@@ -29,7 +29,7 @@ from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.load import LoadSource, SharedSnapshot
 from embedserve.telemetry.log_queue import LogQueue, LogQueueLimits
 from embedserve.telemetry.log_stream import LogStream
-from embedserve.telemetry.logs import configure_logs
+from embedserve.telemetry.logs import configure_logs, line_logger
 from embedserve.telemetry.observers import TelemetryEngineObserver
 from embedserve.telemetry.prometheus import PrometheusRenderer
 from embedserve.telemetry.propagation import load_propagator
@@ -201,7 +201,7 @@ class _Parts:
 def _call_log(settings: TelemetrySettings) -> CallLog | None:
     if settings.log_requests == "off":
         return None
-    logger = structlog.get_logger("embedserve.access").bind()
+    logger = line_logger("embedserve.access")
     return CallLog(logger, settings.log_requests, settings.log_requests_ratio)
 
 

@@ -206,6 +206,9 @@ class TestSqueeze:
                 handed += sum(map(len, texts))
                 return inner.encode_batch_fast(texts)
 
+            def encode(self, text: str) -> Any:
+                return self.encode_batch_fast([text])[0]
+
         tokenizer._tokenizer = Counting()
         for truncation in (Truncation.END, Truncation.START):
             handed = 0
@@ -224,13 +227,31 @@ class TestPanic:
             def encode_batch_fast(self, _texts: list[str]) -> Any:
                 raise panic("index out of bounds")
 
-        tokenizer = tokenizer_of("word_piece")
-        before = tokenizer.encode(["hello"], truncation=Truncation.END).ids.tolist()
-        tokenizer._tokenizer = Panicking()
-        with pytest.raises(ItemFailed, match="panicked"):
-            tokenizer.encode(["hello"], truncation=Truncation.END)
+            encode = encode_batch_fast
 
-        assert tokenizer.encode(["hello"], truncation=Truncation.END).ids.tolist() == before
+        tokenizer = tokenizer_of("word_piece")
+        for texts in (["hello"], ["hello", "world"]):
+            before = tokenizer.encode(texts, truncation=Truncation.END).ids.tolist()
+            tokenizer._tokenizer = Panicking()
+            with pytest.raises(ItemFailed, match="panicked"):
+                tokenizer.encode(texts, truncation=Truncation.END)
+
+            assert tokenizer.encode(texts, truncation=Truncation.END).ids.tolist() == before
+
+
+class TestShortTexts:
+    """A short text alone is tokenised another way, without giving the lock away, to the same ids."""
+
+    @pytest.mark.parametrize(
+        "text", ["", "hello", "Hello, WORLD! caf\u00e9 \u6f22\u5b57 [SEP]", "a" * 256, "b c " * 64, "d" * 257]
+    )
+    def test_it_has_the_ids_that_it_has_among_others(self, text: str) -> None:
+        tokenizer = tokenizer_of("word_piece")
+        alone = tokenizer.encode([text], truncation=Truncation.END)
+        among = tokenizer.encode([text, "another"], truncation=Truncation.END)
+
+        assert alone.ids.tolist() == among.ids[: among.lengths[0]].tolist()
+        assert alone.truncated.tolist() == [bool(among.truncated[0])]
 
 
 class TestLongTexts:
@@ -248,6 +269,9 @@ class TestLongTexts:
                 nonlocal handed
                 handed += sum(map(len, texts))
                 return self.inner.encode_batch_fast(texts)
+
+            def encode(self, text: str) -> Any:
+                return self.encode_batch_fast([text])[0]
 
         tokenizer._tokenizer = Counting(tokenizer._tokenizer)
         for truncation in Truncation:

@@ -6,22 +6,24 @@ import asyncio
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import structlog
+from opentelemetry.trace import SpanContext, TraceFlags
 
 from embedserve.scheduling.item import Rejection
 from embedserve.telemetry.call_log import SHED_INTERVAL_S, CallLog, ShedLog
-from embedserve.telemetry.logs import configure_logs
+from embedserve.telemetry.logs import VALUE_CHARS_MAX, LineLogger, configure_logs, line_logger
 from embedserve.telemetry.settings import LogRequests
-from embedserve.telemetry.tracing import CallEnd
+from embedserve.telemetry.tracing import CallEnd, current_span_context
 from tests.unit.telemetry.pipeline import EMBED, Pipeline
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -303,3 +305,60 @@ class TestShedLog:
         begun = time.monotonic()
         ShedLog(_Lines())(Rejection("queue", "QUEUE_FULL", 5), "exact")
         assert time.monotonic() - begun < SHED_INTERVAL_S
+
+
+class TestLinesByTheThousand:
+    """A line a call is written without structlog's ways, and looks the same."""
+
+    FIELDS: ClassVar[dict[str, Any]] = {
+        "method": "M/Embed",
+        "duration_ms": 1.25,
+        "tenant": "x" * 3000,
+        "tokens": 7,
+        "late": None,
+    }
+
+    @pytest.mark.parametrize("level", ["info", "warning"])
+    @pytest.mark.parametrize("traced", [False, True])
+    def test_they_are_structlogs_own(self, capture: Capture, level: str, traced: bool) -> None:
+        configure(capture)
+        quick = line_logger("embedserve.access")
+        assert isinstance(quick, LineLogger)
+        context = SpanContext(int(TRACE, 16), int(SPAN, 16), is_remote=False, trace_flags=TraceFlags(1))
+        token = current_span_context.set(context if traced else None)
+        try:
+            getattr(quick, level)("rpc", **self.FIELDS)
+            getattr(structlog.get_logger("embedserve.access"), level)("rpc", **self.FIELDS)
+        finally:
+            current_span_context.reset(token)
+
+        ours, theirs = capture.lines
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", ours["timestamp"])
+        assert list(ours) == list(theirs)
+        assert {**ours, "timestamp": 0} == {**theirs, "timestamp": 0}
+        assert len(ours["tenant"]) < VALUE_CHARS_MAX + 50
+        assert ("trace_id" in ours) is traced
+
+    @pytest.mark.parametrize(
+        ("levels", "written"),
+        [({}, ["info", "warning"]), ({"embedserve_access": "warning"}, ["warning"]), ({"embedserve": "error"}, [])],
+    )
+    def test_they_keep_to_their_loggers_level(
+        self, capture: Capture, levels: dict[str, str], written: list[str]
+    ) -> None:
+        configure(capture, **levels)
+        quick = line_logger("embedserve.access")
+        quick.info("rpc")
+        quick.warning("rpc")
+
+        assert [line["level"] for line in capture.lines] == written
+
+    def test_other_forms_and_lines_that_go_elsewhere_too_take_the_ordinary_way(self, capture: Capture) -> None:
+        forwarded: list[Mapping[str, Any]] = []
+        configure_logs(level="info", levels={}, form="console", stream=capture.text)
+        line_logger("embedserve.access").info("rpc", method="M/Embed")
+        configure_logs(level="info", levels={}, form="json", stream=capture.text, forward=forwarded.append)
+        line_logger("embedserve.access").info("rpc", method="M/Embed")
+
+        assert [line["method"] for line in forwarded] == ["M/Embed"]
+        assert b"M/Embed" in capture.raw.getvalue().splitlines()[0]
