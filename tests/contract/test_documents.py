@@ -49,7 +49,7 @@ def _dotted_names() -> set[str]:
     """Every ``embedserve.*`` that is not a module: metrics, attributes of spans, of resources and of links."""
     attributes = {value for value in vars(semconv).values() if isinstance(value, str)} | set(_KNOWN.values())
     resource = set(re.findall(r'"(embedserve\.model\.\w+)":', (PACKAGE / "wiring.py").read_text(encoding="utf-8")))
-    loggers = set(re.findall(r'get_logger\("([\w.]+)"\)', _sources()))
+    loggers = set(re.findall(r'(?:get|line)_logger\("([\w.]+)"\)', _sources()))
     proto = {m.full_name for m in embedding_pb2.DESCRIPTOR.message_types_by_name.values()}
     proto |= {s.full_name for s in embedding_pb2.DESCRIPTOR.services_by_name.values()}
     return {i.name for i in INSTRUMENTS} | attributes | resource | loggers | proto

@@ -23,7 +23,7 @@ from embedserve.telemetry import instruments as table
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.semconv import OTHER
 from embedserve.telemetry.span_queue import SpanQueue
-from embedserve.telemetry.spans import BatchTrace
+from embedserve.telemetry.spans import BatchTrace, CompileTrace
 from embedserve.telemetry.tally import observe
 
 __all__ = ["TelemetryEngineObserver"]
@@ -103,11 +103,7 @@ class TelemetryEngineObserver:
 
     def batch_dispatched(self, batch_id: int) -> object | None:  # noqa: ARG002
         """A batch with a sampled request in it is on its way; the context of its span."""
-        if self._spans is None:
-            return None
-        return SpanContext(
-            self._ids.generate_trace_id(), self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED)
-        )
+        return None if self._spans is None else self._new_trace()
 
     def batch_finished(self, record: BatchRecord) -> None:
         """A pass ended."""
@@ -150,11 +146,22 @@ class TelemetryEngineObserver:
         """Another form of the model runs."""
         self._swaps.cell(variant).value += 1
         if compile_s > 0:
-            self._compiles.cell("cached" if cached else "compiled").observe(compile_s)
+            self._compile_ended("cached" if cached else "compiled", compile_s)
 
     def compile_failed(self, compile_s: float) -> None:
         """There will be no compiled model."""
-        self._compiles.cell("failed").observe(compile_s)
+        self._compile_ended("failed", compile_s)
+
+    def _compile_ended(self, outcome: str, compile_s: float) -> None:
+        self._compiles.cell(outcome).observe(compile_s)
+        if self._spans is not None:
+            took_ns = int(compile_s / _S_PER_NS)
+            self._spans.put(CompileTrace(self._new_trace(), time.monotonic_ns(), took_ns, outcome))
+
+    def _new_trace(self) -> SpanContext:
+        return SpanContext(
+            self._ids.generate_trace_id(), self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED)
+        )
 
     def request_finished(self, stages: Stages, *, verdict: str) -> None:
         """A request left the engine."""

@@ -17,6 +17,8 @@ or the event loop: everything here runs in the export thread, for sampled reques
     ├── assemble, copy_in, forward, pool, copy_out
     └── return                               until the event loop has the result
 
+    compile                                  its own trace: another form of the model was made and took over
+
 Children share their borders, so that their sum is the parent: exactly, not nearly.
 """
 
@@ -34,11 +36,12 @@ from embedserve.telemetry import semconv
 from embedserve.telemetry.segments import ADMIT_EXACT, Segment
 from embedserve.telemetry.span_data import SERVER, LinkData, SpanData, SpanFactory, Value
 
-__all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "SpanName", "error_kind"]
+__all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "CompileTrace", "SpanName", "error_kind"]
 
 _NS_PER_MS: Final = 1e6
 
 BATCH_SPAN: Final = "batch"
+COMPILE_SPAN: Final = "compile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ SPANS: Final = (
     SpanName("pool", "INTERNAL", BATCH_SPAN, "Pooling and normalisation."),
     SpanName("copy_out", "INTERNAL", BATCH_SPAN, "Back from the device."),
     SpanName("return", "INTERNAL", BATCH_SPAN, "Until the event loop has the result."),
+    SpanName(COMPILE_SPAN, "INTERNAL", "its own trace", "The compiled model was made; it took over, or failed."),
 )  # fmt: skip
 """Every span, for the docs."""
 
@@ -270,6 +274,32 @@ class BatchTrace(NamedTuple):
 
 
 _WELL: Final = ("ok", "skipped")
+
+
+class CompileTrace(NamedTuple):
+    """How a compiled model was made: once in a process, so always sampled."""
+
+    context: SpanContext
+    ended_ns: int
+    took_ns: int
+    outcome: str
+    """``compiled``, ``cached`` or ``failed``."""
+
+    @property
+    def span_count(self) -> int:
+        """It is one."""
+        return 1
+
+    def spans(self, factory: SpanFactory) -> list[SpanData]:
+        """The span, which ends when passes began to run through the compiled model."""
+        attributes: dict[str, Value] = {semconv.COMPILE_OUTCOME: self.outcome}
+        begun_ns = self.ended_ns - self.took_ns
+        error = "COMPILE_FAILED" if self.outcome == "failed" else None
+        if error is not None:
+            attributes[semconv.ERROR_TYPE] = error
+        return [
+            factory.span(self.context, None, COMPILE_SPAN, begun_ns, self.ended_ns, attributes=attributes, error=error)
+        ]
 
 
 def _member_link(member: Member) -> LinkData:

@@ -368,8 +368,28 @@ class TestCatalogue:
         call = pipeline.calls.begin(EMBED, [], begun - MS, "")
         finish_pass(pipeline, [call.context], begun_ns=begun)
         call.end(status="OK", stages=stages_of(begun), error_type=None, attributes={})
+        pipeline.engine.model_swapped("compiled", 3.0, cached=False)
 
         made = {span.name for span in pipeline.finish()}
 
         assert made <= {span.name for span in SPANS}
         assert {span.name for span in SPANS if span.kind == "INTERNAL"} <= made
+
+
+class TestCompiling:
+    """The compiled model that takes over is a trace of its own."""
+
+    async def test_it_says_how_long_it_took_and_how_it_went(self, pipeline: Pipeline) -> None:
+        pipeline.engine.model_swapped("compiled", 3.0, cached=False)
+        pipeline.engine.model_swapped("compiled", 0.5, cached=True)
+        pipeline.engine.compile_failed(1.0)
+        pipeline.engine.model_swapped("eager", 0.0, cached=False)
+
+        spans = pipeline.finish()
+
+        assert [span.name for span in spans] == ["compile"] * 3
+        outcomes = [span.attributes["embedserve.model.compile.outcome"] for span in spans]
+        assert outcomes == ["compiled", "cached", "failed"]
+        assert [round((span.end_time - span.start_time) / 1e9, 3) for span in spans] == [3.0, 0.5, 1.0]
+        assert [span.status.is_ok for span in spans] == [True, True, False]
+        assert len({span.context.trace_id for span in spans}) == 3
