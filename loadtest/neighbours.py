@@ -42,7 +42,7 @@ INTERACTIVE_PER_S = 8.0
 INTERACTIVE = (("x-embedserve-priority", "interactive"),)
 BULK = (("x-embedserve-priority", "bulk"),)
 SHORT = "how do I renew a passport"
-BATCH_MS = 100.0
+BATCH_MS = 50.0
 """A full batch: the default of ``scheduling.max_batch_ms``."""
 
 Vector = npt.NDArray[np.float32]

@@ -172,7 +172,7 @@ class Scheduling(Section):
     """Tokens in one pass. none: 16384 on a GPU, 4096 on a CPU, never under the longest text. More gains little."""
     max_batch_items: Annotated[int, between(1, 65536)] = 512
     """Texts in one pass. Bounds the time to gather a batch of very short texts."""
-    max_batch_ms: Annotated[int, between(1, 60_000)] = 100
+    max_batch_ms: Annotated[int, between(1, 60_000)] = 50
     """Predicted time of one pass, which nothing interrupts: who comes meanwhile waits. Far more than a GPU needs."""
     batches_in_flight: Annotated[int, between(1, 8)] = 2
     """One that runs and one prepared behind it, so that the device never waits and little is decided early."""
