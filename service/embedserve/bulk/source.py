@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -46,7 +46,7 @@ def read_texts(files: Sequence[str], form: InputFormat, *, field: str, id_field:
     """Every text of ``files`` in order; ``-`` is standard input. A blank line is a text of ``lines``, none of JSONL."""
     index = 0
     for name in files:
-        with nullcontext(sys.stdin.buffer) if name == STDIN else Path(name).open("rb") as stream:
+        with _standard_input() if name == STDIN else Path(name).open("rb") as stream:
             for number, line in enumerate(_lines(stream), start=1):
                 place = f"{'<stdin>' if name == STDIN else name}:{number}"
                 if form == "lines":
@@ -56,6 +56,18 @@ def read_texts(files: Sequence[str], form: InputFormat, *, field: str, id_field:
                 else:
                     continue
                 index += 1
+
+
+def _standard_input() -> AbstractContextManager[BinaryIO]:
+    """Standard input through a buffer of our own.
+
+    A thread that waits in ``sys.stdin`` holds its lock, and an interpreter that ends after an interrupt wants it: it
+    aborts ("could not acquire lock at interpreter shutdown").
+    """
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except (OSError, ValueError):  # no descriptor behind it
+        return nullcontext(sys.stdin.buffer)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | None]:

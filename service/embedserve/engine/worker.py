@@ -37,6 +37,9 @@ __all__ = ["Part", "Pass", "PassResult", "Riders", "Worker", "WorkerReady"]
 REPORT_INTERVAL_NS: Final = 1_000_000_000
 """Between looks at the device's memory: some 20 us each, and nobody reads them more often."""
 
+COMPILATION_LOOK_S: Final = 0.5
+"""Between looks at a compilation while nothing runs; it takes some seconds, once."""
+
 
 class Part(NamedTuple):
     """Some rows of a batch, all of one submission."""
@@ -187,7 +190,7 @@ class Worker:
             report = backend.report()
             self._on_ready(WorkerReady(backend.identity, report, time.monotonic_ns() - begun, passes))
             self._tell_compilation(report)
-            while (work := self._passes.get()) is not None:
+            while (work := self._next(backend, report)) is not None:
                 result = self._run(backend, work)
                 self._on_result(result)
                 if isinstance(result.outcome, Fatal):
@@ -208,6 +211,16 @@ class Worker:
             self._looked_ns = now
             self.device = report = backend.report()
             self._tell_compilation(report)
+
+    def _next(self, backend: Backend, report: DeviceReport) -> Pass | None:
+        """The next pass. An idle server that compiles looks now and then how that went: somebody may wait for it."""
+        while report.compiling and not self._compilation_told:
+            try:
+                return self._passes.get(timeout=COMPILATION_LOOK_S)
+            except queue.Empty:
+                report = backend.report()
+                self._tell_compilation(report)
+        return self._passes.get()
 
     def _tell_compilation(self, report: DeviceReport) -> None:
         if not self._compilation_told and (report.compiled or report.compile_failure):

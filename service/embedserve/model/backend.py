@@ -136,6 +136,8 @@ class DeviceReport:
     """How long the compiled model took to make, or the attempt that failed; 0 where none has ended."""
     compile_cached: bool = False
     """Whether the compiled code was there already."""
+    compiling: bool = False
+    """Whether a compiled model is being made: how it went will show in a later report."""
     compile_failure: str = ""
     """Why there is no compiled model, in a sentence; empty where there is one, or none was asked for, or not yet."""
 

@@ -37,6 +37,7 @@ class CompilationFacts(TypedDict):
     """What a ``DeviceReport`` says of it."""
 
     compiled: bool
+    compiling: bool
     compile_s: float
     compile_cached: bool
     compile_failure: str
@@ -94,9 +95,10 @@ class CompiledModel:
 
     def facts(self) -> CompilationFacts:
         """For the device's report."""
-        end = self._end
+        ready, end = self.ready, self._end
         return {
-            "compiled": self._encoder is not None,
+            "compiled": ready,
+            "compiling": self._compilation is not None,
             "compile_s": 0.0 if end is None else end.seconds,
             "compile_cached": end is not None and end.cached,
             "compile_failure": "" if end is None else end.why,

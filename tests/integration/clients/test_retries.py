@@ -286,5 +286,5 @@ class TestHint:
         assert error.pushback_ms == -1
         assert error.retry_ms is not None
         assert error.retry_ms > 600
-        assert took < 0.5
+        assert took < 0.6, "before the deadline, which a client that waits would have sat out"
         assert attempts(seen) == [1]

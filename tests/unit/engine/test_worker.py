@@ -88,3 +88,28 @@ class TestCompilation:
         run_passes(FakeBackend(), 3, told)
 
         assert told == []
+
+    def test_an_idle_server_that_compiles_learns_how_it_went(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without a pass: whoever waits for compiled code before sending traffic would wait in vain."""
+        monkeypatch.setattr(module, "COMPILATION_LOOK_S", 0.001)
+
+        class Compiling(FakeBackend):
+            looks = 0
+
+            def report(self) -> DeviceReport:
+                self.looks += 1
+                return DeviceReport("cpu", 0, 0, compiled=self.looks > 3, compiling=self.looks <= 3, packed=True)
+
+        told: queue.SimpleQueue[DeviceReport] = queue.SimpleQueue()
+        worker = Worker(
+            Compiling,
+            warm_up_tokens=16,
+            on_ready=lambda _outcome: None,
+            on_result=lambda _result: None,
+            on_death=lambda death: pytest.fail(str(death)),
+            on_compilation=told.put,
+        )
+        worker.start()
+
+        assert told.get(timeout=10).compiled
+        assert worker.stop(10)

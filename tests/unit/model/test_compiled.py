@@ -1,6 +1,7 @@
 """The compiled pass gives the model's own vectors, whatever the batch, and every failure leaves the model that runs."""
 
 import dataclasses
+import hashlib
 import os
 import stat
 import subprocess
@@ -417,10 +418,90 @@ class TestCompiler:
 
         made = compile_library(source, kept)
 
-        left = {path.name for path in kept.iterdir()}
+        left = {path.name for path in kept.glob("*.so")}
         assert len(left) == compiler.KEPT_MAX
         assert made.path.name in left
         assert "one-0.so" not in left
+
+    @pytest.mark.parametrize("size", [0, 4096, 12_000])
+    def test_one_that_was_cut_short_is_built_anew(self, tmp_path: Path, size: int) -> None:
+        """To load it would end the process: a truncated library is mapped, and faults when it is touched."""
+        source = tmp_path / "one.cpp"
+        source.write_text('extern "C" int one() { return 1; }')
+        whole = compile_library(source, tmp_path / "kept").path
+        content = whole.read_bytes()
+        assert len(content) > size
+        whole.write_bytes(content[:size])
+
+        again = compile_library(source, tmp_path / "kept")
+
+        assert not again.cached
+        assert again.path.read_bytes() == content
+        assert compile_library(source, tmp_path / "kept").cached
+
+    def test_one_that_no_seal_vouches_for_is_built_anew(self, tmp_path: Path) -> None:
+        source = tmp_path / "one.cpp"
+        source.write_text('extern "C" int one() { return 1; }')
+        compile_library(source, tmp_path / "kept").path.with_suffix(".sha256").unlink()
+
+        assert not compile_library(source, tmp_path / "kept").cached
+
+    def test_a_machine_without_a_compiler_uses_what_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = tmp_path / "one.cpp"
+        source.write_text('extern "C" int one() { return 1; }')
+        compile_library(source, tmp_path / "kept")
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+        assert compile_library(source, tmp_path / "kept").cached
+
+    def test_a_cache_that_can_only_be_read_serves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = tmp_path / "one.cpp"
+        source.write_text('extern "C" int one() { return 1; }')
+        compile_library(source, tmp_path / "kept")
+        monkeypatch.setattr("os.utime", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+
+        assert compile_library(source, tmp_path / "kept").cached
+
+    def test_what_no_loader_takes_is_not_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "true")
+
+        with pytest.raises(CannotCompile, match="what was compiled cannot be loaded"):
+            compile_library(SOURCE, tmp_path / "kept")
+        assert list((tmp_path / "kept").iterdir()) == []
+
+    def test_what_a_killed_build_left_is_removed(self, tmp_path: Path) -> None:
+        kept = tmp_path / "kept"
+        kept.mkdir(mode=0o700)
+        old, young = kept / ".one-abc.so", kept / ".one-def.so"
+        old.touch()
+        os.utime(old, (1, 1))
+        young.touch()
+        source = tmp_path / "one.cpp"
+        source.write_text('extern "C" int one() { return 1; }')
+
+        compile_library(source, kept)
+
+        assert not old.exists()
+        assert young.exists(), "somebody may be building it"
+
+    def test_a_full_disk_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        script = tmp_path / "cxx"
+        script.write_text(
+            "#!/bin/sh\necho 'ld: final link failed: No space left on device' >&2; echo 'collect2: error: ld' >&2; exit 1\n"
+        )
+        script.chmod(0o700)
+        monkeypatch.setenv("CXX", str(script))
+
+        with pytest.raises(CannotCompile, match="No space left on device"):
+            compile_library(SOURCE, tmp_path / "kept")
+
+    def test_a_compiler_command_that_is_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CXX", "g++ '")
+
+        with pytest.raises(CannotCompile, match="CXX is no command"):
+            compile_library(SOURCE, tmp_path / "kept")
 
     def test_a_source_that_does_not_compile(self, tmp_path: Path) -> None:
         source = tmp_path / "one.cpp"
@@ -535,3 +616,21 @@ class TestCompilation:
         assert end.encoder is None
         assert end.why == "no plan"
         assert compilation.is_made
+
+    def test_a_kept_library_that_cannot_be_loaded_is_built_anew(self, tmp_path: Path, cache: Path) -> None:
+        """As where another file was put in its place, seal and all."""
+        folder = tmp_path / "kept"
+        kept = compile_library(SOURCE, folder).path
+        kept.write_bytes(b"not a library")
+        kept.with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
+        model = transformers.BertModel(
+            transformers.BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+                                    intermediate_size=16)
+        )  # fmt: skip
+        compilation = Compilation(lambda: plan_for(model, "bert", torch.float32), cache=folder, lanes=1)
+        compilation.judge_with(lambda _encoder: None)
+        end = compilation.end(WAIT_S)
+
+        assert end is not None
+        assert end.encoder is not None, end.why
+        assert not end.cached

@@ -76,8 +76,14 @@ class Compilation:
             with torch.inference_mode():
                 plan = self._make_plan()
                 library = compile_library(self._source, self._cache)
+                try:
+                    encoder = NativeEncoder(library.path, plan, self._lanes)
+                except CannotCompile:
+                    if not library.cached:
+                        raise
+                    library = compile_library(self._source, self._cache, anew=True)
+                    encoder = NativeEncoder(library.path, plan, self._lanes)
                 cached = library.cached
-                encoder = NativeEncoder(library.path, plan, self._lanes)
                 seconds = time.monotonic() - self._begun
                 self._made.set()
                 self._judge_there.wait()

@@ -6,6 +6,8 @@ from a folder that nobody else can write. Must never know what the code computes
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -42,6 +44,8 @@ X86_FLAGS = ("-mprefer-vector-width=512",)
 """Compilers prefer 256 bits for the sake of old processors that slowed down."""
 COMPILE_MAX_S = 120.0
 """It takes 3 s; a machine that swaps must not wait for ever."""
+TELLING = ("error:", "No space left", "cannot ")
+"""What the line of a compiler's output holds that says why it failed."""
 KEPT_MAX = 16
 """Libraries in the cache, 60 KiB each: the oldest go."""
 
@@ -65,29 +69,51 @@ def default_cache() -> Path:
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "embedserve"
 
 
-def compile_library(source: Path, cache: Path) -> Compiled:
+def compile_library(source: Path, cache: Path, *, anew: bool = False) -> Compiled:
     """Build ``source`` against this torch, or take what ``cache`` has of it. Raises ``CannotCompile``.
 
-    The name of a kept library holds a digest of everything that its code depends on: source, flags, compiler, processor
-    and torch. Several processes may build at once: the last to finish wins, and all are the same.
+    The name of a kept library holds a digest of everything that its code depends on but for the compiler: source,
+    flags, processor and torch; so a machine without a compiler can use what another has built. A digest of the library
+    lies beside it: one that was cut short, as by a power failure, would end the process that loads it. ``anew`` builds
+    in the place of one that is there. Several processes may build at once: the last to finish wins.
     """
-    compiler = _compiler()
     flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())]
-    name = f"{source.stem}-{_digest(source, compiler, flags)}.so"
+    kept = cache / f"{source.stem}-{_digest(source, flags)}.so"
     _make_private(cache)
-    kept = cache / name
-    if kept.is_file():
-        _check_owner(kept)
-        os.utime(kept)
+    if not anew and _is_whole(kept):
+        with contextlib.suppress(OSError):  # a cache that can only be read serves too
+            os.utime(kept)
         return Compiled(kept, cached=True)
-    _build(source, compiler, flags, kept)
+    _build(source, _compiler(), flags, kept)
     _drop_oldest(cache, source.stem)
     return Compiled(kept, cached=False)
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether ``library`` is there, as it was built, and ours. Raises ``CannotCompile`` where others may write it."""
+    if not library.is_file():
+        return False
+    _check_owner(library)
+    try:
+        return _seal_of(library).read_text(encoding="ascii") == _sealed(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _seal_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _sealed(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
 def _compiler() -> list[str]:
     """The compiler's command, as ``CXX`` may give it with arguments."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
+    try:
+        wanted = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CannotCompile(f"CXX is no command: {error}") from error
     for command in [wanted] if wanted else [[name] for name in COMPILERS]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
@@ -95,14 +121,8 @@ def _compiler() -> list[str]:
     raise CannotCompile(f"no C++ compiler was found ({names}); install g++ to have passes compiled for this processor")
 
 
-def _digest(source: Path, compiler: Sequence[str], flags: Sequence[str]) -> str:
-    try:
-        version = subprocess.run(  # noqa: S603 - the machine's own compiler
-            [*compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_MAX_S, start_new_session=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise CannotCompile(f"{compiler[0]} does not run: {error}") from error
-    parts = [source.read_bytes(), version, " ".join([*compiler, *flags]).encode(), _processor().encode()]
+def _digest(source: Path, flags: Sequence[str]) -> str:
+    parts = [source.read_bytes(), " ".join(flags).encode(), _processor().encode()]
     parts += [torch.__version__.encode(), str(_torch_folder()).encode(), sys.platform.encode()]
     digest = hashlib.sha256()
     for part in parts:
@@ -136,7 +156,10 @@ def _make_private(folder: Path) -> None:
 def _check_owner(path: Path) -> None:
     status = path.stat()
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CannotCompile(f"{path} can be written by others, and what it holds is run; make it yours alone (0700)")
+        raise CannotCompile(
+            f"{path} can be written by others, and what it holds is run; make it yours alone (0700) or set "
+            "model.compile_cache"
+        )
 
 
 def _build(source: Path, compiler: Sequence[str], flags: Sequence[str], result: Path) -> None:
@@ -156,10 +179,9 @@ def _build(source: Path, compiler: Sequence[str], flags: Sequence[str], result: 
         )
         if done.returncode != 0:
             told = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            first = next((line for line in told if "error" in line), told[0])
+            first = next((line for line in told if any(word in line for word in TELLING)), told[0])
             raise CannotCompile(f"{compiler[0]} ended with {done.returncode}: {first}")
-        Path(fresh).chmod(0o700)
-        Path(fresh).replace(result)
+        _publish(Path(fresh), result)
     except subprocess.TimeoutExpired as error:
         raise CannotCompile(f"{compiler[0]} had not ended after {time.monotonic() - begun:.0f} s") from error
     except OSError as error:
@@ -168,7 +190,32 @@ def _build(source: Path, compiler: Sequence[str], flags: Sequence[str], result: 
         Path(fresh).unlink(missing_ok=True)
 
 
+def _publish(fresh: Path, result: Path) -> None:
+    """Let ``fresh`` take its place, whole and on the disk, its seal first: a library without its seal is built anew."""
+    try:
+        ctypes.CDLL(str(fresh))
+    except OSError as error:
+        raise CannotCompile(f"what was compiled cannot be loaded: {error}") from error
+    fresh.chmod(0o700)
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    seal = fresh.with_suffix(".sha256")
+    try:
+        seal.write_text(_sealed(fresh), encoding="ascii")
+        seal.replace(_seal_of(result))
+        fresh.replace(result)
+    finally:
+        seal.unlink(missing_ok=True)
+
+
 def _drop_oldest(cache: Path, stem: str) -> None:
+    """Keep the latest libraries, and nothing of builds that were killed."""
+    now = time.time()
+    for left in cache.glob(f".{stem}-*"):
+        with contextlib.suppress(OSError):  # another process was quicker
+            if now - left.stat().st_mtime > COMPILE_MAX_S:
+                left.unlink()
     kept = sorted(cache.glob(f"{stem}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in kept[KEPT_MAX:]:
         old.unlink(missing_ok=True)
+        _seal_of(old).unlink(missing_ok=True)

@@ -47,7 +47,7 @@ namespace {
 using BFloat16 = c10::BFloat16;
 
 constexpr int64_t TOKENS_OF_CHUNK = 128;  // Fits a core's cache; more brought nothing, 64 cost 3 %.
-constexpr int64_t TOKENS_WORTH_A_CHUNK = 24;  // To wake another core for less costs more than it brings.
+constexpr int64_t TOKENS_WORTH_A_CHUNK = 32;  // Fewer take longer each: all weights are read for every chunk.
 constexpr int64_t TOKENS_OF_BLOCK = 64;   // Rows of A in one matrix product.
 constexpr int64_t QUERIES_OF_BLOCK = 32;  // Scores of 32 queries and 256 keys fill 32 KiB, a core's first cache.
 constexpr int64_t KEYS_OF_BLOCK = 256;    // Longer rows go by blocks of keys with a running maximum (flash attention).
@@ -473,27 +473,28 @@ class EncoderOf final : public Encoder {
     return Linear<T>(weight, static_cast<const float*>(*tensors++), outputs, inputs);
   }
 
-  // As many chunks as every lane gets the same number of, all with nearly the same number of tokens: who has none left
-  // waits for the others. Longest row first, each into the chunk that has the least.
+  // Longest rows first, and smaller chunks towards the end, which decide how long one core waits for the others: each
+  // is half of what a lane's share of the rest would be. Cores are not equally fast, an event loop may sit on one.
   void cut(const Pass& pass) {
     const int64_t* offsets = pass.offsets;
     const auto tokens_of = [offsets](int64_t row) { return offsets[row + 1] - offsets[row]; };
     order_.resize(pass.rows);
     for (int64_t r = 0; r < pass.rows; ++r) order_[r] = r;
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
-    const int64_t tokens = offsets[pass.rows], lanes = std::max<int64_t>(pass.lanes, 1);
-    int64_t count = up_to((tokens + TOKENS_OF_CHUNK - 1) / TOKENS_OF_CHUNK, lanes);
-    count = std::clamp<int64_t>(std::min(count, tokens / TOKENS_WORTH_A_CHUNK), 1, pass.rows);
-    chunks_.assign(count, {});
+    chunks_.clear();
+    int64_t left = offsets[pass.rows], target = 0;
     for (const int64_t row : order_) {
-      Chunk& least = *std::min_element(chunks_.begin(), chunks_.end(),
-                                       [](const Chunk& a, const Chunk& b) { return a.tokens < b.tokens; });
-      least.rows.push_back(row);
-      least.tokens += tokens_of(row);
+      const int64_t tokens = tokens_of(row);
+      if (chunks_.empty() || chunks_.back().tokens + tokens / 2 >= target) {
+        target = pass.lanes < 2 || left < 2 * TOKENS_WORTH_A_CHUNK
+                     ? TOKENS_OF_CHUNK
+                     : std::clamp(left / (2 * pass.lanes), TOKENS_WORTH_A_CHUNK, TOKENS_OF_CHUNK);
+        chunks_.emplace_back();
+      }
+      chunks_.back().rows.push_back(row);
+      chunks_.back().tokens += tokens;
+      left -= tokens;
     }
-    // The largest first, so that the last ones, which decide how long the others wait, are small.
-    std::stable_sort(chunks_.begin(), chunks_.end(),
-                     [](const Chunk& a, const Chunk& b) { return a.tokens > b.tokens; });
   }
 
   void serve(int64_t lane) {
