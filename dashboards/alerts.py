@@ -172,7 +172,8 @@ def _symptoms() -> tuple[Alert, ...]:
 
 def _device_causes() -> tuple[Alert, ...]:
     quarter = EACH.over("15m")
-    failed = EACH.over("1h").increase(m.MODEL_COMPILE_DURATION, where={"outcome": "failed"}, part="_count")
+    # Not its growth: it happens during a start, and the first scrape of a new process sees it done.
+    failed = EACH.total(m.MODEL_COMPILE_DURATION, where={"outcome": "failed"}, part="_count")
     # A machine without a compiler, and a model that has no compiled form, are no news.
     ran = f"max by (job) (max_over_time({RULE.series(m.MODEL_VARIANT, '', {'variant': 'compiled'})}[1d]))"
     return (

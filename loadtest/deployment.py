@@ -102,12 +102,14 @@ def deployed(spec: str, scenario: Scenario, reach: Reach) -> Iterator[Deployment
 
 
 def _started(spec: str, scenario: Scenario, reach: Reach, stack: contextlib.ExitStack) -> Server:
+    # Its log has a line for each call, which nobody wants between a table and a bar.
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    log = folder / "server.log"
     if spec == "serve:":
-        return stack.enter_context(product(*reach.settings))
+        return stack.enter_context(product(*reach.settings, log=log))
     if spec == "null:":
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = write_checkpoint(folder / "null-384", NULL_DIMENSION)
-        return stack.enter_context(null_server(checkpoint, *reach.settings))
+        return stack.enter_context(null_server(checkpoint, *reach.settings, log=log))
     if scenario.method != "embed":
         raise TargetFailed("echo: answers Embed only; choose a scenario whose method is embed")
     return stack.enter_context(echo_server(scenario.texts.per_call, NULL_DIMENSION))

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 START_S = 120
 """A model on a busy machine is warm after 20 s."""
 SCRAPE_S = 5.0
+LOG_LINES_TOLD = 10
+"""Of a server that did not start."""
 PORTS = ("--server.address", "127.0.0.1:0", "--operations.address", "127.0.0.1:0", "--shutdown.settle_ms", "0")
 
 
@@ -95,16 +97,19 @@ def null_server(
     slices: bool = False,
     device: str | None = None,
     env: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> contextlib.AbstractContextManager[Server]:
     """The product on the null model, as a context manager; ``device`` is ``US:NS``, as ``null_server.py`` says."""
     command = [sys.executable, "-m", "loadtest.null_server", str(checkpoint), *(["--slices"] if slices else [])]
     command += ["--device", device] if device else []
-    return _started([*command, *PORTS, *settings], env or {})
+    return _started([*command, *PORTS, *settings], env or {}, log)
 
 
-def product(*settings: str, env: Mapping[str, str] | None = None) -> contextlib.AbstractContextManager[Server]:
+def product(
+    *settings: str, env: Mapping[str, str] | None = None, log: Path | None = None
+) -> contextlib.AbstractContextManager[Server]:
     """``embedserve serve`` as it is, as a context manager."""
-    return _started([sys.executable, "-m", "embedserve", "serve", *PORTS, *settings], env or {})
+    return _started([sys.executable, "-m", "embedserve", "serve", *PORTS, *settings], env or {}, log)
 
 
 def soak_server(*settings: str) -> contextlib.AbstractContextManager[Server]:
@@ -118,10 +123,14 @@ def echo_server(texts: int, dimension: int) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], env: Mapping[str, str]) -> Iterator[Server]:
+def _started(command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> Iterator[Server]:
     # A caller's own OTEL_* and EMBEDSERVE_* variables would change what is measured.
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_"))}
-    process = subprocess.Popen(command, cwd=ROOT, env={**clean, **env}, stdout=subprocess.PIPE, text=True)
+    with contextlib.ExitStack() as opened:
+        errors = opened.enter_context(log.open("wb")) if log is not None else None
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**clean, **env}, stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()
     try:
@@ -129,7 +138,10 @@ def _started(command: Sequence[str], env: Mapping[str, str]) -> Iterator[Server]
         line = process.stdout.readline()
         watchdog.cancel()
         if not line:
-            raise SystemExit(f"the server did not start: {' '.join(command)} ended with {process.wait()}")
+            told = (
+                "" if log is None else "".join(f"\n{line}" for line in log.read_text().splitlines()[-LOG_LINES_TOLD:])
+            )
+            raise SystemExit(f"the server did not start: {' '.join(command)} ended with {process.wait()}{told}")
         yield Server(process, json.loads(line))
     finally:
         watchdog.cancel()

@@ -89,7 +89,8 @@ class InvalidRequest(CallerError):
         self.violations = tuple(violations)
         first = self.violations[0]
         more = f" (and {len(self.violations) - 1} more)" if len(self.violations) > 1 else ""
-        super().__init__(f"{first.field}: {first.description}{more}")
+        where = f"{first.field}: " if first.field else ""
+        super().__init__(f"{where}{first.description}{more}")
 
 
 class RevisionMismatch(CallerError):

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import orjson
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from embedserve.engine.load import LoadReport
 from embedserve.errors import StartupError
@@ -40,6 +42,9 @@ GUARDED = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 """What a browser is told of everything that shows names: keep nothing, guess nothing, lend it to nobody."""
+_PROTOCOL_LOG = logging.getLogger("embedserve.http.protocol")
+_PROTOCOL_LOG.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+"""aiohttp's own words, but for those on bytes that are no HTTP: they quote them, and any port scanner sends some."""
 _FACTS = dataclasses.fields(Snapshot)
 
 
@@ -77,7 +82,9 @@ class OperationsPort:
                 web.get("/statusz.json", self._statusz_json),
             ]
         )
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S, handle_signals=False)
+        self._runner = web.AppRunner(
+            application, access_log=None, logger=_PROTOCOL_LOG, shutdown_timeout=SHUTDOWN_S, handle_signals=False
+        )
 
     async def start(self, address: str) -> str:
         """Bind ``host:port`` and return the address with the port that was given. Raises ``StartupError``."""

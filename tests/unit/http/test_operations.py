@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -169,6 +170,34 @@ class TestMethods:
         answer = await port.client.request(method, path)
 
         assert (answer.status_code, answer.headers["Allow"]) == (405, "GET,HEAD")
+
+
+class TestJunk:
+    """Bytes that are no HTTP are refused and stand in no log: they may be a secret on its way to another port."""
+
+    @pytest.mark.parametrize(
+        "junk",
+        [
+            b"POST /statusz HTTP/1.1\r\nHost: x\r\nContent-Length: zz BODYSECRET\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nBODYSECRET",
+            b"\x16\x03\x01BODYSECRET\r\n\r\n",
+            b"GET / HTTP/1.1\r\nAuthorization: BODY\x00SECRET\r\n\r\n",
+        ],
+        ids=["a length", "HTTP/2", "TLS", "a header"],
+    )
+    async def test_it_is_refused_without_a_line(
+        self, port: SimpleNamespace, caplog: pytest.LogCaptureFixture, junk: bytes
+    ) -> None:
+        host, _, number = port.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(number))
+        writer.write(junk)
+        writer.write_eof()
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+
+        assert answer == b"" or b" 400 " in answer.split(b"\r\n")[0]
+        assert caplog.text == ""
+        assert (await port.get("/livez")).status_code == 200
 
 
 class TestBinding:

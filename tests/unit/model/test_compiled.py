@@ -489,7 +489,8 @@ class TestCompiler:
     def test_a_full_disk_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         script = tmp_path / "cxx"
         script.write_text(
-            "#!/bin/sh\necho 'ld: final link failed: No space left on device' >&2; echo 'collect2: error: ld' >&2; exit 1\n"
+            "#!/bin/sh\n"
+            "echo 'ld: final link failed: No space left on device' >&2; echo 'collect2: error: ld' >&2; exit 1\n"
         )
         script.chmod(0o700)
         monkeypatch.setenv("CXX", str(script))
