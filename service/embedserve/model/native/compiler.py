@@ -210,12 +210,12 @@ def _publish(fresh: Path, result: Path) -> None:
 
 def _drop_oldest(cache: Path, stem: str) -> None:
     """Keep the latest libraries, and nothing of builds that were killed."""
-    now = time.time()
+    kept = sorted(cache.glob(f"{stem}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+    latest = kept[0].stat().st_mtime  # the one that was built now, by the file system's own clock
     for left in cache.glob(f".{stem}-*"):
         with contextlib.suppress(OSError):  # another process was quicker
-            if now - left.stat().st_mtime > COMPILE_MAX_S:
+            if latest - left.stat().st_mtime > COMPILE_MAX_S:
                 left.unlink()
-    kept = sorted(cache.glob(f"{stem}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in kept[KEPT_MAX:]:
         old.unlink(missing_ok=True)
         _seal_of(old).unlink(missing_ok=True)
