@@ -93,7 +93,8 @@ class TorchBackend:
         the user's own by default. Raises ``StartupError``.
         """
         self._device = choose_device(device)
-        self._lanes = Lanes(threads or core_count()) if self._device.type == "cpu" else None
+        cores = threads or core_count()
+        self._lanes = Lanes(cores) if self._device.type == "cpu" else None
         self._dtype = choose_dtype(dtype, self._device)
         control_ids = checkpoint.token_ids(control_tokens)
         self._model = load_encoder(checkpoint, self._dtype)
@@ -116,7 +117,7 @@ class TorchBackend:
                 offset_pad_id=self._offset_pad_id,
                 cosine_min=AGREEMENT_COSINE_MIN[self._dtype],
                 cache=compile_cache or default_cache(),
-                lanes=threads or core_count(),
+                lanes=cores,
             )
 
     @property

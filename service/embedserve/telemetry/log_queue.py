@@ -9,7 +9,6 @@ What the export itself has to say, such as that its collector is away, is not ex
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
-from embedserve.errors import ConfigError
+from embedserve.telemetry.export_thread import ExportThread, whole_numbers
 from embedserve.telemetry.tally import CounterTally
 
 __all__ = ["LogQueue", "LogQueueLimits"]
@@ -55,16 +54,9 @@ class LogQueueLimits:
 
         Raises ``ConfigError`` with every one of them that is not a positive whole number.
         """
-        defaults = {
-            "OTEL_BLRP_MAX_QUEUE_SIZE": "2048",
-            "OTEL_BLRP_MAX_EXPORT_BATCH_SIZE": "512",
-            "OTEL_BLRP_SCHEDULE_DELAY": "1000",
-        }
-        given = {name: os.environ.get(name) or default for name, default in defaults.items()}
-        wrong = {name: text for name, text in given.items() if not (text.isdecimal() and int(text) > 0)}
-        if wrong:
-            raise ConfigError([f"{name} = {text}: must be a positive whole number" for name, text in wrong.items()])
-        records_max, export_max, delay_ms = map(int, given.values())
+        records_max, export_max, delay_ms = whole_numbers(
+            {"OTEL_BLRP_MAX_QUEUE_SIZE": 2048, "OTEL_BLRP_MAX_EXPORT_BATCH_SIZE": 512, "OTEL_BLRP_SCHEDULE_DELAY": 1000}
+        )
         return cls(records_max=records_max, export_max=export_max, delay_s=delay_ms / 1000)
 
 
@@ -89,15 +81,12 @@ class LogQueue:
         self._dropped = outcomes.cell("dropped")
         self._events: deque[tuple[int, Mapping[str, Any]]] = deque()
         self._lock = threading.Lock()
-        self._filled = threading.Event()
-        self._pressing = threading.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="embedserve-logs", daemon=True)
+        self._thread = ExportThread("embedserve-logs", limits.delay_s, self._send_waiting)
         self._thread.start()
 
     def put(self, event: Mapping[str, Any]) -> None:
         """Take ``event``, which nobody changes any more; never blocks. From any thread."""
-        if threading.current_thread() is self._thread:
+        if self._thread.is_current:
             return
         with self._lock:
             if len(self._events) >= self._limits.records_max:
@@ -105,32 +94,13 @@ class LogQueue:
                 with suppress(IndexError):  # the thread may just have taken all of them
                     self._events.popleft()
             self._events.append((time.time_ns(), event))
-        self._filled.set()
+        self._thread.wake()
         if len(self._events) >= self._limits.export_max:
-            self._pressing.set()
+            self._thread.press()
 
     def close(self, timeout_s: float) -> bool:
         """Send what waits and stop, within ``timeout_s``; whether all was sent. The exporter is shut down."""
-        ends = time.monotonic() + timeout_s
-        self._closing = True
-        self._pressing.set()
-        self._filled.set()
-        self._thread.join(timeout_s)
-        sent = not self._thread.is_alive()
-        # Shutting the exporter down wakes an export that waits for a dead collector; it may wait itself.
-        stopper = threading.Thread(target=self._exporter.shutdown, name="embedserve-logs-stop", daemon=True)
-        stopper.start()
-        stopper.join(max(0.0, ends - time.monotonic()))
-        return sent
-
-    def _run(self) -> None:
-        while not self._closing:
-            self._filled.wait()
-            self._pressing.wait(self._limits.delay_s)
-            self._filled.clear()
-            self._pressing.clear()
-            self._send_waiting()
-        self._send_waiting()
+        return self._thread.close(timeout_s, self._exporter.shutdown)
 
     def _send_waiting(self) -> None:
         while self._events:

@@ -19,7 +19,7 @@ from embedserve.engine.observer import BatchRecord, EngineObserver
 from embedserve.engine.stages import Stages
 from embedserve.snapshot import Refusal
 from embedserve.telemetry.ended_calls import EndedCall, Samples, Slowest, longest_stage
-from embedserve.telemetry.seconds import NS, RECENT_S, Seconds
+from embedserve.telemetry.seconds import NS, RECENT_S, Seconds, Slot
 
 __all__ = ["NOW_S", "Episode", "Recent", "RecentCalls", "RecentEngine", "Refused"]
 
@@ -121,9 +121,7 @@ class Recent:
     ) -> None:
         """One call is over."""
         now = self.clock()
-        slot = self.seconds.at(now)
-        if slot.second != self._second:
-            self._turn(now)
+        slot = self._slot(now)
         slot.calls += 1
         self.by_status[status] += 1
         duration = now - arrived_ns
@@ -197,9 +195,7 @@ class Recent:
     def tokenized(self, waited_ns: int, elapsed_ns: int) -> None:
         """Some texts are tokens. What did not wait at all was done on the event loop, and is counted with it."""
         now = self.clock()
-        slot = self.seconds.at(now)
-        if slot.second != self._second:
-            self._turn(now)
+        slot = self._slot(now)
         slot.tokenized += 1
         if waited_ns:
             self.seconds.spread("tokenizer_ns", now - elapsed_ns, now)
@@ -211,9 +207,7 @@ class Recent:
         if record.outcome == "skipped":  # nothing was computed
             return
         now = self.clock()
-        slot = self.seconds.at(now)
-        if slot.second != self._second:
-            self._turn(now)
+        slot = self._slot(now)
         batch, times = record.batch, record.times
         if times is not None:
             begin, end = times.start_ns, times.copied_out_ns
@@ -289,10 +283,13 @@ class Recent:
             )
         return tuple(sorted(found, key=lambda refusal: (-refusal.recent, -refusal.last_s)))
 
-    def _turn(self, now: int) -> None:
-        """A new second has begun: the only work that is not an event's own, and none is done without events."""
-        self._second = now // NS
-        self.update_full(now, self.busy(now))
+    def _slot(self, now: int) -> Slot:
+        """The second of an event. In a new one the only work that is not an event's own: none without events."""
+        slot = self.seconds.at(now)
+        if slot.second != self._second:
+            self._second = now // NS
+            self.update_full(now, self.busy(now))
+        return slot
 
 
 class _WatchedCall:

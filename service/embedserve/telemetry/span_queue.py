@@ -11,8 +11,6 @@ switch interval of 5 ms: so it sleeps for a moment after each few spans.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from embedserve.errors import ConfigError
+from embedserve.telemetry.export_thread import ExportThread, whole_numbers
 from embedserve.telemetry.span_data import SpanData, SpanFactory
 from embedserve.telemetry.span_senders import SpanSender
 from embedserve.telemetry.tally import CounterTally
@@ -66,16 +64,9 @@ class SpanQueueLimits:
 
         Raises ``ConfigError`` with every one of them that is not a positive whole number.
         """
-        defaults = {
-            "OTEL_BSP_MAX_QUEUE_SIZE": "2048",
-            "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "512",
-            "OTEL_BSP_SCHEDULE_DELAY": "5000",
-        }
-        given = {name: os.environ.get(name) or default for name, default in defaults.items()}
-        wrong = {name: text for name, text in given.items() if not (text.isdecimal() and int(text) > 0)}
-        if wrong:
-            raise ConfigError([f"{name} = {text}: must be a positive whole number" for name, text in wrong.items()])
-        records_max, export_spans_max, delay_ms = map(int, given.values())
+        records_max, export_spans_max, delay_ms = whole_numbers(
+            {"OTEL_BSP_MAX_QUEUE_SIZE": 2048, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": 512, "OTEL_BSP_SCHEDULE_DELAY": 5000}
+        )
         return cls(records_max=records_max, export_spans_max=export_spans_max, delay_s=delay_ms / 1000)
 
 
@@ -94,10 +85,7 @@ class SpanQueue:
         self._dropped = outcomes.cell("dropped")
         self._records: deque[SpanRecord] = deque()
         self._wake_records = max(1, min(limits.records_max // 2, limits.export_spans_max // 8))
-        self._filled = threading.Event()
-        self._pressing = threading.Event()
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="embedserve-spans", daemon=True)
+        self._thread = ExportThread("embedserve-spans", limits.delay_s, self._send_waiting)
         self._thread.start()
 
     def put(self, record: SpanRecord) -> None:
@@ -108,32 +96,13 @@ class SpanQueue:
                 self._dropped.value += self._records.popleft().span_count
         self._records.append(record)
         if waiting == 0:
-            self._filled.set()
-        elif waiting + 1 >= self._wake_records and not self._pressing.is_set():
-            self._pressing.set()
+            self._thread.wake()
+        elif waiting + 1 >= self._wake_records and not self._thread.is_pressed:
+            self._thread.press()
 
     def close(self, timeout_s: float) -> bool:
         """Send what waits and stop, within ``timeout_s``; whether all was sent. The sender is shut down."""
-        ends = time.monotonic() + timeout_s
-        self._closing = True
-        self._pressing.set()
-        self._filled.set()
-        self._thread.join(timeout_s)
-        sent = not self._thread.is_alive()
-        # Shutting the sender down wakes an export that waits for a dead collector; it may wait itself.
-        stopper = threading.Thread(target=self._sender.shutdown, name="embedserve-spans-stop", daemon=True)
-        stopper.start()
-        stopper.join(max(0.0, ends - time.monotonic()))
-        return sent
-
-    def _run(self) -> None:
-        while not self._closing:
-            self._filled.wait()
-            self._pressing.wait(self._limits.delay_s)
-            self._filled.clear()
-            self._pressing.clear()
-            self._send_waiting()
-        self._send_waiting()
+        return self._thread.close(timeout_s, self._sender.shutdown)
 
     def _send_waiting(self) -> None:
         ready = links = unrested = 0
@@ -147,7 +116,7 @@ class SpanQueue:
             if ready >= self._limits.export_spans_max or links >= LINKS_PER_EXPORT_MAX:
                 self._send(ready)
                 ready = links = unrested = 0
-            elif unrested >= BREATH_SPANS and not self._closing:
+            elif unrested >= BREATH_SPANS and not self._thread.closing:
                 time.sleep(BREATH_S)
                 unrested = 0
         if ready:

@@ -40,12 +40,11 @@ class CompilationEnd:
 class Compilation:
     """One attempt, in a thread of its own. Made and asked by one thread."""
 
-    def __init__(self, make_plan: Callable[[], Plan], *, cache: Path, lanes: int, source: Path = SOURCE) -> None:
+    def __init__(self, make_plan: Callable[[], Plan], *, cache: Path, lanes: int) -> None:
         """Begin. ``make_plan`` is called in the other thread; it raises ``CannotCompile`` where there is no plan."""
         self._make_plan = make_plan
         self._cache = cache
         self._lanes = lanes
-        self._source = source
         self._begun = time.monotonic()
         self._made = threading.Event()
         self._judge: Judge | None = None
@@ -71,17 +70,16 @@ class Compilation:
 
     def _work(self) -> None:
         cached = False
-        seconds = 0.0
         try:
             with torch.inference_mode():
                 plan = self._make_plan()
-                library = compile_library(self._source, self._cache)
+                library = compile_library(SOURCE, self._cache)
                 try:
                     encoder = NativeEncoder(library.path, plan, self._lanes)
                 except CannotCompile:
                     if not library.cached:
                         raise
-                    library = compile_library(self._source, self._cache, anew=True)
+                    library = compile_library(SOURCE, self._cache, anew=True)
                     encoder = NativeEncoder(library.path, plan, self._lanes)
                 cached = library.cached
                 seconds = time.monotonic() - self._begun

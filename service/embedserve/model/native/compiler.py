@@ -1,4 +1,4 @@
-"""A shared library from a C++ file, made once for this processor, this compiler and this torch.
+"""A shared library from a C++ file, made once for this processor and this torch.
 
 Decides which compiler, which flags, where the result is kept and whether a kept one may be trusted: code is loaded only
 from a folder that nobody else can write. Must never know what the code computes.

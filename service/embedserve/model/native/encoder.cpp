@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -478,12 +479,12 @@ class EncoderOf final : public Encoder {
   void cut(const Pass& pass) {
     const int64_t* offsets = pass.offsets;
     const auto tokens_of = [offsets](int64_t row) { return offsets[row + 1] - offsets[row]; };
-    order_.resize(pass.rows);
-    for (int64_t r = 0; r < pass.rows; ++r) order_[r] = r;
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
+    std::vector<int64_t> order(pass.rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
     chunks_.clear();
     int64_t left = offsets[pass.rows], target = 0;
-    for (const int64_t row : order_) {
+    for (const int64_t row : order) {
       const int64_t tokens = tokens_of(row);
       if (chunks_.empty() || chunks_.back().tokens + tokens / 2 >= target) {
         target = pass.lanes < 2 || left < 2 * TOKENS_WORTH_A_CHUNK
@@ -645,7 +646,6 @@ class EncoderOf final : public Encoder {
   std::vector<Scratch<T>> scratch_;
 
   std::mutex running_;  // one pass at a time
-  std::vector<int64_t> order_;  // rows, longest first
   std::vector<Chunk> chunks_;
   const Pass* pass_ = nullptr;
   std::atomic<size_t> next_{0};

@@ -7,7 +7,6 @@ the same, field by field. Must never know a checkpoint or a batch's riders.
 from __future__ import annotations
 
 import ctypes
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,7 @@ class NativeEncoder:
 
     def __init__(self, library: Path, plan: Plan, lanes: int) -> None:
         """Load ``library`` and copy the weights. Raises ``CannotCompile`` where either is impossible."""
+        self._handle: int | None = None
         try:
             self._library: Any = ctypes.CDLL(str(library))
             entries = [getattr(self._library, f"embedserve_{name}") for name in ("create", "run", "destroy")]
@@ -104,7 +104,6 @@ class NativeEncoder:
         self._destroy.restype = None
         self._hidden = plan.hidden
         self._lanes = lanes
-        self._handle: int | None = None
         given = [tensor.contiguous() for tensor in plan.tensors()]
         # The tables, norms and biases are read where they lie; linear weights are copied into panels.
         self._kept = [*given[:2], *(tensor for tensor in given if tensor.dim() == 1)]
@@ -121,7 +120,6 @@ class NativeEncoder:
         if code != 0:
             raise CannotCompile(f"the compiled pass refused the weights: {_told(code, message)}")
         self._handle = made.value
-        self._lock = threading.Lock()
 
     def run(
         self,
@@ -148,7 +146,6 @@ class NativeEncoder:
         vectors = np.empty((rows, modes * self._hidden), np.float32)
         given = _Pass(rows, *(array.ctypes.data for array in arrays), modes, vectors.ctypes.data, self._lanes)
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
-        assert self._handle is not None, "closed"
         code = self._run(self._handle, ctypes.byref(given), message, MESSAGE_BYTES)
         if code == NO_MEMORY:
             raise DeviceOutOfMemory("the compiled pass found no memory")
@@ -156,16 +153,10 @@ class NativeEncoder:
             raise RuntimeError(f"the compiled pass failed: {_told(code, message)}")
         return vectors
 
-    def close(self) -> None:
-        """End the threads and give the memory back. No call may run."""
-        with self._lock:
-            handle, self._handle = self._handle, None
-        if handle is not None:
-            self._destroy(handle)
-
     def __del__(self) -> None:
-        if getattr(self, "_lock", None) is not None:
-            self.close()
+        """End the threads and give the memory back; who could call has gone."""
+        if self._handle is not None:
+            self._destroy(self._handle)
 
 
 def _told(code: int, message: Any) -> str:
