@@ -133,7 +133,8 @@ class TestThreeTimesTheCapacity:
         goodput = outcomes.goodput(begun)
         print(  # noqa: T201
             f"peak {peak:.0f}/s, goodput {goodput:.0f}/s ({goodput / peak:.2f}), after it {recovered:.0f}/s, "
-            f"{dict(outcomes.by_code)}, health p50 {quantile(health_ms, 0.5):.1f} p99 {quantile(health_ms, 0.99):.1f} ms, {grown / MIB:.1f} MiB"
+            f"{dict(outcomes.by_code)}, "
+            f"health p50 {quantile(health_ms, 0.5):.1f} p99 {quantile(health_ms, 0.99):.1f} ms, {grown / MIB:.1f} MiB"
         )
         assert outcomes.by_code.total() > 2.5 * peak * self.SECONDS, "the load was not what it should be"
         assert goodput >= 0.85 * peak
