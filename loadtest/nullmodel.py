@@ -74,6 +74,11 @@ class NullBackend:
         """Who this is."""
         return self._identity
 
+    @property
+    def passes_at_once(self) -> int:
+        """One."""
+        return 1
+
     def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
         """Nothing to do but to say how fast this is."""
         sizes = (32, max_batch_tokens) if self._batch_ns or self._token_ns else ()

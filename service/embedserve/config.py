@@ -138,6 +138,9 @@ class Model(Section):
     compile_cache: Text | None = None
     """Folder for compiled code, ours alone. none: embedserve in XDG_CACHE_HOME or ~/.cache. A start that finds its code
     there serves compiled at once; one that does not needs 3 s more of a core."""
+    compute_nice: Annotated[int, between(0, 19)] = 10
+    """By how much the priority of the threads that compute a compiled pass is under the event loop's (nice(2)). The
+    loop's turns are short and feed the device: 0 cost a fifth of the calls where both share all cores."""
 
 
 class Tokenizer(Section):

@@ -217,6 +217,7 @@ def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:
             control_tokens=tuple(config.model.control_tokens),
             compiled=config.model.compile,
             compile_cache=Path(config.model.compile_cache) if config.model.compile_cache else None,
+            nice=config.model.compute_nice,
         )
 
     return build

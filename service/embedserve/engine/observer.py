@@ -49,6 +49,8 @@ class BatchRecord(NamedTuple):
     """What the pass raised; for the log, never for a client."""
     trace: object | None = None
     """What ``batch_dispatched`` gave for it; ``None`` where no member was sampled."""
+    shared_ns: int = 0
+    """Of its time, what passes that ended before it had too: taken off where the device's time is counted."""
 
 
 class EngineObserver(Protocol):

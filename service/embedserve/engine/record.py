@@ -69,6 +69,7 @@ def batch_record(flight: Flight, result: PassResult, now: int) -> BatchRecord:
         predicted_ns=flight.predicted_ns,
         error=result.error,
         trace=flight.trace,
+        shared_ns=result.shared_ns,
     )
 
 

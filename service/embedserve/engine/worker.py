@@ -1,9 +1,12 @@
-"""The one thread that owns the device.
+"""The threads that own the device: one, or as many as the backend takes passes at once.
 
-Decides nothing but the order: it takes passes from a queue, runs them, and reports each exactly once. Must never know
+Decides nothing but the order: they take passes from a queue, run them, and report each exactly once. Must never know
 requests, policies or the event loop's state: it knows a backend and a ``post`` function that is safe to call from any
-thread. Whatever ends this thread, even ``SystemExit``, is reported; nothing dies silently (a plain thread that dies
-tells nobody: waiters hang and the process exits with 0).
+thread. Whatever ends one of these threads, even ``SystemExit``, is reported; nothing dies silently (a plain thread that
+dies tells nobody: waiters hang and the process exits with 0).
+
+Two threads, each with a pass of its own, rather than one that begins and one that waits for ends: a text alone is then
+never handed from thread to thread (50 us), and the backend needs no second form of a pass.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from embedserve.engine.device_time import DeviceTime
 from embedserve.errors import InvariantBroken
 from embedserve.model.backend import (
     Backend,
@@ -93,6 +97,8 @@ class PassResult(NamedTuple):
     error: BaseException | None
     report: DeviceReport | None
     """The device after a pass that did not end well; ``None`` otherwise."""
+    shared_ns: int = 0
+    """As in ``BatchRecord``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,7 @@ def assemble(work: Pass) -> TokenBatch:
 
 
 class Worker:
-    """Owns the backend. ``start`` builds it in the thread, ``submit`` hands over passes, ``stop`` ends the thread."""
+    """Owns the backend. ``start`` builds it in its thread, ``submit`` hands over passes, ``stop`` ends all threads."""
 
     def __init__(
         self,
@@ -151,7 +157,7 @@ class Worker:
     ) -> None:
         """``on_compilation`` is told once how the compilation of the model went, if there was one.
 
-        The callbacks are called from the worker thread and must hand over to the event loop themselves.
+        The callbacks are called from the worker's threads and must hand over to the event loop themselves.
         """
         self._factory = factory
         self._warm_up_tokens = warm_up_tokens
@@ -164,21 +170,27 @@ class Worker:
         """The device as it was lately: looked at after a pass, once in ``REPORT_INTERVAL_NS``. Any thread may read."""
         self._looked_ns = 0
         self._passes: queue.SimpleQueue[Pass | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._main, name="embedserve-worker", daemon=True)
+        self._device_time = DeviceTime()
+        self._between_passes = threading.Lock()
+        """Held by the one thread that calls the backend for something else than a pass, or counts one's time."""
+        self._ended = False
+        self._threads = [threading.Thread(target=self._main, name="embedserve-worker", daemon=True)]
 
     def start(self) -> None:
         """Begin to load; ``on_ready`` gets the identity, or the error that stopped the start."""
-        self._thread.start()
+        self._threads[0].start()
 
     def submit(self, work: Pass) -> None:
         """Queue a pass. The scheduler bounds how many are in flight, so this queue needs no bound of its own."""
         self._passes.put(work)
 
     def stop(self, timeout_s: float) -> bool:
-        """End after the passes that are queued; whether the thread ended in time."""
+        """End after the passes that are queued; whether the threads ended in time."""
         self._passes.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        ends = time.monotonic() + timeout_s
+        for thread in tuple(self._threads):
+            thread.join(max(0.0, ends - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _main(self) -> None:
         ready = False
@@ -190,37 +202,61 @@ class Worker:
             report = backend.report()
             self._on_ready(WorkerReady(backend.identity, report, time.monotonic_ns() - begun, passes))
             self._tell_compilation(report)
-            while (work := self._next(backend, report)) is not None:
-                result = self._run(backend, work)
-                self._on_result(result)
-                if isinstance(result.outcome, Fatal):
-                    return
-                self._look_at_device(backend)
-                # A result keeps a whole batch's vectors alive until the next pass otherwise.
-                del result, work
+            for number in range(1, backend.passes_at_once):
+                name = f"embedserve-worker_{number}"
+                second = threading.Thread(target=self._serve_beside, args=(backend,), name=name, daemon=True)
+                self._threads.append(second)
+                second.start()
+            self._serve(backend, compiling=report.compiling)
         except BaseException as death:  # noqa: BLE001 - the outermost frame of the thread: its death must be loud
             if ready:
                 self._on_death(death)
             else:
                 self._on_ready(death)
 
+    def _serve_beside(self, backend: Backend) -> None:
+        try:
+            self._serve(backend, compiling=False)
+        except BaseException as death:  # noqa: BLE001 - as in ``_main``
+            self._on_death(death)
+
+    def _serve(self, backend: Backend, *, compiling: bool) -> None:
+        """Run passes until there are no more. One thread looks for what became of ``compiling`` while all is idle."""
+        while (work := self._next(backend, compiling=compiling)) is not None:
+            result = self._run(backend, work)
+            self._on_result(result)
+            if isinstance(result.outcome, Fatal):
+                self._ended = True
+                break
+            self._look_at_device(backend)
+            # A result keeps a whole batch's vectors alive until the next pass otherwise.
+            del result, work
+        self._passes.put(None)  # for the other threads
+
     def _look_at_device(self, backend: Backend) -> None:
         """After the result has gone, so that nobody waits for it."""
         now = time.monotonic_ns()
-        if now - self._looked_ns >= REPORT_INTERVAL_NS:
+        if now - self._looked_ns < REPORT_INTERVAL_NS:
+            return
+        with self._between_passes:
             self._looked_ns = now
             self.device = report = backend.report()
             self._tell_compilation(report)
 
-    def _next(self, backend: Backend, report: DeviceReport) -> Pass | None:
+    def _next(self, backend: Backend, *, compiling: bool) -> Pass | None:
         """The next pass. An idle server that compiles looks now and then how that went: somebody may wait for it."""
-        while report.compiling and not self._compilation_told:
+        while compiling and not self._compilation_told:
             try:
-                return self._passes.get(timeout=COMPILATION_LOOK_S)
+                return self._unless_ended(self._passes.get(timeout=COMPILATION_LOOK_S))
             except queue.Empty:
-                report = backend.report()
-                self._tell_compilation(report)
-        return self._passes.get()
+                with self._between_passes:
+                    report = backend.report()
+                    self._tell_compilation(report)
+                    compiling = report.compiling
+        return self._unless_ended(self._passes.get())
+
+    def _unless_ended(self, work: Pass | None) -> Pass | None:
+        return None if self._ended else work
 
     def _tell_compilation(self, report: DeviceReport) -> None:
         if not self._compilation_told and (report.compiled or report.compile_failure):
@@ -243,11 +279,12 @@ class Worker:
             outcome, error = Failed(), caught
         else:
             return self._checked(backend, work, result.vectors, result.times, picked_up)
-        if isinstance(outcome, OutOfMemory):
-            # Outside the except block: a live traceback keeps the tensors of the failed pass alive (pytorch#18853).
-            error.__traceback__ = None
-            backend.release_memory()
-        report = None if isinstance(outcome, Fatal) else backend.report()
+        with self._between_passes:
+            if isinstance(outcome, OutOfMemory):
+                # Outside the except block: a live traceback keeps the tensors of the failed pass alive (pytorch#18853).
+                error.__traceback__ = None
+                backend.release_memory()
+            report = None if isinstance(outcome, Fatal) else backend.report()
         return PassResult(work.batch_id, outcome, None, None, error, report)
 
     def _checked(
@@ -270,5 +307,7 @@ class Worker:
             pooled_ns=times.pooled_ns,
             copied_out_ns=times.copied_out_ns,
         )
-        elapsed = times.copied_out_ns - times.start_ns
-        return PassResult(work.batch_id, Succeeded(elapsed, bad), vectors, stamped, None, None)
+        with self._between_passes:
+            shared = self._device_time.shared_ns(times.start_ns, times.copied_out_ns)
+        elapsed = times.copied_out_ns - times.start_ns - shared
+        return PassResult(work.batch_id, Succeeded(elapsed, bad), vectors, stamped, None, None, shared)

@@ -1,4 +1,4 @@
-"""What the engine asks of a model: tokens in, vectors out, on one device, from one thread.
+"""What the engine asks of a model: tokens in, vectors out, on one device.
 
 Decides the shapes that cross the border between engine and model. Must never know requests, deadlines, queues or gRPC:
 a backend sees a batch of token ids and the row count, nothing about who asked.
@@ -151,11 +151,22 @@ class DeviceLost(Exception):
 
 
 class Backend(Protocol):
-    """A loaded model on one device. Every method is called from the one thread that built it."""
+    """A loaded model on one device.
+
+    ``embed`` is called by as many threads at once as ``passes_at_once`` says; every other method by one at a time,
+    maybe beside passes.
+    """
 
     @property
     def identity(self) -> ModelIdentity:
         """Who this is; complete once the constructor has returned."""
+
+    @property
+    def passes_at_once(self) -> int:
+        """Passes that may be in ``embed`` together, so that the next one begins where one leaves cores or copies idle.
+
+        They share the device: what one takes is counted from the end of the one before it. Never changes.
+        """
 
     def warm_up(self, max_batch_tokens: int) -> Sequence[WarmPass]:
         """Run passes of the sizes that serving will use and check their shape and finiteness.

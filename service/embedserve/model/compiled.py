@@ -1,11 +1,12 @@
 """Passes through compiled code in the place of the model's own, once it is there and gives the same vectors.
 
 Decides when the compiled pass takes over, and what it must stand up to before. Must never know threads of an engine:
-it is asked by the one thread that owns the backend, and does its slow work in another.
+whoever asks gets an answer at once, and the slow work is done in a thread of its own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -56,31 +57,36 @@ class CompiledModel:
         cosine_min: float,
         cache: Path,
         lanes: int,
+        nice: int = 0,
     ) -> None:
-        """Begin to compile for ``lanes`` cores. ``dense`` is what follows pooling, if anything.
+        """Begin to compile for ``lanes`` cores, whose threads are ``nice``.
 
-        ``cosine_min`` is how alike its vectors must be to the model's.
+        ``dense`` is what follows pooling, if anything; ``cosine_min`` is how alike its vectors must be to the model's.
         """
         self._pooling = pooling
         self._control_ids = pooling.control_ids.numpy()
         self._dense = dense
         self._offset_pad_id = offset_pad_id
         self._cosine_min = cosine_min
-        self._compilation: Compilation | None = Compilation(self._checked(make_plan), cache=cache, lanes=lanes)
+        self._compilation: Compilation | None = Compilation(
+            self._checked(make_plan), cache=cache, lanes=lanes, nice=nice
+        )
         self._end: CompilationEnd | None = None
         self._encoder: NativeEncoder | None = None
+        self._taking_over = threading.Lock()
 
     def compare_with(self, known: Sequence[Reference]) -> None:
         """Let the compiled pass take over when it gives these vectors; wait for that if it is all that is left."""
-        if self._compilation is None:  # it has failed already
+        compilation = self._compilation
+        if compilation is None:  # it has failed already
             return
-        self._compilation.judge_with(lambda encoder: self._judge(encoder, known))
-        if self._compilation.is_made:
+        compilation.judge_with(lambda encoder: self._judge(encoder, known))
+        if compilation.is_made:
             self._take_over(JUDGED_WAIT_S)
 
     @property
     def ready(self) -> bool:
-        """Whether passes go through it from now on. Once true, true for good."""
+        """Whether passes go through it from now on. Once true, true for good. Any thread may ask."""
         if self._compilation is not None:
             self._take_over(0.0)
         return self._encoder is not None
@@ -105,10 +111,10 @@ class CompiledModel:
         }
 
     def _take_over(self, timeout_s: float) -> None:
-        assert self._compilation is not None
-        end = self._compilation.end(timeout_s)
-        if end is not None:
-            self._encoder, self._end, self._compilation = end.encoder, end, None
+        with self._taking_over:
+            end = None if self._compilation is None else self._compilation.end(timeout_s)
+            if end is not None:
+                self._encoder, self._end, self._compilation = end.encoder, end, None
 
     def _pooled(
         self, encoder: NativeEncoder, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch | None = None

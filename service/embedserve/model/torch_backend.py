@@ -1,11 +1,12 @@
 """The ``Backend`` on PyTorch: one encoder on one CPU or GPU.
 
 Decides the shape of a pass (packed or padded), its stages, and what is checked before serving. Must never know where a
-batch came from. Every method is called from the thread that built it.
+batch came from.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class TorchBackend:
         attention: Attention = "auto",
         compiled: bool = False,
         compile_cache: Path | None = None,
+        nice: int = 0,
     ) -> None:
         """Load the weights onto ``device``.
 
@@ -90,7 +92,7 @@ class TorchBackend:
         is spread over, all by default; ``control_tokens`` are left out of averages; ``attention`` forces a shape for
         ``pad_to=None`` (``auto`` packs where the architecture and the device can). ``compiled`` has packed passes on a
         CPU compiled for it, beside the model that serves meanwhile; what was compiled is kept in ``compile_cache``,
-        the user's own by default. Raises ``StartupError``.
+        the user's own by default, and its threads are ``nice`` to others. Raises ``StartupError``.
         """
         self._device = choose_device(device)
         cores = threads or core_count()
@@ -108,6 +110,8 @@ class TorchBackend:
         self._dense = torch.nn.Sequential(*(load_dense(spec, checkpoint.files) for spec in checkpoint.pipeline.dense))
         self._dense.to(self._device)
         self._identity = checkpoint.identity_for(str(self._device), str(self._dtype).removeprefix("torch."))
+        self._one_at_a_time = threading.Lock()
+        """The model itself takes one pass: its shape of attention is set before each, and its lanes are one set."""
         self._compiled: CompiledModel | None = None
         if compiled and self._packed and self._lanes is not None:
             self._compiled = CompiledModel(
@@ -118,12 +122,18 @@ class TorchBackend:
                 cosine_min=AGREEMENT_COSINE_MIN[self._dtype],
                 cache=compile_cache or default_cache(),
                 lanes=cores,
+                nice=nice,
             )
 
     @property
     def identity(self) -> ModelIdentity:
         """Who this is."""
         return self._identity
+
+    @property
+    def passes_at_once(self) -> int:
+        """Two where passes are compiled: a core that finds nothing left of one begins with the next."""
+        return 1 if self._compiled is None else 2
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One pass, as ``Backend.embed``. Raises ``ValueError`` naming the row where a batch is malformed."""
@@ -218,6 +228,10 @@ class TorchBackend:
         lengths = check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
         if self._compiled is not None and self._packs(batch) and self._compiled.ready:
             return self._compiled.embed(batch, lengths, watch)
+        with self._one_at_a_time:
+            return self._embed_uncompiled(batch, lengths, watch)
+
+    def _embed_uncompiled(self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch) -> BatchResult:
         # Read by transformers in every layer's call; the two shapes share one set of weights.
         attention = PACKED_ATTENTION if self._packs(batch) else self._padded_attention
         self._model.config._attn_implementation = attention  # noqa: SLF001

@@ -122,7 +122,7 @@ class Succeeded(NamedTuple):
     """The pass ended; rows in ``non_finite`` hold NaN or infinity."""
 
     elapsed_ns: int
-    """Device time of the pass: never hand-over, never idle."""
+    """Device time of the pass: never hand-over, never idle, never time that an earlier pass had too."""
     non_finite: frozenset[int] = frozenset()
 
 

@@ -128,7 +128,7 @@ class TelemetryEngineObserver:
             self._retries.value += 1
         if record.times is not None:
             self._observe_stages(record.times, traced, now_ns)
-            self._pass_ended(record.times, record.predicted_ns, again=batch.attempt > 0)
+            self._pass_ended(record.times, record.shared_ns, record.predicted_ns, again=batch.attempt > 0)
 
     def settled(self, verdict: str, items: int) -> None:
         """Items ended."""
@@ -187,8 +187,8 @@ class TelemetryEngineObserver:
         for cell, begin_ns, end_ns in zip(self._pass_stages, marks, marks[1:], strict=False):
             observe(cell, (end_ns - begin_ns) * _S_PER_NS, traced, now_ns)
 
-    def _pass_ended(self, times: PassTimes, predicted_ns: int, *, again: bool) -> None:
-        busy_ns = times.copied_out_ns - times.start_ns
+    def _pass_ended(self, times: PassTimes, shared_ns: int, predicted_ns: int, *, again: bool) -> None:
+        busy_ns = times.copied_out_ns - times.start_ns - shared_ns
         self._device_busy.value += busy_ns * _S_PER_NS
         if again:
             self._retry_busy.value += busy_ns * _S_PER_NS

@@ -210,7 +210,7 @@ class Recent:
         slot = self._slot(now)
         batch, times = record.batch, record.times
         if times is not None:
-            begin, end = times.start_ns, times.copied_out_ns
+            begin, end = times.start_ns + record.shared_ns, times.copied_out_ns
         else:  # a pass that failed has no marks; it began when the one before it had ended
             begin, end = max(record.dispatched_ns, self.last_pass_ns or 0), record.returned_ns
         self.seconds.spread("device_ns", begin, end)

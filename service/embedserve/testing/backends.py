@@ -85,6 +85,11 @@ class FakeBackend:
         """Who this is."""
         return self._identity
 
+    @property
+    def passes_at_once(self) -> int:
+        """One."""
+        return 1
+
     def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:  # noqa: ARG002
         """Nothing to do. The pass after it is the engine's check of the start: it is not listed and takes no time."""
         self._checked = False

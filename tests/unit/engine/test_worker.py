@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
+import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from embedserve.engine import worker as module
 from embedserve.engine.worker import Part, Pass, PassResult, Worker
-from embedserve.model.backend import DeviceReport
+from embedserve.model.backend import BatchResult, DeviceLost, DeviceReport, TokenBatch
+from embedserve.scheduling.item import Fatal, Succeeded
 from embedserve.testing import FakeBackend
 
 
@@ -113,3 +118,101 @@ class TestCompilation:
 
         assert told.get(timeout=10).compiled
         assert worker.stop(10)
+
+
+class MeetingBackend(FakeBackend):
+    """Takes two passes at once: none ends before there are two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together = threading.Barrier(2, timeout=10)
+
+    @property
+    def passes_at_once(self) -> int:
+        return 2
+
+    def embed(self, batch: TokenBatch) -> BatchResult:
+        begun = time.monotonic_ns()
+        self.together.wait()
+        result = super().embed(batch)
+        return dataclasses.replace(result, times=dataclasses.replace(result.times, start_ns=begun))
+
+
+class TestTwoPassesAtOnce:
+    def test_each_is_reported_once_and_shared_time_counts_once(self) -> None:
+        results: queue.SimpleQueue[PassResult] = queue.SimpleQueue()
+        worker = quiet_worker(MeetingBackend, results)
+        begun = time.monotonic_ns()
+        submit(worker, 20)
+        told = [results.get(timeout=10) for _ in range(20)]
+        took = time.monotonic_ns() - begun
+
+        assert sorted(result.batch_id for result in told) == list(range(20))
+        assert all(isinstance(result.outcome, Succeeded) for result in told)
+        assert sum(result.shared_ns > 0 for result in told) >= 10, "of each two that met, one"
+        assert sum(result.outcome.elapsed_ns for result in told if isinstance(result.outcome, Succeeded)) <= took
+        assert worker.stop(10)
+
+    def test_none_begins_once_the_device_is_lost(self) -> None:
+        class Losing(MeetingBackend):
+            taken_up = 0
+
+            def embed(self, batch: TokenBatch) -> BatchResult:
+                self.taken_up += 1
+                result = super().embed(batch)
+                if batch.ids[0] == 9:
+                    raise DeviceLost("gone")
+                return result
+
+        backend = Losing()
+        results: queue.SimpleQueue[PassResult] = queue.SimpleQueue()
+        worker = quiet_worker(lambda: backend, results)
+        submit(worker, 1)
+        submit(worker, 1, first_id=9)
+        outcomes = {type(results.get(timeout=10).outcome) for _ in range(2)}
+        worker.stop(10)
+        submit(worker, 3)
+
+        assert outcomes == {Succeeded, Fatal}
+        assert worker.stop(0)
+        assert backend.taken_up == 2
+
+    def test_the_death_of_either_thread_is_told(self) -> None:
+        class Dying(MeetingBackend):
+            def embed(self, batch: TokenBatch) -> BatchResult:
+                super().embed(batch)
+                raise KeyboardInterrupt
+
+        deaths: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        worker = quiet_worker(Dying, queue.SimpleQueue(), deaths)
+        submit(worker, 2)
+
+        assert [type(deaths.get(timeout=10)) for _ in range(2)] == [KeyboardInterrupt] * 2
+        assert worker.stop(10)
+
+
+def quiet_worker(
+    factory: Callable[[], FakeBackend],
+    results: queue.SimpleQueue[PassResult],
+    deaths: queue.SimpleQueue[BaseException] | None = None,
+) -> Worker:
+    """One that runs."""
+    ready = threading.Event()
+    worker = Worker(
+        factory,
+        warm_up_tokens=16,
+        on_ready=lambda _outcome: ready.set(),
+        on_result=results.put,
+        on_death=lambda death: pytest.fail(str(death)) if deaths is None else deaths.put(death),
+        on_compilation=lambda _report: None,
+    )
+    worker.start()
+    assert ready.wait(10)
+    return worker
+
+
+def submit(worker: Worker, count: int, first_id: int = 5) -> None:
+    """``count`` passes over one text of three tokens."""
+    ids = np.array([first_id, 6, 7], dtype=np.int32)
+    for number in range(count):
+        worker.submit(Pass(number, [Part(ids, np.array([0, 3]), (0,), True, 0)], rows=1, pad_to=None))

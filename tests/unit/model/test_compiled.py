@@ -202,9 +202,10 @@ class TestVectors:
         assert np.isnan(vectors[1]).any()
         np.testing.assert_array_equal(vectors[[0, 2, 3]], clean[[0, 2, 3]])
 
-    def test_many_threads_at_once(self, library: Path) -> None:
-        """One pass at a time runs; who calls meanwhile waits, and gets its own rows."""
-        oracle = Oracle(library)
+    @pytest.mark.parametrize("lanes", [1, 2, 4])
+    def test_many_passes_at_once(self, library: Path, lanes: int) -> None:
+        """They share the lanes, and each caller gets its own rows."""
+        oracle = Oracle(library, lanes=lanes)
         batches = [([7 + k, 30, 5 * k + 1], ids_of([7 + k, 30, 5 * k + 1], k)) for k in range(8)]
         wanted = [oracle.compiled(ids, lengths) for lengths, ids in batches]
         wrong: list[int] = []

@@ -40,11 +40,11 @@ class CompilationEnd:
 class Compilation:
     """One attempt, in a thread of its own. Made and asked by one thread."""
 
-    def __init__(self, make_plan: Callable[[], Plan], *, cache: Path, lanes: int) -> None:
+    def __init__(self, make_plan: Callable[[], Plan], *, cache: Path, lanes: int, nice: int = 0) -> None:
         """Begin. ``make_plan`` is called in the other thread; it raises ``CannotCompile`` where there is no plan."""
         self._make_plan = make_plan
         self._cache = cache
-        self._lanes = lanes
+        self._lanes, self._nice = lanes, nice
         self._begun = time.monotonic()
         self._made = threading.Event()
         self._judge: Judge | None = None
@@ -75,12 +75,12 @@ class Compilation:
                 plan = self._make_plan()
                 library = compile_library(SOURCE, self._cache)
                 try:
-                    encoder = NativeEncoder(library.path, plan, self._lanes)
+                    encoder = NativeEncoder(library.path, plan, self._lanes, self._nice)
                 except CannotCompile:
                     if not library.cached:
                         raise
                     library = compile_library(SOURCE, self._cache, anew=True)
-                    encoder = NativeEncoder(library.path, plan, self._lanes)
+                    encoder = NativeEncoder(library.path, plan, self._lanes, self._nice)
                 cached = library.cached
                 seconds = time.monotonic() - self._begun
                 self._made.set()

@@ -7,15 +7,16 @@
 //
 // Why not operation by operation: for 12 tokens of MiniLM 80 % of a pass was not arithmetic (4.8 ms, of which 0.6 are
 // matrix products at the machine's rate), and between two operations a thread needs Python's lock.
-// Why chunks: all layers of some 128 tokens stay in a core's own cache, and whoever is free takes the next.
+// Why chunks: all layers of some 128 tokens stay in a core's own cache, and whoever is free takes the next, of the next
+// pass too if that is here: otherwise all cores but one wait at the end of each pass.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -26,6 +27,9 @@
 #include <vector>
 
 #include <pthread.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 namespace c10 {
 struct BFloat16 {
@@ -400,6 +404,19 @@ struct Chunk {
   int64_t tokens = 0;
 };
 
+// A pass that is at work: which of its chunks are taken, and how many are not done.
+struct Job {
+  const Pass& pass;
+  std::vector<Chunk> chunks;
+  size_t taken = 0;
+  size_t undone = chunks.size();
+  std::exception_ptr failure;
+  std::condition_variable done;
+
+  Job(const Pass& of, std::vector<Chunk> cut) : pass(of), chunks(std::move(cut)) {}
+  bool has_more() const { return taken < chunks.size(); }
+};
+
 class Encoder {
  public:
   virtual ~Encoder() = default;
@@ -409,7 +426,7 @@ class Encoder {
 template <typename T>
 class EncoderOf final : public Encoder {
  public:
-  EncoderOf(const Shape& shape, const void* const* tensors, int64_t lanes) : shape_(shape), scratch_(lanes) {
+  EncoderOf(const Shape& shape, const void* const* tensors, int64_t lanes, int nice) : shape_(shape) {
     words_ = static_cast<const T*>(*tensors++);
     positions_ = static_cast<const float*>(*tensors++);
     embedded_ = norm(tensors);
@@ -425,7 +442,7 @@ class EncoderOf final : public Encoder {
       layers_.push_back({std::move(attend), std::move(project), std::move(widen), std::move(narrow), after_attention,
                          after_feed_forward});
     }
-    for (int64_t lane = 1; lane < lanes; ++lane) threads_.emplace_back([this, lane] { serve(lane); });
+    for (int64_t lane = 0; lane < lanes; ++lane) threads_.emplace_back([this, nice] { serve(nice); });
   }
 
   ~EncoderOf() override {
@@ -437,30 +454,15 @@ class EncoderOf final : public Encoder {
     for (std::thread& thread : threads_) thread.join();
   }
 
+  // Several threads may be in here. A pass's chunks are taken in the order in which the passes came: while one core is
+  // at the last chunk of a pass, the others begin with the next one.
   void run(const Pass& pass) override {
-    const std::lock_guard<std::mutex> one_pass(running_);
-    cut(pass);
-    pass_ = &pass;
-    next_.store(0);
-    failure_ = nullptr;
-    const int64_t lanes = std::min<int64_t>({pass.lanes, static_cast<int64_t>(chunks_.size()),
-                                             static_cast<int64_t>(threads_.size()) + 1});
-    if (lanes > 1) {
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        ++turn_;
-        invited_ = lanes;
-        busy_ = lanes - 1;
-      }
-      wake_.notify_all();
-    }
-    work(0);
-    if (lanes > 1) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      done_.wait(lock, [this] { return busy_ == 0; });
-    }
-    pass_ = nullptr;
-    if (failure_) std::rethrow_exception(failure_);
+    Job job(pass, cut(pass));
+    std::unique_lock<std::mutex> lock(mutex_);
+    jobs_.push_back(&job);
+    for (size_t lanes = std::min(job.chunks.size(), threads_.size()); lanes > 0; --lanes) wake_.notify_one();
+    job.done.wait(lock, [&job] { return job.undone == 0; });
+    if (job.failure) std::rethrow_exception(job.failure);
   }
 
  private:
@@ -476,80 +478,93 @@ class EncoderOf final : public Encoder {
 
   // Longest rows first, and smaller chunks towards the end, which decide how long one core waits for the others: each
   // is half of what a lane's share of the rest would be. Cores are not equally fast, an event loop may sit on one.
-  void cut(const Pass& pass) {
+  static std::vector<Chunk> cut(const Pass& pass) {
+    std::vector<Chunk> chunks;
     const int64_t* offsets = pass.offsets;
     const auto tokens_of = [offsets](int64_t row) { return offsets[row + 1] - offsets[row]; };
     std::vector<int64_t> order(pass.rows);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
-    chunks_.clear();
     int64_t left = offsets[pass.rows], target = 0;
     for (const int64_t row : order) {
       const int64_t tokens = tokens_of(row);
-      if (chunks_.empty() || chunks_.back().tokens + tokens / 2 >= target) {
+      if (chunks.empty() || chunks.back().tokens + tokens / 2 >= target) {
         target = pass.lanes < 2 || left < 2 * TOKENS_WORTH_A_CHUNK
                      ? TOKENS_OF_CHUNK
                      : std::clamp(left / (2 * pass.lanes), TOKENS_WORTH_A_CHUNK, TOKENS_OF_CHUNK);
-        chunks_.emplace_back();
+        chunks.emplace_back();
       }
-      chunks_.back().rows.push_back(row);
-      chunks_.back().tokens += tokens;
+      chunks.back().rows.push_back(row);
+      chunks.back().tokens += tokens;
       left -= tokens;
     }
+    return chunks;
   }
 
-  void serve(int64_t lane) {
+  // A lane. Its priority is low: whoever talks to callers and to this engine has short turns, for which all wait.
+  void serve(int nice) {
     pthread_setname_np(pthread_self(), "embedserve-lane");
-    uint64_t seen = 0;
-    while (true) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return ended_ || (turn_ != seen && lane < invited_); });
-        if (ended_) return;
-        seen = turn_;
+    const id_t self = static_cast<id_t>(syscall(SYS_gettid));
+    setpriority(PRIO_PROCESS, self, getpriority(PRIO_PROCESS, self) + nice);  // where it may not be, it stays as it is
+    Scratch<T> own;
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!ended_) {
+      if (jobs_.empty()) {
+        lock.unlock();
+        at::native::cpublas::brgemm_release(IN_PAIRS<T>);
+        lock.lock();
+        wake_.wait(lock, [this] { return ended_ || !jobs_.empty(); });
+      } else {
+        work(lock, *jobs_.front(), own);
       }
-      work(lane);
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        --busy_;
-      }
-      done_.notify_one();
     }
   }
 
-  void work(int64_t lane) {
+  // One chunk of `job`. Called and left with the lock held.
+  void work(std::unique_lock<std::mutex>& lock, Job& job, Scratch<T>& own) {
+    const Chunk& chunk = job.chunks[job.taken++];
+    if (!job.has_more()) jobs_.pop_front();
+    lock.unlock();
+    std::exception_ptr failure;
     try {
-      for (size_t c = next_++; c < chunks_.size(); c = next_++) compute(chunks_[c], scratch_[lane]);
-      at::native::cpublas::brgemm_release(IN_PAIRS<T>);
+      compute(job.pass, chunk, own);
     } catch (...) {
-      next_.store(chunks_.size());
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (!failure_) failure_ = std::current_exception();
+      failure = std::current_exception();
     }
+    lock.lock();
+    if (failure && !job.failure) {
+      job.failure = failure;
+      if (job.has_more()) {  // nobody needs the others
+        jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+        job.undone -= job.chunks.size() - job.taken;
+        job.taken = job.chunks.size();
+      }
+    }
+    if (--job.undone == 0) job.done.notify_one();
   }
 
-  void compute(const Chunk& chunk, Scratch<T>& own) const {
-    const int64_t* offsets = pass_->offsets;
+  void compute(const Pass& pass, const Chunk& chunk, Scratch<T>& own) const {
+    const int64_t* offsets = pass.offsets;
     const int64_t longest = offsets[chunk.rows[0] + 1] - offsets[chunk.rows[0]];
     own.fit(shape_, chunk.tokens, longest);
-    embed(chunk, own);
+    embed(pass, chunk, own);
     for (const Layer<T>& layer : layers_) {
-      attend(chunk, layer, own);
+      attend(pass, chunk, layer, own);
       add_and_normalize(chunk.tokens, layer.project, own.mixed.get(), layer.after_attention, own);
       widen(chunk.tokens, layer.widen, own);
       add_and_normalize(chunk.tokens, layer.narrow, own.intermediate.get(), layer.after_feed_forward, own);
     }
-    pool(chunk, own);
+    pool(pass, chunk, own);
   }
 
-  void embed(const Chunk& chunk, Scratch<T>& own) const {
+  void embed(const Pass& pass, const Chunk& chunk, Scratch<T>& own) const {
     const int64_t h = shape_.hidden;
     float* state = own.states.get();
     T* input = own.inputs.get();
     for (const int64_t row : chunk.rows) {
-      for (int64_t t = pass_->offsets[row]; t < pass_->offsets[row + 1]; ++t, state += h, input += h) {
-        const T* __restrict word = words_ + static_cast<int64_t>(pass_->ids[t]) * h;
-        const float* __restrict place = positions_ + static_cast<int64_t>(pass_->positions[t]) * h;
+      for (int64_t t = pass.offsets[row]; t < pass.offsets[row + 1]; ++t, state += h, input += h) {
+        const T* __restrict word = words_ + static_cast<int64_t>(pass.ids[t]) * h;
+        const float* __restrict place = positions_ + static_cast<int64_t>(pass.positions[t]) * h;
 #pragma omp simd
         for (int64_t j = 0; j < h; ++j) state[j] = to_float(word[j]) + place[j];
         embedded_.apply(state, input, h);
@@ -557,7 +572,7 @@ class EncoderOf final : public Encoder {
     }
   }
 
-  void attend(const Chunk& chunk, const Layer<T>& layer, Scratch<T>& own) const {
+  void attend(const Pass& pass, const Chunk& chunk, const Layer<T>& layer, Scratch<T>& own) const {
     const int64_t h = shape_.hidden, stride = 3 * h;
     const Linear<T>& linear = layer.attend;
     float* wide = own.wide.get();
@@ -576,7 +591,7 @@ class EncoderOf final : public Encoder {
     }
     int64_t token = 0;
     for (const int64_t row : chunk.rows) {
-      const int64_t count = pass_->offsets[row + 1] - pass_->offsets[row];
+      const int64_t count = pass.offsets[row + 1] - pass.offsets[row];
       for (int64_t head = 0; head < shape_.heads; ++head) {
         attend_row(shape_, own.attended.get() + token * stride + head * shape_.head(), stride, count,
                    own.mixed.get() + token * h + head * shape_.head(), own);
@@ -617,17 +632,17 @@ class EncoderOf final : public Encoder {
     }
   }
 
-  void pool(const Chunk& chunk, const Scratch<T>& own) const {
-    const int64_t h = shape_.hidden, tokens = pass_->offsets[pass_->rows];
+  void pool(const Pass& pass, const Chunk& chunk, const Scratch<T>& own) const {
+    const int64_t h = shape_.hidden, tokens = pass.offsets[pass.rows];
     const float* state = own.states.get();
     for (const int64_t row : chunk.rows) {
-      const int64_t first = pass_->offsets[row];
-      const int64_t count = pass_->offsets[row + 1] - first;
-      for (int64_t mode = 0; mode < pass_->modes; ++mode) {
-        float* __restrict to = pass_->vectors + (row * pass_->modes + mode) * h;
+      const int64_t first = pass.offsets[row];
+      const int64_t count = pass.offsets[row + 1] - first;
+      for (int64_t mode = 0; mode < pass.modes; ++mode) {
+        float* __restrict to = pass.vectors + (row * pass.modes + mode) * h;
         for (int64_t j = 0; j < h; ++j) to[j] = 0.0f;
         for (int64_t t = 0; t < count; ++t) {
-          const float weight = pass_->pooling[mode * tokens + first + t];
+          const float weight = pass.pooling[mode * tokens + first + t];
           if (weight == 0.0f) continue;  // a token that does not count may be anything, NaN too
           const float* __restrict from = state + t * h;
 #pragma omp simd
@@ -643,18 +658,10 @@ class EncoderOf final : public Encoder {
   const float* positions_;
   Norm embedded_;
   std::vector<Layer<T>> layers_;
-  std::vector<Scratch<T>> scratch_;
-
-  std::mutex running_;  // one pass at a time
-  std::vector<Chunk> chunks_;
-  const Pass* pass_ = nullptr;
-  std::atomic<size_t> next_{0};
-  std::exception_ptr failure_;
 
   std::mutex mutex_;  // guards what follows
-  std::condition_variable wake_, done_;
-  uint64_t turn_ = 0;
-  int64_t invited_ = 0, busy_ = 0;
+  std::condition_variable wake_;
+  std::deque<Job*> jobs_;  // with chunks that nobody has taken, oldest first
   bool ended_ = false;
   std::vector<std::thread> threads_;
 };
@@ -672,12 +679,12 @@ int tell(const char* why, char* message, int64_t room) {
 extern "C" {
 
 // 0, 1 (message says why) or 2 (no memory).
-int embedserve_create(const Shape* shape, const void* const* tensors, int64_t lanes, int64_t is_bfloat16, void** made,
-                      char* message, int64_t room) try {
+int embedserve_create(const Shape* shape, const void* const* tensors, int64_t lanes, int64_t nice, int64_t is_bfloat16,
+                      void** made, char* message, int64_t room) try {
   if (is_bfloat16) {
-    *made = static_cast<Encoder*>(new EncoderOf<BFloat16>(*shape, tensors, lanes));
+    *made = static_cast<Encoder*>(new EncoderOf<BFloat16>(*shape, tensors, lanes, static_cast<int>(nice)));
   } else {
-    *made = static_cast<Encoder*>(new EncoderOf<float>(*shape, tensors, lanes));
+    *made = static_cast<Encoder*>(new EncoderOf<float>(*shape, tensors, lanes, static_cast<int>(nice)));
   }
   return 0;
 } catch (const std::bad_alloc&) {

@@ -81,8 +81,11 @@ class _Pass(ctypes.Structure):
 class NativeEncoder:
     """One model's weights, laid out for the compiled pass, and the threads that run it. Any thread may call it."""
 
-    def __init__(self, library: Path, plan: Plan, lanes: int) -> None:
-        """Load ``library`` and copy the weights. Raises ``CannotCompile`` where either is impossible."""
+    def __init__(self, library: Path, plan: Plan, lanes: int, nice: int = 0) -> None:
+        """Load ``library``, copy the weights and start ``lanes`` threads, ``nice`` (2) to others.
+
+        Raises ``CannotCompile`` where the library or the weights cannot be used.
+        """
         self._handle: int | None = None
         try:
             self._library: Any = ctypes.CDLL(str(library))
@@ -93,6 +96,7 @@ class NativeEncoder:
         create.argtypes = [
             ctypes.POINTER(_Shape),
             ctypes.POINTER(ctypes.c_void_p),
+            ctypes.c_int64,
             ctypes.c_int64,
             ctypes.c_int64,
             ctypes.POINTER(ctypes.c_void_p),
@@ -114,8 +118,8 @@ class NativeEncoder:
         )
         made, message = ctypes.c_void_p(), ctypes.create_string_buffer(MESSAGE_BYTES)
         code = create(
-            ctypes.byref(shape), pointers, lanes, plan.dtype is torch.bfloat16, ctypes.byref(made), message,
-            MESSAGE_BYTES,
+            ctypes.byref(shape), pointers, lanes, nice, plan.dtype is torch.bfloat16, ctypes.byref(made),
+            message, MESSAGE_BYTES,
         )  # fmt: skip
         if code != 0:
             raise CannotCompile(f"the compiled pass refused the weights: {_told(code, message)}")
