@@ -38,7 +38,7 @@ from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
-from embedserve.telemetry.logs import configure_logs
+from embedserve.telemetry.logs import configure_logs, flush_lines
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.telemetry.withholding import without_messages
 from embedserve.wiring import (
@@ -387,6 +387,7 @@ class App:
         self._signals += 1
         if self._signals > 1:
             self._log.warning("stopped_at_once", signal=number.name)
+            flush_lines()
             os._exit(128 + number)
         self._stop.set()
 
@@ -436,6 +437,7 @@ def run(
         app.handle_signals()
         code = await app.live(ready_line)
         if code == ExitCode.BROKEN:
+            flush_lines()
             os._exit(code)  # with connections still open, so that who is on the way is not told CANCELLED
         return code, app.worker_ended
 

@@ -67,6 +67,9 @@ class TokenizedTexts:
     them."""
 
 
+_NOT_CUT = np.zeros(1, np.bool_)
+
+
 class TextTokenizer:
     """One ``tokenizers.Tokenizer`` with padding and truncation off; not thread-safe, ``clone`` it.
 
@@ -93,6 +96,7 @@ class TextTokenizer:
         self._room = max_input_length - self._prefix - self._suffix
         if self._room < 1:
             raise ValueError(f"max_input_length {max_input_length} leaves no room beside the special tokens")
+        self._never_cut = max_input_length * CUT_CHARS_PER_TOKEN
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         # An added token with a space in it may straddle a cut; its characters then become at most that many tokens.
@@ -118,6 +122,12 @@ class TextTokenizer:
         With ``Truncation.NONE`` a text that is far too long is not tokenised to its end: ``truncated`` then says that
         its length, which exceeds the maximum, is what was found so far (``count`` gives the full length).
         """
+        if len(texts) == 1 and len(prompt) + len(texts[0]) <= self._never_cut:  # most calls: no list is worth its while
+            ids = np.array(self._encode([prompt + texts[0] if prompt else texts[0]])[0].ids, np.int32)
+            if ids.size <= self.max_input_length or truncation is Truncation.NONE:
+                return TokenizedTexts(ids, np.array([ids.size], np.int32), _NOT_CUT.copy(), self.prompt_tokens(prompt))
+            ids = self._truncate(ids, truncation, prompt)
+            return TokenizedTexts(ids, np.array([ids.size], np.int32), ~_NOT_CUT, self.prompt_tokens(prompt))
         rows, cut = self._tokenize([prompt + text for text in texts], from_end=truncation is Truncation.START)
         lengths = np.fromiter((row.size for row in rows), np.int32, count=len(rows))
         truncated = cut
@@ -175,8 +185,6 @@ class TextTokenizer:
 
     def _tokenize(self, texts: list[str], *, from_end: bool) -> tuple[list[Ids], npt.NDArray[np.bool_]]:
         """The ids of each text, or of as much of it as decides the truncated row, with which of them were cut."""
-        if len(texts) == 1 and len(texts[0]) <= self.max_input_length * CUT_CHARS_PER_TOKEN:  # most calls
-            return [np.array(self._encode(texts)[0].ids, np.int32)], np.zeros(1, np.bool_)
         rows: list[Ids] = [np.zeros(0, np.int32)] * len(texts)
         was_cut = np.zeros(len(texts), np.bool_)
         chars = self.max_input_length * CUT_CHARS_PER_TOKEN

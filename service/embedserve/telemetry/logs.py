@@ -12,6 +12,7 @@ texts and vectors).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.settings import LogFormat
 from embedserve.telemetry.tracing import current_span_context
 
-__all__ = ["REDACTED", "Forward", "LineLogger", "configure_logs", "line_logger"]
+__all__ = ["REDACTED", "Forward", "LineLogger", "configure_logs", "flush_lines", "line_logger"]
 
 Forward = Callable[[Mapping[str, Any]], None]
 
@@ -41,6 +42,8 @@ REDACTED: Final = frozenset(
 """Keys whose value is never written. Counts of texts and tokens have other names (``text_count``, ``tokens``)."""
 VALUE_CHARS_MAX: Final = 2048
 """Of one string in a line; the rest is cut, with a sign that it was."""
+HOLD_S: Final = 0.01
+"""How long lines of which there is one a call are gathered. A process that is killed loses that much of them."""
 _PLAIN: Final = (str, int, float, bool, type(None))
 
 
@@ -94,7 +97,14 @@ class LineLogger:
         _add_trace(None, level, fields)
         fields["level"] = level
         fields["timestamp"] = datetime.now(UTC).isoformat()[:-6] + "Z"
-        self._stream.write(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
+        line = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+        if not isinstance(self._stream, LogStream):
+            self._stream.write(line)
+        elif self._stream.hold(line):
+            try:
+                asyncio.get_running_loop().call_later(HOLD_S, self._stream.flush)
+            except RuntimeError:  # no event loop runs here
+                self._stream.flush()
 
 
 class _Text:
@@ -112,6 +122,12 @@ class _Text:
 
 _line_target: tuple[LogStream | BinaryIO, _LevelByLogger] | None = None
 """Where ``LineLogger`` writes; ``None`` where lines have another form, or go somewhere else too."""
+
+
+def flush_lines() -> None:
+    """Write what ``line_logger``'s lines still wait for: before the process ends."""
+    if _line_target is not None:
+        _line_target[0].flush()
 
 
 def line_logger(name: str) -> Any:

@@ -29,7 +29,7 @@ from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.load import LoadSource, SharedSnapshot
 from embedserve.telemetry.log_queue import LogQueue, LogQueueLimits
 from embedserve.telemetry.log_stream import LogStream
-from embedserve.telemetry.logs import configure_logs, line_logger
+from embedserve.telemetry.logs import configure_logs, flush_lines, line_logger
 from embedserve.telemetry.observers import TelemetryEngineObserver
 from embedserve.telemetry.prometheus import PrometheusRenderer
 from embedserve.telemetry.propagation import load_propagator
@@ -85,6 +85,7 @@ class Telemetry:
         """Send what waits, within ``timeout_s`` whatever the collector does; whether all of it was sent. Blocks."""
         if self._shed_log is not None:
             self._shed_log.flush()
+        flush_lines()
         # Beside each other, not in turn: a dead collector must not cost its time more than once.
         stops: list[Callable[[float], bool]] = []
         if self._meters is not None:

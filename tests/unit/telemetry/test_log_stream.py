@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ import orjson
 import pytest
 import structlog
 
-from embedserve.telemetry.log_stream import PATIENCE_MS, LogStream
+from embedserve.telemetry import logs
+from embedserve.telemetry.log_stream import HELD_BYTES_MAX, PATIENCE_MS, LogStream
 from embedserve.telemetry.logs import configure_logs
 
 LINE = b"x" * 99 + b"\n"
@@ -170,3 +173,56 @@ class TestLogs:
         configure_logs(level="info", levels={}, form="auto")
         structlog.get_logger("ours").info("event")
         logging.getLogger("foreign").warning("event")
+
+
+class TestHeldLines:
+    """Lines of which there is one a call go out together."""
+
+    def test_they_wait_for_a_flush_and_keep_their_order(self, pipe: tuple[int, int]) -> None:
+        stream = LogStream(pipe[1])
+        assert [stream.hold(b"%d\n" % number) for number in range(3)] == [True, False, False]
+        assert drain(pipe[0]) == b""
+        stream.flush()
+        assert drain(pipe[0]) == b"0\n1\n2\n"
+        assert stream.hold(b"3\n"), "the first since the flush"
+
+    def test_a_line_that_cannot_wait_takes_them_along_before_it(self, pipe: tuple[int, int]) -> None:
+        stream = LogStream(pipe[1])
+        stream.hold(b"held\n")
+        stream.write(b"at once\n")
+        assert drain(pipe[0]) == b"held\nat once\n"
+        assert stream.lines_written == 2
+
+    def test_what_is_held_has_a_limit(self, pipe: tuple[int, int]) -> None:
+        stream = LogStream(pipe[1])
+        for _ in range(HELD_BYTES_MAX // len(LINE) + 1):
+            stream.hold(LINE)
+        assert len(drain(pipe[0])) >= HELD_BYTES_MAX - select.PIPE_BUF
+
+    def test_each_that_finds_no_room_is_counted_and_none_is_torn(self, pipe: tuple[int, int]) -> None:
+        told: list[int] = []
+        stream = LogStream(pipe[1], told.append)
+        for _ in range(3000):
+            stream.hold(LINE)
+        stream.flush()
+        there = drain(pipe[0])
+        stream.write(LINE)
+
+        assert there == LINE * (len(there) // len(LINE))
+        assert told == [3000 - len(there) // len(LINE)]
+        assert stream.lines_dropped == told[0]
+        assert stream.lines_written == 3001 - told[0]
+
+    async def test_access_lines_come_within_a_moment_of_the_event_loop(
+        self, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(logs, "HOLD_S", 0.0)
+        logger = logs.LineLogger(LogStream(pipe[1]), "access", logging.INFO)
+        logger.info("rpc", status="OK")
+        assert drain(pipe[0]) == b""
+        await asyncio.sleep(0.001)
+        assert orjson.loads(drain(pipe[0]))["status"] == "OK"
+
+    def test_without_an_event_loop_they_come_at_once(self, pipe: tuple[int, int]) -> None:
+        logs.LineLogger(LogStream(pipe[1]), "access", logging.INFO).info("rpc", status="OK")
+        assert orjson.loads(drain(pipe[0]))["status"] == "OK"
