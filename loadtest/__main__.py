@@ -1,7 +1,7 @@
 """``python -m loadtest``: the load test as a command.
 
 Decides options, exit codes and where results go. Exit codes: 0 the run counts and reaches its marks, 1 a mark is
-missed, 2 the command or the scenario is wrong or the server cannot be reached, 3 a repetition is void.
+missed, 2 the command or the scenario is wrong or the server cannot be reached, 3 a repetition is void, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,10 +25,24 @@ from loadtest.scenario import Marks, Scenario, ScenarioError, load_scenario, shi
 from loadtest.table import Teller, console, print_comparison, print_rows, print_run, ranged
 
 MISSED, WRONG, VOID = 1, 2, 3
+INTERRUPTED = 130
+"""As a shell has it: 128 and the number of SIGINT."""
 TARGET_HELP = "HOST:PORT of a deployment, or serve:, null: or echo: for a server that is started for the test."
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Ctrl-C is a sentence and an exit code; what was started for the test has ended by then."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was given."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            Teller(console()).say("interrupted: all that was started has ended, and no result is written", "yellow")
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Load-test an embedserve deployment: python -m loadtest run short --target localhost:50051."""
 

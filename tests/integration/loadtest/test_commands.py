@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +119,62 @@ class TestRun:
         assert done.returncode == 2
         assert sentence in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
+
+
+class TestEndings:
+    """However the load test ends, what it has started ends with it."""
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+    def test_its_server_and_its_clients_end_with_it(self, tmp_path, number, code):
+        path = os.pathsep.join([str(ROOT / "service"), str(ROOT)])
+        # Whoever runs the tests in the background may have SIGINT ignored, and a child inherits that.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "loadtest", "run", "short"]
+        command += ["--target", "echo:", "--seconds", "60", "--callers", "2", "--out", str(tmp_path / "out"), *sets()]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": path},
+            cwd=ROOT, start_new_session=True,
+        ) as tool:  # fmt: skip
+            try:
+                started = until(lambda: both if len(both := modules_below(tool.pid)) == 2 else None)
+                assert set(started.values()) == {"loadtest.echo_server", "loadtest.client"}
+                tool.send_signal(number)
+                said, _ = tool.communicate(timeout=20)
+            finally:
+                tool.kill()
+        until(lambda: not any(map(is_alive, started)))
+        assert tool.returncode == code, said
+        lines = said.splitlines()
+        assert len(lines) == (number == signal.SIGINT), said
+        assert all("interrupted" in line for line in lines)
+        assert not (tmp_path / "out").exists()
+
+
+def until(condition):
+    """What ``condition`` gives, once it is something."""
+    ends = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.01)
+    return found
+
+
+def modules_below(parent: int) -> dict[int, str]:
+    """The module that each child of ``parent`` runs, once it runs it."""
+    found = {}
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            if words[1:2] == ["-m"]:
+                found[int(child)] = words[2]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs: one that nobody has asked for its exit code does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class TestCompare:
