@@ -160,7 +160,7 @@ def load_scenario(source: str | Path, overrides: Mapping[str, Any] | None = None
     """Read ``source``: the name of a shipped scenario, or the path of a TOML file.
 
     ``overrides`` replaces values by dotted names, such as ``{"texts.per_call": 8, "marks.p99_ms_at_most": 200}``;
-    ``callers``, ``rate`` and ``seconds`` replace every phase's.
+    ``callers``, ``rate`` and ``seconds`` replace every phase's; a phase with another load is named by it.
 
     Raises:
         ScenarioError: with every mistake, one a line.
@@ -184,16 +184,24 @@ def load_scenario(source: str | Path, overrides: Mapping[str, Any] | None = None
 def _override(data: dict[str, Any], name: str, value: Any) -> None:
     if name in {"callers", "rate", "seconds"}:
         phases = data.get("phases")
-        for phase in phases if isinstance(phases, list) else ():
+        for number, phase in enumerate(phases if isinstance(phases, list) else (), 1):
             if name != "seconds":
                 for other in LOADS:
                     phase.pop(other, None)
+                # "64 callers", which is what the scenario says of itself, is no name of 200 calls a second.
+                phase["name"] = _load_named(name, value) + (f", {number} of {len(phases)}" if len(phases) > 1 else "")
             phase[name] = value
         return
     *tables, key = name.split(".")
     for table in tables:
         data = data.setdefault(table, {})
     data[key] = value
+
+
+def _load_named(kind: str, value: Any) -> str:
+    if kind == "rate":
+        return f"{value:g} calls/s" if isinstance(value, float) else f"{value} calls/s"
+    return f"{value} caller" if value == 1 else f"{value} callers"
 
 
 def _checked(path: Path, data: dict[str, Any]) -> Scenario:

@@ -82,6 +82,20 @@ class TestOverrides:
         assert {(p.rate, p.of_capacity, p.callers, p.seconds) for p in scenario.phases} == {(50.0, None, None, 3.0)}
         assert not scenario.needs_capacity
 
+    @pytest.mark.parametrize(
+        ("load", "name"),
+        [({"rate": 200.0}, "200 calls/s"), ({"rate": 0.5}, "0.5 calls/s"), ({"callers": 1}, "1 caller"),
+         ({"callers": 32}, "32 callers"), ({"seconds": 3.0}, "64 callers")],
+    )  # fmt: skip
+    def test_a_phase_is_called_by_what_it_does(self, load, name):
+        """Its own name may say the load that it no longer has."""
+        assert [phase.name for phase in load_scenario("short", load).phases] == [name]
+
+    def test_phases_with_the_same_load_have_different_names(self):
+        names = [phase.name for phase in load_scenario("burst", {"rate": 50.0}).phases]
+        assert names[0] == f"50 calls/s, 1 of {len(names)}"
+        assert len(set(names)) == len(names) > 1
+
     def test_dotted_names_reach_into_tables(self):
         scenario = load_scenario("short", {"texts.per_call": 8, "marks.p99_ms_at_most": 200})
         assert (scenario.texts.per_call, scenario.marks.p99_ms_at_most) == (8, 200)
