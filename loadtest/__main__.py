@@ -56,7 +56,7 @@ def _load_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rate", type=float, help="Open loop with so many calls a second in each phase."),
         click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Any key: texts.per_call=8."),
         click.option("--mark", "marks", multiple=True, metavar="NAME=VALUE", help="p99_ms_at_most=200."),
-        click.option("--capacity", type=float, help="Calls a second; absent: measured first."),
+        click.option("--capacity", type=click.FloatRange(0, min_open=True), help="Calls/s; absent: measured first."),
         click.option("--processes", type=click.IntRange(1, 256), help="Client processes."),
         click.option("--connections", type=click.IntRange(1, 1000), default=4, help="Of each process; 4."),
         click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True,
@@ -115,7 +115,13 @@ def compare(
     """
     teller = Teller(console())
     with _told_errors(teller):
-        if Path(a).exists() and Path(b).exists():
+        there = [Path(place).exists() for place in (a, b)]
+        if any(there) and not all(there):
+            folder, other = (a, b) if there[0] else (b, a)
+            raise ScenarioError(
+                f"compare takes two folders or two targets; {folder} is there, and {other} is no folder"
+            )
+        if all(there):
             results = [store.load(Path(place)) for place in (a, b)]
             comparison = compared(*results, interleaved=False)
         else:

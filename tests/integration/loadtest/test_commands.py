@@ -108,10 +108,12 @@ class TestRun:
         ("arguments", "sentence"),
         [
             (("run", "shrot", "--target", "localhost:1"), "did you mean short?"),
-            (("run", "short", "--target", "localhost"), "--target is HOST:PORT or one of"),
+            (("run", "short", "--target", "localhost"), "a target is HOST:PORT or one of"),
             (("run", "short", "--target", "127.0.0.1:1", "--seconds", "1"), "127.0.0.1:1 cannot be reached"),
             (("run", "short", "--target", "localhost:1", "--mark", "speed=1"), "no such mark"),
             (("compare", "/etc", "/etc"), "cannot be read"),
+            (("compare", "/etc", "no-such-folder"), "/etc is there, and no-such-folder is no folder"),
+            (("compare", "echo:", "no-such-target"), "a target is HOST:PORT or one of"),
         ],
     )
     def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(self, arguments, sentence):

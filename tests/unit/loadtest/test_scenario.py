@@ -49,17 +49,45 @@ class TestMistakes:
             load_scenario(path)
         lines = str(caught.value).splitlines()
         for place, word in {
-            "about": "must be given",
-            "method": "'embed' or 'stream'",
-            "timeout": "did you mean timeout_s?",
-            "texts.words": "the fewest come first",
-            "texts.per_cal": "did you mean per_call?",
-            "phases[1].seconds": "greater than 0, not -1",
-            "phases[2].tiemout": "no such key",
-            "phases[2]": "given are callers and rate",
-            "marks.p99_ms": "did you mean p99_ms_at_most?",
+            "about": " must be given: text that is not empty",
+            "method": ' must be "embed" or "stream", not "embedd"',
+            "timeout": ": no such key; did you mean timeout_s?",
+            "texts.words": ": the fewest come first",
+            "texts.per_cal": ": no such key; did you mean per_call?",
+            "phases[1].seconds": " must be a number above 0 and at most 86400, not -1",
+            "phases[2].tiemout": ": no such key; there are name, seconds, callers",
+            "phases[2]": ": exactly one of callers, rate and of_capacity says the load; given are callers and rate",
+            "marks.p99_ms": ": no such key; did you mean p99_ms_at_most?",
         }.items():
-            assert any(line.strip().startswith(f"{place}:") and word in line for line in lines), (place, word, lines)
+            assert any(line.strip().startswith(place + word) for line in lines), (place, word, lines)
+        # and no more: a list with a wrong entry is not called too short
+        assert len(lines) == 1 + 9
+
+    @pytest.mark.parametrize(
+        ("key", "value", "sentence"),
+        [
+            ("texts.per_call", 2.5, "texts.per_call must be a whole number from 1 to 16384, not 2.5"),
+            ("texts.per_call", 0, "texts.per_call must be a whole number from 1 to 16384, not 0"),
+            ("timeout_s", "5s", 'timeout_s must be a number above 0 and at most 3600, not "5s"'),
+            ("rate", float("inf"), "phases[1].rate must be a number above 0 and at most 1000000, not Infinity"),
+            ("marks.p99_ms_at_most", -1, "marks.p99_ms_at_most must be a number above 0, not -1"),
+            ("texts.kind", "prose", 'texts.kind must be "words" or "docs", not "prose"'),
+            ("texts", 5, "texts must be a table with any of kind, words, spread, per_call, distinct, not 5"),
+            ("phases", [], "phases must be a list of 1 to 200 tables ([[phases]]), not []"),
+            ("texts.words", (5,), "texts.words[2] must be given: a whole number from 1 to 100000"),
+        ],
+    )
+    def test_one_is_a_sentence_with_the_file_the_key_and_what_is_allowed(self, key, value, sentence):
+        with pytest.raises(ScenarioError) as caught:
+            load_scenario("short", {key: value})
+        file, told = str(caught.value).split(" with the command's options: ")
+        assert file.endswith("scenarios/short.toml")
+        assert told == sentence
+
+    @pytest.mark.parametrize("key", ["phases.rate", "about.x"])
+    def test_a_key_within_what_is_no_table(self, key):
+        with pytest.raises(ScenarioError, match=f"--set {key}: {key.split('.')[0]} is no table"):
+            load_scenario("short", {key: 3})
 
     def test_a_name_that_is_nearly_right_is_guessed(self):
         with pytest.raises(ScenarioError, match="did you mean short"):
