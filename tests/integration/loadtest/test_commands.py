@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from embedserve.testing.backends import FakeBackend
+from embedserve.testing.server import serving
 from loadtest.drive import drive
 from loadtest.scenario import load_scenario
 from loadtest.targets.embedserve import AioTarget, Options, WireTarget
@@ -69,6 +71,21 @@ class TestTargets:
             (reject,) = figures["phases"][0]["rejects"]
             assert reject.startswith("INVALID_ARGUMENT ")
             assert figures["void"]
+
+
+class TestLastCalls:
+    """The end of a phase, and of the run, cuts no call off: none is reported that the client itself has closed."""
+
+    @pytest.mark.parametrize("make", [WireTarget, AioTarget])
+    @pytest.mark.parametrize("load", [{"callers": 3}, {"rate": 40.0}], ids=str)
+    async def test_are_waited_for(self, make, load):
+        async with serving(FakeBackend(pass_ns=lambda _batch: 300_000_000)) as slow:
+            asked = load_scenario("short", TINY | {"seconds": 0.1, "warm_up_s": 0.0} | load)
+            result = await drive(asked, partial(make, Options(address=slow.address)), processes=0)
+        (phase,) = result.figures()["phases"]
+        assert phase["statuses"] == {"OK": phase["calls"]}
+        assert phase["calls"] == phase["answered"] >= 1
+        assert result.ledger.rows["ended"].max() > 0.3
 
 
 class TestRun:
