@@ -51,7 +51,6 @@ class TestRun:
 
         assert sorted(lanes.run([meeting.wait, meeting.wait])) == [0, 1]
 
-    @pytest.mark.parametrize("place", [0, 1])
     def test_the_threads_end_with_the_lanes(self):
         before = set(threading.enumerate())
         lanes = Lanes(3)
@@ -64,6 +63,7 @@ class TestRun:
             thread.join(10)
             assert not thread.is_alive()
 
+    @pytest.mark.parametrize("place", [0, 1])
     def test_an_error_comes_out_when_all_have_ended(self, lanes, place):
         ended = []
 
