@@ -192,7 +192,7 @@ class _Fleet:
                 env=_environment(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for us, who end the clients
+                process_group=0,  # Ctrl-C is for us, who end the clients
             )
             self._processes.append(process)
             self._send(process, pickle.dumps(sys.path))
