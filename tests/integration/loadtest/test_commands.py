@@ -154,8 +154,8 @@ class TestEndings:
             cwd=ROOT, start_new_session=True,
         ) as tool:  # fmt: skip
             try:
-                started = until(lambda: both if len(both := modules_below(tool.pid)) == 2 else None)
-                assert set(started.values()) == {"loadtest.echo_server", "loadtest.client"}
+                wanted = {"loadtest.echo_server", "loadtest.client"}
+                started = until(lambda: pids if set((pids := modules_below(tool.pid)).values()) == wanted else None)
                 tool.send_signal(number)
                 said, _ = tool.communicate(timeout=20)
             finally:
@@ -178,7 +178,7 @@ def until(condition):
 
 
 def modules_below(parent: int) -> dict[int, str]:
-    """The module that each child of ``parent`` runs, once it runs it."""
+    """The module that each child of ``parent`` runs; before a child runs its own, it has its parent's."""
     found = {}
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         with contextlib.suppress(FileNotFoundError):
