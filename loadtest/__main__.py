@@ -1,7 +1,7 @@
 """``python -m loadtest``: the load test as a command.
 
 Decides options, exit codes and where results go. Exit codes: 0 the run counts and reaches its marks, 1 a mark is
-missed, 2 the command or the scenario is wrong or the server cannot be reached, 3 a repetition is void.
+missed, 2 the command or the scenario is wrong or the server cannot be reached, 3 a repetition is void, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,10 +25,24 @@ from loadtest.scenario import Marks, Scenario, ScenarioError, load_scenario, shi
 from loadtest.table import Teller, console, print_comparison, print_rows, print_run, ranged
 
 MISSED, WRONG, VOID = 1, 2, 3
+INTERRUPTED = 130
+"""As a shell has it: 128 and the number of SIGINT."""
 TARGET_HELP = "HOST:PORT of a deployment, or serve:, null: or echo: for a server that is started for the test."
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Ctrl-C is a sentence and an exit code; what was started for the test has ended by then."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was given."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            Teller(console()).say("interrupted: all that was started has ended, and no result is written", "yellow")
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Load-test an embedserve deployment: python -m loadtest run short --target localhost:50051."""
 
@@ -42,7 +56,7 @@ def _load_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rate", type=float, help="Open loop with so many calls a second in each phase."),
         click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Any key: texts.per_call=8."),
         click.option("--mark", "marks", multiple=True, metavar="NAME=VALUE", help="p99_ms_at_most=200."),
-        click.option("--capacity", type=float, help="Calls a second; absent: measured first."),
+        click.option("--capacity", type=click.FloatRange(0, min_open=True), help="Calls/s; absent: measured first."),
         click.option("--processes", type=click.IntRange(1, 256), help="Client processes."),
         click.option("--connections", type=click.IntRange(1, 1000), default=4, help="Of each process; 4."),
         click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True,
@@ -101,7 +115,13 @@ def compare(
     """
     teller = Teller(console())
     with _told_errors(teller):
-        if Path(a).exists() and Path(b).exists():
+        there = [Path(place).exists() for place in (a, b)]
+        if any(there) and not all(there):
+            folder, other = (a, b) if there[0] else (b, a)
+            raise ScenarioError(
+                f"compare takes two folders or two targets; {folder} is there, and {other} is no folder"
+            )
+        if all(there):
             results = [store.load(Path(place)) for place in (a, b)]
             comparison = compared(*results, interleaved=False)
         else:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loadtest.tether import tethered
 from loadtest.wire_client import Connection
 
 __all__ = ["CALLS", "DEADLINE_EXCEEDED", "OK", "RESOURCE_EXHAUSTED", "Calls", "Job", "begin", "run"]
@@ -83,8 +84,9 @@ def begin(job: Job) -> subprocess.Popen[bytes]:
     """Start the process; ``finish`` takes what it found."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_", "GRPC_"))}
     process = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.caller"], cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        tethered([sys.executable, "-m", "loadtest.caller"]),
+        cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
     assert process.stdin is not None
     process.stdin.write(pickle.dumps(job))
     process.stdin.close()

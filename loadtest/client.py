@@ -222,7 +222,10 @@ def main() -> int:
         job: Job = read(hear)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(job, hear, say))
-    except (ConnectionError, ImportError, AttributeError) as error:
+    except ConnectionError as error:
+        write(say, ("failed", str(error)))
+        return 1
+    except (ImportError, AttributeError) as error:
         write(say, ("failed", f"{type(error).__name__}: {error}"))
         return 1
     except (EOFError, BrokenPipeError, KeyboardInterrupt):  # whoever began us is gone

@@ -6,7 +6,7 @@ compared pair by pair, so that a machine that slows down hurts both alike. Must 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loadtest.summary import FIGURES, spread, summarised
@@ -53,8 +53,29 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any], *, interleaved: bool) -
 
 def _same_test(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     for part in ("texts", "method", "seed", "timeout_s", "phases"):
-        if a["scenario"][part] != b["scenario"][part]:
-            raise ValueError(f"these are different tests: {part} is {a['scenario'][part]} and {b['scenario'][part]}")
+        for place, left, right in _differences(part, a["scenario"][part], b["scenario"][part]):
+            raise ValueError(
+                f"these are different tests: {place} is {left} in A and {right} in B; run both with one scenario"
+            )
+
+
+def _differences(place: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two settings differ, with both values; a phase's name is no setting."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            if key != "name":
+                yield from _differences(f"{place}.{key}", a.get(key), b.get(key))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (one, other) in enumerate(zip(a, b, strict=True), 1):
+            yield from _differences(f"{place}[{number}]", one, other)
+    elif isinstance(a, list) and isinstance(b, list):
+        yield f"the number of {place}", len(a), len(b)
+    elif a != b:
+        yield place, _shown(a), _shown(b)
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 def _row(

@@ -85,7 +85,7 @@ def deployed(spec: str, scenario: Scenario, reach: Reach) -> Iterator[Deployment
     with contextlib.ExitStack() as stack:
         server = _started(spec, scenario, reach, stack) if spec in STARTED else None
         if server is None and not _is_address(spec):
-            raise TargetFailed(f"--target is HOST:PORT or one of {', '.join(STARTED)}, not {spec!r}")
+            raise TargetFailed(f"a target is HOST:PORT or one of {', '.join(STARTED)}, not {spec!r}")
         address = spec if server is None else server.target
         options = Options(
             address=address,

@@ -31,6 +31,7 @@ from loadtest.ledger import Ledger
 from loadtest.scenario import Phase, Scenario
 from loadtest.schedule import Span, timetable
 from loadtest.target import Target
+from loadtest.tether import tethered
 
 __all__ = ["MakeTarget", "Progress", "Result", "TargetFailed", "drive"]
 
@@ -186,22 +187,20 @@ class _Fleet:
     async def run(self) -> list[Account]:
         for job in self._pickled:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "loadtest.client",
+                *tethered([sys.executable, "-m", "loadtest.client"]),
                 cwd=ROOT,
                 env=_environment(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                process_group=0,  # Ctrl-C is for us, who end the clients
             )
             self._processes.append(process)
             self._send(process, pickle.dumps(sys.path))
             self._send(process, job)
         limit = self._scenario.warm_up_s + self._scenario.timeout_s + PREPARE_S
         try:
-            await asyncio.wait_for(
-                asyncio.gather(*(self._hear(i, "ready") for i in range(len(self._processes)))), limit
-            )
+            async with asyncio.timeout(limit):
+                await asyncio.gather(*(self._hear(i, "ready") for i in range(len(self._processes))))
         except TimeoutError:
             raise TargetFailed(f"a client was not ready after {limit:.0f} s: does the server answer?") from None
         self._starting()
@@ -211,9 +210,8 @@ class _Fleet:
         telling = asyncio.ensure_future(self._keep_telling(start))
         limit = self._scenario.seconds + self._scenario.timeout_s + GRACE_S + PREPARE_S
         try:
-            return await asyncio.wait_for(
-                asyncio.gather(*(self._hear(i, "done") for i in range(len(self._processes)))), limit
-            )
+            async with asyncio.timeout(limit):
+                return await asyncio.gather(*(self._hear(i, "done") for i in range(len(self._processes))))
         except TimeoutError:
             raise TargetFailed(f"a client had not ended {limit:.0f} s after its start") from None
         finally:

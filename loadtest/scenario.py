@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from loadtest.mistake import mistakes_of, place_of
+
 __all__ = ["Capacity", "Marks", "Phase", "Scenario", "ScenarioError", "Texts", "load_scenario", "shipped"]
 
 SCENARIOS = Path(__file__).resolve().parent / "scenarios"
@@ -23,7 +25,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class ScenarioError(Exception):
-    """A scenario that cannot be run; the message has one line for each mistake."""
+    """A scenario that cannot be run; the message is a sentence, or has a line for each of several mistakes."""
 
 
 class _Strict(BaseModel):
@@ -160,10 +162,10 @@ def load_scenario(source: str | Path, overrides: Mapping[str, Any] | None = None
     """Read ``source``: the name of a shipped scenario, or the path of a TOML file.
 
     ``overrides`` replaces values by dotted names, such as ``{"texts.per_call": 8, "marks.p99_ms_at_most": 200}``;
-    ``callers``, ``rate`` and ``seconds`` replace every phase's.
+    ``callers``, ``rate`` and ``seconds`` replace every phase's; a phase with another load is named by it.
 
     Raises:
-        ScenarioError: with every mistake, one a line.
+        ScenarioError: with every mistake: the file, the key, and what is allowed there.
     """
     path = SCENARIOS / f"{source}.toml" if str(source) in shipped() else Path(source)
     try:
@@ -178,58 +180,48 @@ def load_scenario(source: str | Path, overrides: Mapping[str, Any] | None = None
         raise ScenarioError(f"{path}: cannot be read: {error.strerror}") from None
     for name, value in (overrides or {}).items():
         _override(data, name, value)
-    return _checked(path, {**data, "name": path.stem})
+    title = f"{path} with the command's options" if overrides else str(path)
+    return _checked(title, {**data, "name": path.stem})
 
 
 def _override(data: dict[str, Any], name: str, value: Any) -> None:
     if name in {"callers", "rate", "seconds"}:
         phases = data.get("phases")
-        for phase in phases if isinstance(phases, list) else ():
+        for number, phase in enumerate(phases if isinstance(phases, list) else (), 1):
+            if not isinstance(phase, dict):  # told as a mistake of the file
+                continue
             if name != "seconds":
                 for other in LOADS:
                     phase.pop(other, None)
+                # "64 callers", which is what the scenario says of itself, is no name of 200 calls a second.
+                phase["name"] = _load_named(name, value) + (f", {number} of {len(phases)}" if len(phases) > 1 else "")
             phase[name] = value
         return
     *tables, key = name.split(".")
     for table in tables:
         data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            raise ScenarioError(f"--set {name}: {table} is no table; what is in a list takes a scenario file")
     data[key] = value
 
 
-def _checked(path: Path, data: dict[str, Any]) -> Scenario:
+def _load_named(kind: str, value: Any) -> str:
+    if kind == "rate":
+        return f"{value:g} calls/s" if isinstance(value, float) else f"{value} calls/s"
+    return f"{value} caller" if value == 1 else f"{value} callers"
+
+
+def _checked(title: str, data: dict[str, Any]) -> Scenario:
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {_place(found['loc'])}: {_sentence(found)}" for found in error.errors()]
+        mistakes = mistakes_of(error, Scenario)
         # pydantic judges a table as a whole only when its keys are right; a reader wants to hear all at once.
         wrong = {found["loc"][1] for found in error.errors() if found["loc"][0] == "phases" and len(found["loc"]) > 2}
         for number in sorted(wrong):
             phase = data["phases"][number]
             mistake = _mistaken_load([name for name in LOADS if name in phase]) if isinstance(phase, dict) else ""
-            lines += [f"  {_place(('phases', number))}: {mistake}"] if mistake else []
-        raise ScenarioError(f"{path} cannot be run:\n" + "\n".join(lines)) from None
-
-
-def _place(parts: Sequence[int | str]) -> str:
-    """As a reader of the file would say it: ``phases[2].rate``; phases are counted from 1."""
-    place = ""
-    for part in parts:
-        place += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if place else part
-    return place or "the file"
-
-
-def _sentence(found: Any) -> str:
-    if found["type"] == "extra_forbidden":
-        place = found["loc"]
-        table = next((t for n, t in (("phases", Phase), ("texts", Texts), ("capacity", Capacity), ("marks", Marks))
-                      if len(place) > 1 and place[0] == n), Scenario)  # fmt: skip
-        near = difflib.get_close_matches(str(place[-1]), table.model_fields, n=1)
-        return (
-            f"no such key; did you mean {near[0]}?"
-            if near
-            else f"no such key; there are {', '.join(table.model_fields)}"
-        )
-    if found["type"] == "missing":
-        return "must be given"
-    message = str(found["msg"]).removeprefix("Value error, ")
-    return message if found["type"] == "value_error" else f"{message}, not {found['input']!r}"
+            mistakes += [f"{place_of(('phases', number))}: {mistake}"] if mistake else []
+        if len(mistakes) == 1:
+            raise ScenarioError(f"{title}: {mistakes[0]}") from None
+        raise ScenarioError("\n  ".join((f"{title} cannot be run:", *mistakes))) from None

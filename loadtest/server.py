@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loadtest.scrape import samples
+from loadtest.tether import tethered
 
 __all__ = ["Server", "Thread", "echo_server", "null_server", "product", "soak_server"]
 
@@ -128,8 +129,11 @@ def _started(command: Sequence[str], env: Mapping[str, str], log: Path | None = 
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_"))}
     with contextlib.ExitStack() as opened:
         errors = opened.enter_context(log.open("wb")) if log is not None else None
+        # A group of its own: Ctrl-C is for us, who end the server once its clients are gone. Not a session: Linux may
+        # share processors out by sessions (sched_autogroup), and the figures would be others.
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**clean, **env}, stdout=subprocess.PIPE, stderr=errors, text=True,
+            tethered(command), cwd=ROOT, env={**clean, **env}, stdout=subprocess.PIPE, stderr=errors, text=True,
+            process_group=0,
         )  # fmt: skip
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()

@@ -35,6 +35,7 @@ from embedserve.v1 import embedding_pb2 as pb
 from loadtest.nullmodel import TEXT, write_checkpoint
 from loadtest.result import Run, spread
 from loadtest.server import ROOT, Server, null_server, product
+from loadtest.tether import tethered
 
 EMBED = "/embedserve.v1.EmbeddingService/Embed"
 MODES = ("off", "metrics", "1 %", "100 %")
@@ -72,7 +73,7 @@ def main() -> int:
 def sink() -> Iterator[tuple[str, list[int]]]:
     """An OTLP endpoint; the list holds the spans that came, once it has ended."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.otlp_sink"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        tethered([sys.executable, "-m", "loadtest.otlp_sink"]), cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     spans: list[int] = []
     try:

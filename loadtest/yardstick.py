@@ -21,6 +21,7 @@ from loadtest.runner import repeated, run_in_turns, warmed
 from loadtest.scenario import Scenario
 from loadtest.summary import spread
 from loadtest.table import Teller, number
+from loadtest.tether import tethered
 
 __all__ = ["bare", "ceiling", "memory", "overhead"]
 
@@ -157,7 +158,7 @@ def _bare_engine(scenario: Scenario, reach: Reach) -> Iterator[Any]:
     chosen = {word: reach.settings[reach.settings.index(word) + 1] for word in settings}
     pairs = [part for pair in chosen.items() for part in pair]
     process = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.bare_engine", *pairs],
+        tethered([sys.executable, "-m", "loadtest.bare_engine", *pairs]),
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin is not None

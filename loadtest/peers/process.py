@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loadtest.peers.peer import HOST, Launch, Peer, VectorTarget
+from loadtest.tether import tethered
 
 __all__ = ["PeerProcess", "running"]
 
@@ -35,8 +35,6 @@ SETTLED_CORES = 0.15
 FOREIGN = ("OTEL_", "EMBEDSERVE_", "GRPC_", "INFINITY_", "METRICS_", "BACKPRESSURE_", "MODEL_", "PYTHONPATH")
 """Variables of the caller's that would change a server."""
 LOG_LINES_TOLD = 15
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)
 
 
 class PeerProcess:
@@ -124,9 +122,10 @@ def running(peer: Peer, python: Path, model: Path, folder: Path) -> Iterator[Pee
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"server-{peer.variant}.log"
     with log.open("wb") as out:
+        # Tethered: a frozen server whose starter was killed would stay for ever.
         process = subprocess.Popen(
-            list(launch.command), cwd=ROOT, env=_environment(launch), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True, preexec_fn=_end_with_us,  # noqa: PLW1509 - it makes one system call
+            tethered(launch.command), cwd=ROOT, env=_environment(launch), stdin=subprocess.DEVNULL, stdout=out,
+            stderr=out, start_new_session=True,
         )  # fmt: skip
     server = PeerProcess(peer, process, f"{HOST}:{port}", model)
     try:
@@ -134,11 +133,6 @@ def running(peer: Peer, python: Path, model: Path, folder: Path) -> Iterator[Pee
         yield server
     finally:
         _end(server, process)
-
-
-def _end_with_us() -> None:
-    """A frozen server whose starter was killed would stay for ever: the kernel ends it (prctl(2), PR_SET_PDEATHSIG)."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(launch: Launch) -> dict[str, str]:

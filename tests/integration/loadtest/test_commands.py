@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from embedserve.testing.backends import FakeBackend
+from embedserve.testing.server import serving
 from loadtest.drive import drive
 from loadtest.scenario import load_scenario
 from loadtest.targets.embedserve import AioTarget, Options, WireTarget
@@ -67,6 +73,21 @@ class TestTargets:
             assert figures["void"]
 
 
+class TestLastCalls:
+    """The end of a phase, and of the run, cuts no call off: none is reported that the client itself has closed."""
+
+    @pytest.mark.parametrize("make", [WireTarget, AioTarget])
+    @pytest.mark.parametrize("load", [{"callers": 3}, {"rate": 40.0}], ids=str)
+    async def test_are_waited_for(self, make, load):
+        async with serving(FakeBackend(pass_ns=lambda _batch: 300_000_000)) as slow:
+            asked = load_scenario("short", TINY | {"seconds": 0.1, "warm_up_s": 0.0} | load)
+            result = await drive(asked, partial(make, Options(address=slow.address)), processes=0)
+        (phase,) = result.figures()["phases"]
+        assert phase["statuses"] == {"OK": phase["calls"]}
+        assert phase["calls"] == phase["answered"] >= 1
+        assert result.ledger.rows["ended"].max() > 0.3
+
+
 class TestRun:
     def test_writes_a_result_and_a_report(self, server, tmp_path):
         done = loadtest(
@@ -104,10 +125,12 @@ class TestRun:
         ("arguments", "sentence"),
         [
             (("run", "shrot", "--target", "localhost:1"), "did you mean short?"),
-            (("run", "short", "--target", "localhost"), "--target is HOST:PORT or one of"),
+            (("run", "short", "--target", "localhost"), "a target is HOST:PORT or one of"),
             (("run", "short", "--target", "127.0.0.1:1", "--seconds", "1"), "127.0.0.1:1 cannot be reached"),
             (("run", "short", "--target", "localhost:1", "--mark", "speed=1"), "no such mark"),
             (("compare", "/etc", "/etc"), "cannot be read"),
+            (("compare", "/etc", "no-such-folder"), "/etc is there, and no-such-folder is no folder"),
+            (("compare", "echo:", "no-such-target"), "a target is HOST:PORT or one of"),
         ],
     )
     def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(self, arguments, sentence):
@@ -115,6 +138,62 @@ class TestRun:
         assert done.returncode == 2
         assert sentence in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
+
+
+class TestEndings:
+    """However the load test ends, what it has started ends with it."""
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+    def test_its_server_and_its_clients_end_with_it(self, tmp_path, number, code):
+        path = os.pathsep.join([str(ROOT / "service"), str(ROOT)])
+        # Whoever runs the tests in the background may have SIGINT ignored, and a child inherits that.
+        command = ["env", "--default-signal=INT", sys.executable, "-m", "loadtest", "run", "short"]
+        command += ["--target", "echo:", "--seconds", "60", "--callers", "2", "--out", str(tmp_path / "out"), *sets()]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": path},
+            cwd=ROOT, start_new_session=True,
+        ) as tool:  # fmt: skip
+            try:
+                wanted = {"loadtest.echo_server", "loadtest.client"}
+                started = until(lambda: pids if set((pids := modules_below(tool.pid)).values()) == wanted else None)
+                tool.send_signal(number)
+                said, _ = tool.communicate(timeout=20)
+            finally:
+                tool.kill()
+        until(lambda: not any(map(is_alive, started)))
+        assert tool.returncode == code, said
+        lines = said.splitlines()
+        assert len(lines) == (number == signal.SIGINT), said
+        assert all("interrupted" in line for line in lines)
+        assert not (tmp_path / "out").exists()
+
+
+def until(condition):
+    """What ``condition`` gives, once it is something."""
+    ends = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.01)
+    return found
+
+
+def modules_below(parent: int) -> dict[int, str]:
+    """The module that each child of ``parent`` runs; before a child runs its own, it has its parent's."""
+    found = {}
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            if words[1:2] == ["-m"]:
+                found[int(child)] = words[2]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs: one that nobody has asked for its exit code does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class TestCompare:

@@ -80,8 +80,33 @@ class TestRatio:
 
 
 class TestSameTest:
-    def test_different_tests_are_not_compared(self):
-        other = side("b", 1, 2)
-        other["scenario"]["seed"] = 99
-        with pytest.raises(ValueError, match="different tests: seed is 17 and 99"):
-            compared(side("a", 1, 2), other, interleaved=False)
+    """Different tests are not compared; the sentence names the first setting that differs."""
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"texts": {"per_call": 2}}, "texts.per_call is 1 in A and 2 in B"),
+            ({"seed": 99}, "seed is 17 in A and 99 in B"),
+            ({"timeout_s": 3.0}, r"timeout_s is [\d.]+ in A and 3.0 in B"),
+        ],
+    )
+    def test_a_setting(self, changes, sentence):
+        a, b = side("a", 100), side("b", 100)
+        for key, value in changes.items():
+            b["scenario"][key] = {**b["scenario"][key], **value} if isinstance(value, dict) else value
+        with pytest.raises(ValueError, match=f"^these are different tests: {sentence}; run both with one scenario$"):
+            compared(a, b, interleaved=False)
+
+    def test_a_phase(self):
+        a, b = side("a", 100), side("b", 100)
+        b["scenario"]["phases"][0] |= {"callers": None, "rate": 50.0}
+        with pytest.raises(ValueError, match=r"phases\[1\]\.callers is 4 in A and not set in B"):
+            compared(a, b, interleaved=False)
+        b["scenario"]["phases"] *= 2
+        with pytest.raises(ValueError, match=r"the number of phases is 1 in A and 2 in B"):
+            compared(a, b, interleaved=False)
+
+    def test_a_phase_by_another_name_is_the_same(self):
+        a, b = side("a", 100), side("b", 100)
+        b["scenario"]["phases"][0]["name"] = "another"
+        assert compared(a, b, interleaved=False)["rows"]

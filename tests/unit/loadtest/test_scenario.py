@@ -49,17 +49,45 @@ class TestMistakes:
             load_scenario(path)
         lines = str(caught.value).splitlines()
         for place, word in {
-            "about": "must be given",
-            "method": "'embed' or 'stream'",
-            "timeout": "did you mean timeout_s?",
-            "texts.words": "the fewest come first",
-            "texts.per_cal": "did you mean per_call?",
-            "phases[1].seconds": "greater than 0, not -1",
-            "phases[2].tiemout": "no such key",
-            "phases[2]": "given are callers and rate",
-            "marks.p99_ms": "did you mean p99_ms_at_most?",
+            "about": " must be given: text that is not empty",
+            "method": ' must be "embed" or "stream", not "embedd"',
+            "timeout": ": no such key; did you mean timeout_s?",
+            "texts.words": ": the fewest come first",
+            "texts.per_cal": ": no such key; did you mean per_call?",
+            "phases[1].seconds": " must be a number above 0 and at most 86400, not -1",
+            "phases[2].tiemout": ": no such key; there are name, seconds, callers",
+            "phases[2]": ": exactly one of callers, rate and of_capacity says the load; given are callers and rate",
+            "marks.p99_ms": ": no such key; did you mean p99_ms_at_most?",
         }.items():
-            assert any(line.strip().startswith(f"{place}:") and word in line for line in lines), (place, word, lines)
+            assert any(line.strip().startswith(place + word) for line in lines), (place, word, lines)
+        # and no more: a list with a wrong entry is not called too short
+        assert len(lines) == 1 + 9
+
+    @pytest.mark.parametrize(
+        ("key", "value", "sentence"),
+        [
+            ("texts.per_call", 2.5, "texts.per_call must be a whole number from 1 to 16384, not 2.5"),
+            ("texts.per_call", 0, "texts.per_call must be a whole number from 1 to 16384, not 0"),
+            ("timeout_s", "5s", 'timeout_s must be a number above 0 and at most 3600, not "5s"'),
+            ("rate", float("inf"), "phases[1].rate must be a number above 0 and at most 1000000, not Infinity"),
+            ("marks.p99_ms_at_most", -1, "marks.p99_ms_at_most must be a number above 0, not -1"),
+            ("texts.kind", "prose", 'texts.kind must be "words" or "docs", not "prose"'),
+            ("texts", 5, "texts must be a table with any of kind, words, spread, per_call, distinct, not 5"),
+            ("phases", [], "phases must be a list of 1 to 200 tables ([[phases]]), not []"),
+            ("texts.words", (5,), "texts.words[2] must be given: a whole number from 1 to 100000"),
+        ],
+    )
+    def test_one_is_a_sentence_with_the_file_the_key_and_what_is_allowed(self, key, value, sentence):
+        with pytest.raises(ScenarioError) as caught:
+            load_scenario("short", {key: value})
+        file, told = str(caught.value).split(" with the command's options: ")
+        assert file.endswith("scenarios/short.toml")
+        assert told == sentence
+
+    @pytest.mark.parametrize("key", ["phases.rate", "about.x"])
+    def test_a_key_within_what_is_no_table(self, key):
+        with pytest.raises(ScenarioError, match=f"--set {key}: {key.split('.')[0]} is no table"):
+            load_scenario("short", {key: 3})
 
     def test_a_name_that_is_nearly_right_is_guessed(self):
         with pytest.raises(ScenarioError, match="did you mean short"):
@@ -81,6 +109,20 @@ class TestOverrides:
         scenario = load_scenario("burst", {"rate": 50.0, "seconds": 3.0})
         assert {(p.rate, p.of_capacity, p.callers, p.seconds) for p in scenario.phases} == {(50.0, None, None, 3.0)}
         assert not scenario.needs_capacity
+
+    @pytest.mark.parametrize(
+        ("load", "name"),
+        [({"rate": 200.0}, "200 calls/s"), ({"rate": 0.5}, "0.5 calls/s"), ({"callers": 1}, "1 caller"),
+         ({"callers": 32}, "32 callers"), ({"seconds": 3.0}, "64 callers")],
+    )  # fmt: skip
+    def test_a_phase_is_called_by_what_it_does(self, load, name):
+        """Its own name may say the load that it no longer has."""
+        assert [phase.name for phase in load_scenario("short", load).phases] == [name]
+
+    def test_phases_with_the_same_load_have_different_names(self):
+        names = [phase.name for phase in load_scenario("burst", {"rate": 50.0}).phases]
+        assert names[0] == f"50 calls/s, 1 of {len(names)}"
+        assert len(set(names)) == len(names) > 1
 
     def test_dotted_names_reach_into_tables(self):
         scenario = load_scenario("short", {"texts.per_call": 8, "marks.p99_ms_at_most": 200})

@@ -11,9 +11,7 @@ from embedserve.model.lanes import SPLIT_TOKENS, Lanes
 
 @pytest.fixture
 def lanes():
-    made = Lanes(2)
-    yield made
-    made.close()
+    return Lanes(2)
 
 
 class TestShares:
@@ -52,6 +50,18 @@ class TestRun:
         meeting = threading.Barrier(2, timeout=10)
 
         assert sorted(lanes.run([meeting.wait, meeting.wait])) == [0, 1]
+
+    def test_the_threads_end_with_the_lanes(self):
+        before = set(threading.enumerate())
+        lanes = Lanes(3)
+        lanes.run([lambda: None] * 3)
+        begun = set(threading.enumerate()) - before
+        del lanes
+
+        assert begun
+        for thread in begun:
+            thread.join(10)
+            assert not thread.is_alive()
 
     @pytest.mark.parametrize("place", [0, 1])
     def test_an_error_comes_out_when_all_have_ended(self, lanes, place):

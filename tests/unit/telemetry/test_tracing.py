@@ -43,9 +43,13 @@ class TestSampling:
     async def test_a_callers_no_is_honoured(self, make_pipeline: Callable[..., Pipeline]) -> None:
         pipeline = make_pipeline(ParentBased(ALWAYS_ON))
         call = pipeline.calls.begin(EMBED, [("traceparent", UNSAMPLED)], 0, "")
+        known_to_the_log = current_span_context.get()
         end(call)
 
         assert (call.context, call.trace_id) == (None, None)
+        # The caller finds its lines by the id that it sent.
+        assert known_to_the_log is not None
+        assert (known_to_the_log.trace_id, known_to_the_log.trace_flags) == (int(TRACE, 16), 0)
         assert pipeline.finish() == []
 
     async def test_roots_are_sampled_by_ratio(self, make_pipeline: Callable[..., Pipeline]) -> None:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from embedserve.model.native.leash import run_on_leash
+
 __all__ = ["CannotCompile", "Compiled", "compile_library", "default_cache"]
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -173,10 +175,7 @@ def _build(source: Path, compiler: Sequence[str], flags: Sequence[str], result: 
     command += [f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
     begun = time.monotonic()
     try:
-        # A session of its own: Ctrl-C in the server's terminal must not end it half-way.
-        done = subprocess.run(  # noqa: S603 - the machine's own compiler
-            command, capture_output=True, timeout=COMPILE_MAX_S, check=False, start_new_session=True
-        )
+        done = run_on_leash(command, timeout_s=COMPILE_MAX_S)
         if done.returncode != 0:
             told = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             first = next((line for line in told if any(word in line for word in TELLING)), told[0])
