@@ -160,14 +160,18 @@ class Driver:
         if self.failure is not None:
             return
         now = time.monotonic_ns()
-        self._watch.ended(now)
         if result.batch_id == TRIAL_ID:
+            self._watch.ended(now)
             self._end_trial(result, now)
             return
+        # Where two passes are at work, one that overtakes the other says nothing of the other's health.
+        oldest = next(iter(self._flights)) == result.batch_id
         flight = self._flights.pop(result.batch_id)
-        for first in self._flights.values():
-            self._watch.begun(now, first.predicted_ns)
-            break
+        if oldest:
+            self._watch.ended(now)
+            for first in self._flights.values():
+                self._watch.begun(now, first.predicted_ns)
+                break
         outcome = result.outcome
         if isinstance(outcome, Succeeded) and len(outcome.non_finite) < flight.batch.rows:
             self.last_good_ns = now

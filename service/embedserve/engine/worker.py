@@ -174,6 +174,7 @@ class Worker:
         self._between_passes = threading.Lock()
         """Held by the one thread that calls the backend for something else than a pass, or counts one's time."""
         self._ended = False
+        """A thread was the last: what still waits is not begun with."""
         self._threads = [threading.Thread(target=self._main, name="embedserve-worker", daemon=True)]
 
     def start(self) -> None:
@@ -201,12 +202,7 @@ class Worker:
             ready = True
             report = backend.report()
             self._on_ready(WorkerReady(backend.identity, report, time.monotonic_ns() - begun, passes))
-            self._tell_compilation(report)
-            for number in range(1, backend.passes_at_once):
-                name = f"embedserve-worker_{number}"
-                second = threading.Thread(target=self._serve_beside, args=(backend,), name=name, daemon=True)
-                self._threads.append(second)
-                second.start()
+            self._heed(backend, report)
             self._serve(backend, compiling=report.compiling)
         except BaseException as death:  # noqa: BLE001 - the outermost frame of the thread: its death must be loud
             if ready:
@@ -220,18 +216,32 @@ class Worker:
         except BaseException as death:  # noqa: BLE001 - as in ``_main``
             self._on_death(death)
 
+    def _heed(self, backend: Backend, report: DeviceReport) -> None:
+        """Tell how a compilation went, and let as many threads serve as the backend takes passes at once now."""
+        self._tell_compilation(report)
+        while len(self._threads) < backend.passes_at_once:
+            name = f"embedserve-worker_{len(self._threads)}"
+            another = threading.Thread(target=self._serve_beside, args=(backend,), name=name, daemon=True)
+            another.start()
+            self._threads.append(another)
+
     def _serve(self, backend: Backend, *, compiling: bool) -> None:
         """Run passes until there are no more. One thread looks for what became of ``compiling`` while all is idle."""
-        while (work := self._next(backend, compiling=compiling)) is not None:
-            result = self._run(backend, work)
-            self._on_result(result)
-            if isinstance(result.outcome, Fatal):
-                self._ended = True
-                break
-            self._look_at_device(backend)
-            # A result keeps a whole batch's vectors alive until the next pass otherwise.
-            del result, work
-        self._passes.put(None)  # for the other threads
+        try:
+            while (work := self._next(backend, compiling=compiling)) is not None:
+                result = self._run(backend, work)
+                self._on_result(result)
+                if isinstance(result.outcome, Fatal):
+                    self._ended = True
+                    break
+                self._look_at_device(backend)
+                # A result keeps a whole batch's vectors alive until the next pass otherwise.
+                del result, work
+        except BaseException:
+            self._ended = True
+            raise
+        finally:
+            self._passes.put(None)  # for the other threads
 
     def _look_at_device(self, backend: Backend) -> None:
         """After the result has gone, so that nobody waits for it."""
@@ -241,7 +251,7 @@ class Worker:
         with self._between_passes:
             self._looked_ns = now
             self.device = report = backend.report()
-            self._tell_compilation(report)
+            self._heed(backend, report)
 
     def _next(self, backend: Backend, *, compiling: bool) -> Pass | None:
         """The next pass. An idle server that compiles looks now and then how that went: somebody may wait for it."""
@@ -251,7 +261,7 @@ class Worker:
             except queue.Empty:
                 with self._between_passes:
                     report = backend.report()
-                    self._tell_compilation(report)
+                    self._heed(backend, report)
                     compiling = report.compiling
         return self._unless_ended(self._passes.get())
 

@@ -165,7 +165,7 @@ class Backend(Protocol):
     def passes_at_once(self) -> int:
         """Passes that may be in ``embed`` together, so that the next one begins where one leaves cores or copies idle.
 
-        They share the device: what one takes is counted from the end of the one before it. Never changes.
+        They share the device: what one takes is counted from the end of the one before it. May grow, never shrinks.
         """
 
     def warm_up(self, max_batch_tokens: int) -> Sequence[WarmPass]:

@@ -132,8 +132,8 @@ class TorchBackend:
 
     @property
     def passes_at_once(self) -> int:
-        """Two where passes are compiled: a core that finds nothing left of one begins with the next."""
-        return 1 if self._compiled is None else 2
+        """Two once passes are compiled: a core that finds nothing left of one begins with the next."""
+        return 2 if self._compiled is not None and self._compiled.ready else 1
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One pass, as ``Backend.embed``. Raises ``ValueError`` naming the row where a batch is malformed."""
@@ -224,12 +224,16 @@ class TorchBackend:
         return vectors
 
     def _embed(self, batch: TokenBatch) -> BatchResult:
-        watch = Stopwatch(self._device)
-        lengths = check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
         if self._compiled is not None and self._packs(batch) and self._compiled.ready:
-            return self._compiled.embed(batch, lengths, watch)
+            watch = Stopwatch(self._device)
+            return self._compiled.embed(batch, self._checked(batch), watch)
         with self._one_at_a_time:
-            return self._embed_uncompiled(batch, lengths, watch)
+            watch = Stopwatch(self._device)
+            return self._embed_uncompiled(batch, self._checked(batch), watch)
+
+    def _checked(self, batch: TokenBatch) -> npt.NDArray[np.int64]:
+        """Lengths of the rows of a batch that is well formed."""
+        return check_batch(batch, self._identity.vocab_size, self._identity.max_input_length)
 
     def _embed_uncompiled(self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch) -> BatchResult:
         # Read by transformers in every layer's call; the two shapes share one set of weights.

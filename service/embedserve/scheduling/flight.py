@@ -12,7 +12,7 @@ __all__ = ["Flight"]
 
 
 class Flight:
-    """Dispatched batches in order. One device runs them one after another, so only the first one's clock runs."""
+    """Dispatched batches in order. A device begins with them one after another, so only the first one's clock runs."""
 
     __slots__ = ("_batches", "_front_since_ns", "_predicted_ns", "items", "tokens")
 
@@ -37,9 +37,10 @@ class Flight:
 
     def end(self, batch_id: int, now_ns: int) -> tuple[Batch, Group, int]:
         """A batch came back; also its predicted time. Raises ``KeyError`` for one that does not run."""
+        if next(iter(self._batches), None) == batch_id:  # one that overtakes another leaves that one's clock alone
+            self._front_since_ns = now_ns
         batch, group, predicted_ns = self._batches.pop(batch_id)
         self._predicted_ns -= predicted_ns
-        self._front_since_ns = now_ns
         self.items -= batch.rows
         self.tokens -= batch.tokens
         return batch, group, predicted_ns

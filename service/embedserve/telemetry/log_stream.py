@@ -115,15 +115,19 @@ class LogStream:
         return dropped
 
     def _count(self, lines: list[bytes], descriptor: int) -> bool:
-        passed = self._passes(lines[0] if len(lines) == 1 else b"".join(lines), descriptor)
-        if passed:
-            self.lines_written += len(lines)
-        else:
-            self._dropped += len(lines)
-            self.lines_dropped += len(lines)
-        return passed
+        left = self._unwritten(lines[0] if len(lines) == 1 else b"".join(lines), descriptor)
+        lost = 0
+        while left > 0:
+            lost += 1
+            left -= len(lines[-lost])
+        self.lines_written += len(lines) - lost
+        self._dropped += lost
+        self.lines_dropped += lost
+        return not lost
 
-    def _passes(self, line: bytes, descriptor: int) -> bool:
+    def _unwritten(self, line: bytes, descriptor: int) -> int:
+        """Write; how many bytes at its end were not."""
+        size = len(line)
         if self._torn:  # the next line must not continue one that broke off
             line = b"\n" + line
         rest = memoryview(line)
@@ -136,7 +140,7 @@ class LogStream:
             pass
         if len(rest) < len(line):
             self._torn = bool(rest)
-        return not rest
+        return min(len(rest), size)
 
     def _has_room(self) -> bool:
         if self._poll.poll(0):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import pytest
 from embedserve.engine.canary import CanarySettings
 from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import DeadlineExpired, EngineFailed, EngineStalled
-from embedserve.testing import FaultPlan, FaultyBackend
+from embedserve.model.backend import BatchResult, TokenBatch
+from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend
 from tests.integration.engine.conftest import call, running
 from tests.integration.engine.test_engine import expected, until
 
@@ -79,6 +82,45 @@ class TestStall:
             assert len(bench.fatal) == 1
             assert "health.hang_ms" in bench.fatal[0]
             assert bench.health == ["stall"]
+
+
+class TestTwoPassesAtOnce:
+    """A pass that hangs is seen though others overtake it."""
+
+    async def test_passes_that_end_beside_it_do_not_hide_it(self) -> None:
+        class Overtaken(FaultyBackend):
+            """The first pass waits for the gate, the others pass it by."""
+
+            held = threading.Event()
+
+            @property
+            def passes_at_once(self) -> int:
+                return 2
+
+            def embed(self, batch: TokenBatch) -> BatchResult:
+                if not plan.gate.is_set() and not self.held.is_set():
+                    self.held.set()
+                    plan.gate.wait(10)
+                return FakeBackend.embed(self, batch)
+
+        plan = FaultPlan()
+        limits = StallLimits(stall_ns=60 * MS, hang_ns=250 * MS)
+        async with running(Overtaken(plan), stall=limits, canary=OFF, prepare_ahead_ns=10**12) as bench:
+            plan.gate.clear()
+            stuck = asyncio.ensure_future(bench.engine.embed(call("hello")))
+            await until(Overtaken.held.is_set)
+            others = 0
+            while not bench.engine.stalled and not bench.fatal:
+                with suppress(EngineStalled):
+                    await bench.engine.embed(call("world"))
+                    others += 1
+            told = await asyncio.gather(stuck, return_exceptions=True)
+            plan.gate.set()
+
+            assert others > 2, "passes ended beside it all the while"
+            assert bench.health == ["stall"]
+            assert "health.hang_ms" in bench.fatal[0]
+            assert [type(answer) for answer in told] == [EngineFailed]
 
 
 class TestUnwanted:

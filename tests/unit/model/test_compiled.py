@@ -5,6 +5,7 @@ import hashlib
 import os
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -644,3 +645,44 @@ class TestCompilation:
         assert end is not None
         assert end.encoder is not None, end.why
         assert not end.cached
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from embedserve.model.native.compiler import CannotCompile
+from embedserve.model.native.library import NativeEncoder, Plan
+
+def zeros(*shape):
+    return torch.zeros(shape)
+
+layer = tuple(zeros(*shape) for shape in (
+    (48, 16), (48,), (16, 16), (16,), (16,), (16,), (32, 16), (32,), (16, 32), (16,), (16,), (16,)))
+plan = Plan(16, 1, 32, 0, 1e-12, torch.float32, zeros(4, 16), zeros(4, 16), (zeros(16), zeros(16)), (layer,))
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+try:
+    NativeEncoder(Path(sys.argv[1]), plan, 256)
+except CannotCompile as refused:
+    print("refused:", refused)
+"""
+
+
+class TestLimits:
+    def test_a_thread_that_cannot_be_started_is_told(self, library: Path) -> None:
+        """In a process of its own: the machine code used to end it."""
+        told = subprocess.run(
+            [sys.executable, "-c", LIMITED, str(library)], capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
+        assert (told.returncode, told.stdout[:8]) == (0, "refused:"), told.stderr
+
+    def test_a_second_pass_is_taken_once_it_is_compiled(self, tmp_path: Path, cache: Path) -> None:
+        """Before that it would only wait, past the moment in which somebody may still not want it."""
+        folder = save_checkpoint(tmp_path)
+        waiting = TorchBackend(
+            load_checkpoint(str(folder)), dtype="float32", compiled=True, compile_cache=tmp_path / "none"
+        )
+        assert waiting.passes_at_once == 1
+        assert TorchBackend(load_checkpoint(str(folder)), dtype="float32").passes_at_once == 1
+        assert backend_of(folder, cache).passes_at_once == 2

@@ -442,17 +442,15 @@ class EncoderOf final : public Encoder {
       layers_.push_back({std::move(attend), std::move(project), std::move(widen), std::move(narrow), after_attention,
                          after_feed_forward});
     }
-    for (int64_t lane = 0; lane < lanes; ++lane) threads_.emplace_back([this, nice] { serve(nice); });
+    try {
+      for (int64_t lane = 0; lane < lanes; ++lane) threads_.emplace_back([this, nice] { serve(nice); });
+    } catch (...) {  // a limit on threads or memory; no destructor runs for what was never whole
+      end();
+      throw;
+    }
   }
 
-  ~EncoderOf() override {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      ended_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~EncoderOf() override { end(); }
 
   // Several threads may be in here. A pass's chunks are taken in the order in which the passes came: while one core is
   // at the last chunk of a pass, the others begin with the next one.
@@ -499,6 +497,15 @@ class EncoderOf final : public Encoder {
       left -= tokens;
     }
     return chunks;
+  }
+
+  void end() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
   }
 
   // A lane. Its priority is low: whoever talks to callers and to this engine has short turns, for which all wait.
