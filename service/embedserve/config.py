@@ -180,8 +180,9 @@ class Scheduling(Section):
     """Predicted time of one pass, which nothing interrupts: who comes meanwhile waits. Far more than a GPU needs."""
     batches_in_flight: Annotated[int, between(1, 8)] = 2
     """One that runs and one prepared behind it, so that the device never waits and little is decided early."""
-    prepare_ahead_us: Annotated[int, between(0, 1_000_000)] = 1000
-    """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride."""
+    prepare_ahead_us: Annotated[int, between(0, 1_000_000)] = 5000
+    """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride. An
+    event loop that shares its cores with the device comes late by some ms: 1000 cost a sixth of the calls there."""
     max_queue_items: Annotated[int, between(1, 16 * MIB)] = 65536
     """Texts that wait or run. Four of the largest requests; bounds memory."""
     max_queue_tokens: Annotated[int, between(16, 1024 * MIB)] | None = None
