@@ -180,9 +180,11 @@ class Scheduling(Section):
     """Predicted time of one pass, which nothing interrupts: who comes meanwhile waits. Far more than a GPU needs."""
     batches_in_flight: Annotated[int, between(1, 8)] = 2
     """One that runs and one prepared behind it, so that the device never waits and little is decided early."""
-    prepare_ahead_us: Annotated[int, between(0, 1_000_000)] = 5000
-    """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride. An
-    event loop that shares its cores with the device comes late by some ms: 1000 cost a sixth of the calls there."""
+    prepare_ahead_us: Annotated[int, between(0, 1_000_000)] = 1000
+    """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride."""
+    overlap_ahead_us: Annotated[int, between(0, 1_000_000)] = 5000
+    """The same where two passes may be at work at once, as on compiled code: the next one begins on cores that find
+    nothing left of the first. 1000 cost a sixth of the short texts, since the event loop comes late by as much."""
     max_queue_items: Annotated[int, between(1, 16 * MIB)] = 65536
     """Texts that wait or run. Four of the largest requests; bounds memory."""
     max_queue_tokens: Annotated[int, between(16, 1024 * MIB)] | None = None

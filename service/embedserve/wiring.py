@@ -253,6 +253,7 @@ def build_engine(
             max_requests_in_flight=config.limits.max_requests_in_flight,
             batches_in_flight=scheduling.batches_in_flight,
             prepare_ahead_ns=scheduling.prepare_ahead_us * 1000,
+            overlap_ahead_ns=scheduling.overlap_ahead_us * 1000,
             warm_up_tokens=scheduling.batch_tokens(device_name(config), checkpoint.max_input_length),
             stream_window_items=config.server.stream_window_items,
             stall=StallLimits(stall_ns=health.stall_ms * MS, hang_ns=health.hang_ms * MS),

@@ -32,7 +32,7 @@ SEEDS = (1, 2, 3)
 
 
 def run(name, seed):
-    return Simulator(seed, name, slots=2, prepare_ahead_ns=5 * MS, checked=False, trace=False).run()
+    return Simulator(seed, name, slots=2, prepare_ahead_ns=1 * MS, checked=False, trace=False).run()
 
 
 def done_between(simulator, start_ns, end_ns):
@@ -91,7 +91,7 @@ class TestGradient:
             seed,
             cpu(on_cpu(times, None), "gradient"),
             slots=2,
-            prepare_ahead_ns=5 * MS,
+            prepare_ahead_ns=1 * MS,
             checked=False,
             trace=False,
         ).run()
@@ -120,7 +120,7 @@ class TestGradient:
 
         settings = replace(scenario.settings, max_batch_items=8)
         scenario = replace(scenario, requests=requests, settings=settings, policies=policies)
-        simulator = Simulator(1, scenario, slots=2, prepare_ahead_ns=5 * MS, checked=False, trace=False).run()
+        simulator = Simulator(1, scenario, slots=2, prepare_ahead_ns=1 * MS, checked=False, trace=False).run()
         served = done_between(simulator, S, 3 * S)
 
         assert p95_ns(served) <= 5 * pass_s * 1e9

@@ -20,7 +20,7 @@ SEEDS = (1, 2, 3, 4)
 def run(name, seed, **changes):
     scenario = SCENARIOS[name]
     scenario = replace(scenario, settings=replace(scenario.settings, **changes))
-    return Simulator(seed, scenario, slots=2, prepare_ahead_ns=5 * MS, checked=False, trace=False).run()
+    return Simulator(seed, scenario, slots=2, prepare_ahead_ns=1 * MS, checked=False, trace=False).run()
 
 
 def served(simulator, name="innocent"):

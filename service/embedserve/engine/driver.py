@@ -63,11 +63,13 @@ class Driver:
         watch: PassWatch,
         *,
         batches_in_flight: int,
-        prepare_ahead_ns: int,
+        prepare_ahead_ns: Callable[[], int],
         judge_probe: Callable[[npt.NDArray[np.float32]], str | None],
         on_fatal: Callable[[str], None],
     ) -> None:
-        """``judge_probe`` says what is wrong with the vector of the known text.
+        """``prepare_ahead_ns`` says how long before the end of a pass the next one is closed; it may grow.
+
+        ``judge_probe`` says what is wrong with the vector of the known text.
 
         ``on_fatal`` is called once, with a sentence, when nothing more will run, before anybody who waits is told.
         """
@@ -243,7 +245,7 @@ class Driver:
             if self._flights:
                 if self._running_is_long():
                     break
-                early = now < self._device_free_ns - self._prepare_ahead_ns
+                early = now < self._device_free_ns - self._prepare_ahead_ns()
                 if early:
                     break
             batch = self._scheduler.next_batch(now)
@@ -258,7 +260,7 @@ class Driver:
         The prediction may be short by half of a pass, and whoever comes after the next one was closed waits for both.
         """
         predicted = sum([flight.predicted_ns for flight in self._flights.values()])
-        return predicted * LATE_BINDING_SHARE > self._prepare_ahead_ns
+        return predicted * LATE_BINDING_SHARE > self._prepare_ahead_ns()
 
     def _dispatch(self, batch: Batch, now: int) -> None:
         riders = tuple([self._waiting[piece.submission_id] for piece in batch.slices])
@@ -287,7 +289,7 @@ class Driver:
         """
         wake = self._scheduler.wake_at(now)
         if early and self._scheduler.waiting_items:
-            ready = self._device_free_ns - self._prepare_ahead_ns
+            ready = self._device_free_ns - self._prepare_ahead_ns()
             wake = ready if wake is None else min(wake, ready)
         if wake is None:
             return

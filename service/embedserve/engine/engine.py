@@ -58,7 +58,9 @@ class EngineSettings:
     batches_in_flight: int
     """Passes that the worker may have: one running, the others prepared."""
     prepare_ahead_ns: int
-    """How long before the predicted end of the running pass the next one is closed."""
+    """How long before the predicted end of the running pass the next one is closed, on a device that takes one."""
+    overlap_ahead_ns: int
+    """The same on a device that takes two passes at once."""
     warm_up_tokens: int
     stream_window_items: int
     """Items of one stream that are admitted and not yet taken by its reader."""
@@ -156,13 +158,14 @@ class Engine:
             on_death=lambda death: post(loop, self._die, death),
             on_compilation=lambda report: post(loop, take_compilation, report),
         )
+        ahead_ns = self._settings.prepare_ahead_ns, self._settings.overlap_ahead_ns
         driver = Driver(
             self._scheduler,
             worker.submit,
             self._observer,
             watchdog,
             batches_in_flight=self._settings.batches_in_flight,
-            prepare_ahead_ns=self._settings.prepare_ahead_ns,
+            prepare_ahead_ns=lambda: ahead_ns[worker.passes_at_once > 1],
             judge_probe=lambda vector: None if self._canary is None else self._canary.judge(vector),
             on_fatal=self._fail,
         )

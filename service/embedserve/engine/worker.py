@@ -181,6 +181,11 @@ class Worker:
         """Begin to load; ``on_ready`` gets the identity, or the error that stopped the start."""
         self._threads[0].start()
 
+    @property
+    def passes_at_once(self) -> int:
+        """Passes that may be at work at once."""
+        return len(self._threads)
+
     def submit(self, work: Pass) -> None:
         """Queue a pass. The scheduler bounds how many are in flight, so this queue needs no bound of its own."""
         self._passes.put(work)

@@ -83,6 +83,7 @@ def engine_settings(**changes: object) -> EngineSettings:
         "max_requests_in_flight": 4096,
         "batches_in_flight": 2,
         "prepare_ahead_ns": 1_000_000,
+        "overlap_ahead_ns": 1_000_000,
         "warm_up_tokens": 128,
         "stream_window_items": 64,
         **changes,

@@ -105,7 +105,7 @@ class TestTwoPassesAtOnce:
 
         plan = FaultPlan()
         limits = StallLimits(stall_ns=60 * MS, hang_ns=250 * MS)
-        async with running(Overtaken(plan), stall=limits, canary=OFF, prepare_ahead_ns=10**12) as bench:
+        async with running(Overtaken(plan), stall=limits, canary=OFF, overlap_ahead_ns=10**12) as bench:
             plan.gate.clear()
             stuck = asyncio.ensure_future(bench.engine.embed(call("hello")))
             await until(Overtaken.held.is_set)

@@ -13,6 +13,7 @@ ELSEWHERE = {
     "admission.policies",
     "scheduling.batches_in_flight",
     "scheduling.prepare_ahead_us",
+    "scheduling.overlap_ahead_us",
 }
 """Not numbers of the scheduler's: which policies there are, and the engine's."""
 SETTINGS = [
