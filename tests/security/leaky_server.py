@@ -7,7 +7,6 @@ is encoded. Each exception, and each behind it, quotes the text.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from embedserve import app
@@ -44,20 +43,20 @@ class LeakyBackend(FaultyBackend):
 
 def patch() -> None:
     """Make tokenizer and encoder fail on demand."""
-    tokenize, encode = TextTokenizer._tokenize, embedding.encode
+    tokenize, encode = TextTokenizer._encode, embedding.encode
 
-    def leaky_tokenize(self: Any, texts: Sequence[str], **how: Any) -> Any:
+    def leaky_tokenize(self: Any, texts: list[str]) -> Any:
         LAST[0] = texts[0]
         if "cut" in texts[0]:
             fail(RuntimeError)
-        return tokenize(self, texts, **how)
+        return tokenize(self, texts)
 
     def leaky_encode(*arguments: Any) -> Any:
         if "broken" in LAST[0]:
             fail(ValueError)
         return encode(*arguments)
 
-    TextTokenizer._tokenize = leaky_tokenize  # type: ignore[method-assign]
+    TextTokenizer._encode = leaky_tokenize  # type: ignore[method-assign]
     embedding.encode = leaky_encode
 
 
