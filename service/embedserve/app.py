@@ -19,6 +19,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import grpc.aio
 import orjson
@@ -31,6 +33,8 @@ from embedserve.api.reflection import add_reflection
 from embedserve.api.server import bind, build_server
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
+from embedserve.engine.observer import EngineObserver
+from embedserve.engine.surface import EngineSurface
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
@@ -51,7 +55,7 @@ from embedserve.wiring import (
     telemetry_settings,
 )
 
-__all__ = ["App", "run"]
+__all__ = ["App", "EngineMaker", "run", "run_app"]
 
 FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
@@ -69,6 +73,23 @@ LOAD_READ_S = 2.0
 so."""
 
 
+class EngineMaker(Protocol):
+    """Makes the engine of a process; ``wiring.build_engine`` but for its backend."""
+
+    def __call__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        observer: EngineObserver,
+        on_fatal: Callable[[str], None],
+        *,
+        on_stall: Callable[[int], None],
+        on_recovery: Callable[[int], None],
+        on_compilation: Callable[[DeviceReport], None],
+    ) -> EngineSurface:
+        """An engine that has not started yet."""
+
+
 class App:
     """One process's life. ``live`` returns the exit code."""
 
@@ -79,15 +100,21 @@ class App:
         make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
         checkpoint: Checkpoint | None = None,
         telemetry: Telemetry | None = None,
+        make_engine: EngineMaker | None = None,
+        role: str = "",
+        listens: bool = True,
     ) -> None:
-        """What is given replaces what ``config`` says: the torch backend, the checkpoint, telemetry.
+        """What is given replaces what ``config`` says: the torch backend, the checkpoint, telemetry, the engine.
 
-        For tests, other devices, and programs that have telemetry of their own.
+        For tests, other devices, programs that have telemetry of their own, and the processes of ``frontends``: one of
+        several has a ``role``, and the one that owns the device ``listens`` on no gRPC address.
         """
         self._config = config
-        self._make_backend = make_backend
         self._checkpoint = checkpoint
         self._telemetry = telemetry
+        self._make_engine: EngineMaker = make_engine or partial(build_engine, make_backend=make_backend)
+        self._role = role
+        self._listens = config.server.addresses if listens else ()
         self._stop = asyncio.Event()
         self._signals = 0
         self._calls = 0
@@ -101,7 +128,7 @@ class App:
         """Where gRPC listens, from WARMING on; port 0 is replaced by what the system chose."""
         self.operations_address: str | None = None
         """Where the operations port listens, from WARMING on."""
-        self.engine: Engine | None = None
+        self.engine: EngineSurface | None = None
         self.guard: Guard | None = None
         self.worker_ended = True
         """Whether no thread of ours is left in native code: if one is, only the system can end this process in time."""
@@ -117,7 +144,7 @@ class App:
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
-        telemetry = self._telemetry or setup_telemetry(telemetry_settings(config, checkpoint))
+        telemetry = self._telemetry or setup_telemetry(telemetry_settings(config, checkpoint, self._role))
         code = ExitCode.BROKEN
         try:
             code = await self._serve(telemetry, checkpoint, started, ready_line)
@@ -180,7 +207,7 @@ class App:
         if config.server.reflection:
             add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
         try:
-            engine = self.engine = build_engine(
+            engine = self.engine = self._make_engine(
                 config,
                 checkpoint,
                 engine_observer,
@@ -188,13 +215,13 @@ class App:
                 on_stall=self._stall,
                 on_recovery=self._recover,
                 on_compilation=self._log_compilation,
-                make_backend=self._make_backend,
             )
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
         loop = asyncio.get_running_loop()
-        telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
+        if isinstance(engine, Engine):  # one that is in another process is shown by that process
+            telemetry.register_load(partial(_on_loop, loop, partial(self._load_snapshot, engine)))
         operations = OperationsPort(
             alive=lambda: lifecycle.alive,
             ready=lambda: lifecycle.accepting,
@@ -203,12 +230,12 @@ class App:
             lifecycle_state=lambda: lifecycle.state.value,
             snapshot=status.snapshot if status is not None else None,
         )
-        if status is not None:
+        if status is not None and isinstance(engine, Engine):
             status.attach(engine)
         try:
-            ports = bind(server, config.server.addresses)
+            ports = bind(server, self._listens)
             await server.start()
-            self.addresses = _addresses(config.server.addresses, ports)
+            self.addresses = _addresses(self._listens, ports)
             if config.operations.enabled:
                 self.operations_address = await operations.start(config.operations.address)
             lifecycle.to(State.WARMING)
@@ -229,7 +256,10 @@ class App:
         await self._stop.wait()
         return await self._shut_down(server, health, guard, operations, engine)
 
-    async def _start_engine(self, engine: Engine) -> None:
+    def _load_snapshot(self, engine: Engine) -> LoadSnapshot:
+        return load_snapshot(engine, self.lifecycle.state.value)
+
+    async def _start_engine(self, engine: EngineSurface) -> None:
         """Load and warm up, unless a signal comes first: a load cannot be interrupted, but need not be waited for."""
         start = asyncio.ensure_future(engine.start())
         stop = asyncio.ensure_future(self._stop.wait())
@@ -238,11 +268,11 @@ class App:
         if start.done():
             start.result()
 
-    def _announce(self, ready_line: Callable[[bytes], None], engine: Engine, started: int) -> None:
+    def _announce(self, ready_line: Callable[[bytes], None], engine: EngineSurface, started: int) -> None:
         identity = engine.identity
         facts = {
             "type": "ready",
-            "address": self.addresses[0],
+            "address": self.addresses[0] if self.addresses else None,
             "addresses": self.addresses,
             "operations": self.operations_address,
             "model": identity.name,
@@ -260,7 +290,12 @@ class App:
     # ------------------------------------------------------------------------------------------------------ shutdown
 
     async def _shut_down(
-        self, server: grpc.aio.Server, health: HealthService, guard: Guard, operations: OperationsPort, engine: Engine
+        self,
+        server: grpc.aio.Server,
+        health: HealthService,
+        guard: Guard,
+        operations: OperationsPort,
+        engine: EngineSurface,
     ) -> int:
         config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
@@ -282,7 +317,7 @@ class App:
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
-    async def _end_broken(self, guard: Guard, operations: OperationsPort, engine: Engine) -> int:
+    async def _end_broken(self, guard: Guard, operations: OperationsPort, engine: EngineSurface) -> int:
         """Nothing more will run: those in flight are told, and that is all.
 
         The gRPC server is not stopped: a stop says CANCELLED to the calls that it holds and no handler has seen
@@ -318,7 +353,7 @@ class App:
             seen = self._calls
             await asyncio.sleep(CATCH_UP_S)
 
-    async def _drain(self, server: grpc.aio.Server, guard: Guard, engine: Engine) -> int:
+    async def _drain(self, server: grpc.aio.Server, guard: Guard, engine: EngineSurface) -> int:
         """Let calls in flight end within the grace; returns how many were cut off."""
         grace_s = self._config.shutdown.grace_ms / 1000
         await self._caught_up()
@@ -417,24 +452,40 @@ def run(
     checkpoint: Checkpoint | None = None,
 ) -> int:
     """Live one life in a new event loop and return the exit code; what is given replaces what ``config`` says."""
-    prepare_environment()
+    if config.server.frontends > 1:
+        from embedserve.frontends.supervisor import run_processes  # noqa: PLC0415 - an option, and it imports this
+
+        return run_processes(config, make_backend=make_backend, checkpoint=checkpoint)
 
     def ready_line(line: bytes) -> None:
-        _settle_collector()
         # Not through the interpreter's buffer: what cannot be written would fail its end, and the exit code with it.
         try:
             os.write(sys.stdout.fileno(), line + b"\n")
         except (OSError, AttributeError) as error:  # a full disk, a reader that has gone, a closed standard output
             structlog.get_logger("embedserve.app").warning("ready_line_lost", reason=str(error))
 
+    def make_app() -> App:
+        app = App(config, make_backend=make_backend, checkpoint=checkpoint)
+        app.handle_signals()
+        return app
+
+    return run_app(config, make_app, ready_line)
+
+
+def run_app(config: Config, make_app: Callable[[], App], ready_line: Callable[[bytes], None]) -> int:
+    """Live the life of the app that ``make_app`` makes in a new event loop, which runs then; its exit code."""
+    prepare_environment()
     telemetry = config.telemetry
     # Before anything can fail: until then structlog writes to standard output, which belongs to the ready line.
     configure_logs(level=telemetry.log_level, levels=telemetry.log_levels, form=telemetry.log_format)
 
+    def ready(line: bytes) -> None:
+        _settle_collector()
+        ready_line(line)
+
     async def live() -> tuple[int, bool]:
-        app = App(config, make_backend=make_backend, checkpoint=checkpoint)
-        app.handle_signals()
-        code = await app.live(ready_line)
+        app = make_app()
+        code = await app.live(ready)
         if code == ExitCode.BROKEN:
             os._exit(code)  # with connections still open, so that who is on the way is not told CANCELLED
         return code, app.worker_ended

@@ -52,6 +52,7 @@ __all__ = [
     "servicer_settings",
     "telemetry_settings",
     "throughput_settings",
+    "tokenizer_settings",
     "torch_backend",
 ]
 
@@ -223,6 +224,19 @@ def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:
     return build
 
 
+def tokenizer_settings(config: Config) -> TokenizerSettings:
+    """The tokenizer pool's limits."""
+    tokenizer = config.tokenizer
+    return TokenizerSettings(
+        threads=tokenizer.thread_count(core_count()),
+        max_pending=tokenizer.max_pending,
+        inline_chars=tokenizer.inline_chars,
+        chunk_texts=tokenizer.chunk_texts,
+        chunk_chars=tokenizer.chunk_chars,
+        max_request_ns=tokenizer.max_request_ms * MS,
+    )
+
+
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
@@ -235,21 +249,14 @@ def build_engine(
     make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
 ) -> Engine:
     """An engine that has not started yet."""
-    scheduling, tokenizer, health = config.scheduling, config.tokenizer, config.health
+    scheduling, health = config.scheduling, config.health
     return Engine(
         factory=make_backend(checkpoint) if make_backend else torch_backend(config, checkpoint),
         tokenizer=checkpoint.tokenizer(),
         max_input_length=checkpoint.max_input_length,
         scheduler=build_scheduler(config, checkpoint),
         settings=EngineSettings(
-            tokenizer=TokenizerSettings(
-                threads=tokenizer.thread_count(core_count()),
-                max_pending=tokenizer.max_pending,
-                inline_chars=tokenizer.inline_chars,
-                chunk_texts=tokenizer.chunk_texts,
-                chunk_chars=tokenizer.chunk_chars,
-                max_request_ns=tokenizer.max_request_ms * MS,
-            ),
+            tokenizer=tokenizer_settings(config),
             max_requests_in_flight=config.limits.max_requests_in_flight,
             batches_in_flight=scheduling.batches_in_flight,
             prepare_ahead_ns=scheduling.prepare_ahead_us * 1000,
@@ -267,8 +274,8 @@ def build_engine(
     )
 
 
-def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySettings:
-    """Everything that telemetry is told."""
+def telemetry_settings(config: Config, checkpoint: Checkpoint, role: str = "") -> TelemetrySettings:
+    """Everything that telemetry is told. ``role``: which of several processes this is."""
     telemetry = config.telemetry
     return TelemetrySettings(
         service_name=telemetry.service_name,
@@ -277,6 +284,7 @@ def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySetti
             "embedserve.model.name": checkpoint.name,
             "embedserve.model.revision": checkpoint.revision,
             "embedserve.model.weights_digest": checkpoint.weights_digest,
+            **({"embedserve.process.role": role} if role else {}),
         },
         prometheus_enabled=telemetry.prometheus and config.operations.enabled,
         exemplars=telemetry.exemplars,

@@ -42,7 +42,7 @@ from embedserve.model.tokenizer import TextTokenizer
 from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Engine", "EngineSettings"]
+__all__ = ["Engine", "EngineSettings", "verdict_of"]
 
 IN_FLIGHT_RETRY_MS = 100
 """When ``max_requests_in_flight`` refuses: a few batches later there is room."""
@@ -324,7 +324,7 @@ class Engine:
             verdict = "done"
             return embedded
         except BaseException as error:
-            verdict = _verdict_of(error)
+            verdict = verdict_of(error)
             raise
         finally:
             self._requests -= 1
@@ -348,7 +348,7 @@ class Engine:
                     yield portion
             verdict = "done"
         except (Exception, asyncio.CancelledError) as error:
-            verdict = _verdict_of(error)
+            verdict = verdict_of(error)
             raise
         finally:
             self._requests -= 1
@@ -400,7 +400,8 @@ class Engine:
             self._running.notify()
 
 
-def _verdict_of(error: BaseException) -> str:
+def verdict_of(error: BaseException) -> str:
+    """What observers call a request that ended so."""
     match error:
         case Overloaded() | NotServing():
             return "rejected"

@@ -1,0 +1,407 @@
+"""The engine as a front end has it: tokenises here, and asks the engine process for the rest.
+
+Decides what is refused before anything crosses, and what becomes of calls when the engine process has gone. Must never
+know gRPC, policies or the device. Meets ``engine.surface.EngineSurface``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from embedserve.engine.call import Call, Embedded, Portion
+from embedserve.engine.engine import verdict_of
+from embedserve.engine.intake import cut_tokens, not_serving, stalled
+from embedserve.engine.load import LoadReport
+from embedserve.engine.observer import EngineObserver
+from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
+from embedserve.errors import EngineFailed, NotServing, Overloaded, StartupError
+from embedserve.frontends import frames
+from embedserve.frontends.failure import unpack_failure
+from embedserve.frontends.frames import pack_order
+from embedserve.frontends.host import Ends
+from embedserve.frontends.link import Link, connect_link
+from embedserve.frontends.marks import Traces, unpack_marks
+from embedserve.frontends.memory import SharedMemory, rows_bytes, tokens_bytes
+from embedserve.frontends.slots import Slot, SlotAllocator
+from embedserve.frontends.stream import RemoteStream
+from embedserve.model.backend import ModelIdentity
+from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts
+from embedserve.scheduling.item import Rejection
+
+__all__ = ["RemoteEngine", "RemoteSettings"]
+
+NO_LOAD: Final = LoadReport("not_serving", False, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
+"""Before the engine process is ready."""
+ROOM_RETRY_MS: Final = 100
+"""When slots or calls in flight have run out: a few batches later there is room."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSettings:
+    """Limits of a front end; each is a setting of the configuration."""
+
+    tokenizer: TokenizerSettings
+    max_requests_in_flight: int
+    piece_items: int
+    """Texts that the engine asks of a stream at a time, at most."""
+    memory_bytes: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A whole request that is with the engine process."""
+
+    call: Call
+    tokenized: TokenizedTexts
+    slot: Slot
+    slots: SlotAllocator
+    future: asyncio.Future[Embedded]
+
+    def release(self) -> None:
+        """The engine process is done with it."""
+        self.slots.give(self.slot)
+
+
+class RemoteEngine:
+    """The engine process's work, as if it were here. Lives on one event loop."""
+
+    def __init__(
+        self,
+        ends: Ends,
+        *,
+        tokenizer: TextTokenizer,
+        settings: RemoteSettings,
+        observer: EngineObserver,
+        traces: Traces,
+        on_fatal: Callable[[str], None],
+        on_stall: Callable[[int], None] = lambda _age_ns: None,
+        on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
+    ) -> None:
+        """``ends`` are this process's own. The callbacks are ``engine.engine.Engine``'s."""
+        self._ends = ends
+        self._settings = settings
+        self._observer = observer
+        self.traces = traces
+        """How traces cross; for the streams too."""
+        self._on_fatal = on_fatal
+        self._on_stall = on_stall
+        self._on_recovery = on_recovery
+        self._pool = TokenizerPool(tokenizer, settings.tokenizer, observer.tokenized, self._lose_tokenizer)
+        self._memory = SharedMemory(ends.memory)
+        self._slots = SlotAllocator(settings.memory_bytes)
+        self._link: Link | None = None
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, _Waiting] = {}
+        self._streams: dict[int, RemoteStream] = {}
+        self._left: dict[int, _Waiting | RemoteStream] = {}
+        """Calls whose caller has gone: their slots are not free until the engine process has let go of them."""
+        self._requests = 0
+        self._draining = False
+        self._failure: str | None = None
+        self._identity: ModelIdentity | None = None
+        self._welcome: asyncio.Future[ModelIdentity] | None = None
+        self._load: LoadReport | None = None
+        self._started_ns = 0
+        self._stalled_ns = 0
+        self._stalled_since = 0
+
+    # ---------------------------------------------------------------------------------------------------- lifecycle
+
+    async def start(self) -> ModelIdentity:
+        """Wait until the engine process is ready. Raises ``StartupError`` when it ends before that."""
+        self._welcome = asyncio.get_running_loop().create_future()
+        self._link = await connect_link(self._ends.link, self._take, self._lose)
+        return await self._welcome
+
+    def drain(self) -> None:
+        """Take nothing more; what was taken goes on."""
+        self._draining = True
+
+    async def stop(self, timeout_s: float) -> bool:  # noqa: ARG002 - no thread here computes
+        """Leave the engine process and end the tokenizer's threads."""
+        self.drain()
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+        return await asyncio.get_running_loop().run_in_executor(None, self._pool.close)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the device is silent for longer than a pass may take, as was said last."""
+        return self._stalled_ns > 0
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model that is served; only after ``start``."""
+        assert self._identity is not None
+        return self._identity
+
+    def load(self) -> LoadReport:
+        """The load as the engine process told it last, which is at most some 50 ms ago while there is work."""
+        if self._load is None:
+            return NO_LOAD
+        uptime = (time.monotonic_ns() - self._started_ns) // 1_000_000_000
+        if self._draining or self.stalled or self._failure is not None:
+            return replace(self._load, state="not_serving", accepting_requests=False, uptime_seconds=uptime)
+        return replace(self._load, uptime_seconds=uptime)
+
+    def _lose_tokenizer(self, death: BaseException) -> None:
+        self._fail(f"a tokenizer thread died: {type(death).__name__}: {death}")
+
+    def _lose(self) -> None:
+        """The engine process has gone, or we have."""
+        if self._link is not None:
+            self._fail("the engine process has gone")
+
+    def _fail(self, why: str) -> None:
+        """Nothing more will run. Health says so before anybody is told."""
+        if self._failure is not None:
+            return
+        self._failure = why
+        self.drain()
+        if self._welcome is not None and not self._welcome.done():
+            self._welcome.set_exception(StartupError(f"{why} before its model was ready"))
+        else:
+            self._on_fatal(why)
+        error = EngineFailed(why)
+        for waiting in self._waiting.values():
+            if not waiting.future.done():
+                waiting.future.set_exception(error)
+        for stream in self._streams.values():
+            stream.end(error)
+        self._pool.fail(error)
+
+    # ------------------------------------------------------------------------------------------------------- frames
+
+    def _take(self, kind: int, call_id: int, body: bytes) -> None:
+        """One frame of the engine process."""
+        if kind == frames.DONE:
+            self._done(call_id, body)
+        elif kind == frames.FAILED:
+            self._failed(call_id, body)
+        elif kind == frames.LOAD:
+            facts = orjson.loads(body)
+            self._load = LoadReport(**facts["load"])
+            self._see_stall(facts["stalled_ns"])
+        elif kind == frames.WELCOME:
+            self._be_welcome(orjson.loads(body))
+        elif kind == frames.BROKEN:
+            self._fail(body.decode())
+        elif (stream := self._streams.get(call_id)) is not None:
+            stream.take(kind, body)
+            if kind == frames.ENDED:
+                self._streams.pop(call_id).release()
+        elif kind == frames.ENDED:  # its reader left while this was on its way
+            self._left.pop(call_id).release()
+
+    def _be_welcome(self, facts: dict[str, dict[str, object]]) -> None:
+        told = facts["identity"]
+        prompts = tuple(tuple(prompt) for prompt in told["prompts"])  # type: ignore[attr-defined]
+        self._identity = ModelIdentity(**{**told, "prompts": prompts})  # type: ignore[arg-type]
+        self._load = LoadReport(**facts["load"])  # type: ignore[arg-type]
+        self._started_ns = time.monotonic_ns()
+        assert self._welcome is not None
+        if not self._welcome.done():
+            self._welcome.set_result(self._identity)
+
+    def _see_stall(self, stalled_ns: int) -> None:
+        before, self._stalled_ns = self._stalled_ns, stalled_ns
+        now = time.monotonic_ns()
+        if stalled_ns and not before:
+            self._stalled_since = now - stalled_ns
+            self._on_stall(stalled_ns)
+        elif before and not stalled_ns:
+            self._on_recovery(now - self._stalled_since)
+
+    def _done(self, call_id: int, body: bytes) -> None:
+        waiting = self._waiting.pop(call_id, None)
+        if waiting is None:
+            self._left.pop(call_id).release()
+            return
+        dimensions, batches = frames.DONE_BODY.unpack_from(body)
+        tokenized = waiting.tokenized
+        texts = len(tokenized.lengths)
+        unpack_marks(body[frames.DONE_BODY.size :], waiting.call.stages, self.traces)
+        vectors = self._memory.read_rows(waiting.slot, texts, dimensions)
+        batch_sizes = self._memory.read_batch_sizes(waiting.slot, vectors.nbytes, texts)
+        waiting.release()
+        if not waiting.future.done():
+            waiting.future.set_result(
+                Embedded(
+                    vectors=vectors,
+                    token_counts=tokenized.lengths.tolist(),
+                    truncated=tokenized.truncated.tolist(),
+                    batch_sizes=batch_sizes,
+                    tokens=len(tokenized.ids),
+                    batches=batches,
+                )
+            )
+
+    def _failed(self, call_id: int, body: bytes) -> None:
+        waiting, stream = self._waiting.pop(call_id, None), self._streams.pop(call_id, None)
+        if waiting is not None:
+            at = unpack_marks(body, waiting.call.stages, self.traces)
+            waiting.release()
+            if not waiting.future.done():
+                waiting.future.set_exception(unpack_failure(body[at:]))
+        elif stream is not None:
+            at = unpack_marks(body, stream.call.stages, self.traces, streamed=True)
+            stream.release()
+            stream.end(unpack_failure(body[at:]))
+        else:
+            self._left.pop(call_id).release()
+
+    def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
+        """Send a frame; nothing once the engine process has gone."""
+        if self._link is not None:
+            self._link.send(kind, call_id, body)
+
+    # ----------------------------------------------------------------------------------------------------- requests
+
+    async def embed(self, call: Call) -> Embedded:
+        """All vectors of one request, in its order. Raises and is cancelled as ``engine.engine.Engine.embed``."""
+        self._requests += 1
+        crossed, verdict = False, "failed"
+        try:
+            self._admit(call)
+            tokenized = await self.tokenize(call)
+            stages = call.stages
+            stages.tokenized_ns = time.monotonic_ns()
+            stages.tokens = len(tokenized.ids)
+            slot = self._slot_for(call, tokenized)
+            self._memory.write_tokens(slot, tokenized)
+            call_id = next(self._ids)
+            future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
+            self._waiting[call_id] = _Waiting(call, tokenized, slot, self._slots, future)
+            self.send(
+                frames.EMBED, call_id, pack_order(call, slot, stages.tokens, tokenized.prompt_tokens, self.traces)
+            )
+            crossed = True
+            try:
+                return await future
+            except asyncio.CancelledError:
+                self._leave(call_id, self._waiting.pop(call_id, None))
+                raise
+        except BaseException as error:
+            verdict = verdict_of(error)
+            raise
+        finally:
+            self._requests -= 1
+            if not crossed:  # otherwise the engine process tells
+                self._observer.request_finished(call.stages, verdict=verdict)
+
+    async def embed_stream(self, call: Call) -> AsyncGenerator[Portion, None]:
+        """Portions of one request as their batches finish. As ``engine.engine.Engine.embed_stream``."""
+        self._requests += 1
+        crossed, verdict = False, "failed"
+        try:
+            self._admit(call)
+            items = min(self._settings.piece_items, call.count)
+            slot = self._take_slot(rows_bytes(items, call.dimensions or self.identity.dimension))
+            call_id = next(self._ids)
+            stream = self._streams[call_id] = RemoteStream(self, call_id, call, slot, self._memory, self._slots)
+            self.send(frames.STREAM, call_id, pack_order(call, slot, stream.estimate(items), 0, self.traces))
+            crossed = True
+            try:
+                async for portion in stream.portions():
+                    yield portion
+            finally:
+                stream.close()
+                self._leave(call_id, self._streams.pop(call_id, None))
+        except BaseException as error:
+            verdict = verdict_of(error)
+            raise
+        finally:
+            self._requests -= 1
+            if not crossed:  # otherwise the engine process tells
+                self._observer.request_finished(call.stages, verdict=verdict)
+
+    async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
+        """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""
+        if self._draining:
+            raise not_serving()
+        self._requests += 1
+        try:
+            self._refuse_beyond_room()
+            return await self._pool.count(texts, prompt=prompt)
+        finally:
+            self._requests -= 1
+
+    def _leave(self, call_id: int, call: _Waiting | RemoteStream | None) -> None:
+        """The caller has gone, and the engine process works on its ``call`` still unless that is ``None``."""
+        if call is not None:
+            self._left[call_id] = call
+            self.send(frames.CANCEL, call_id)
+
+    def _admit(self, call: Call) -> None:
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
+        if self._draining or self._identity is None:
+            raise not_serving()
+        if self.stalled:
+            raise stalled()
+        self._refuse_beyond_room()
+        call.stages.texts = call.count
+        call.stages.admitted_ns = time.monotonic_ns()
+
+    def _refuse_beyond_room(self) -> None:
+        limit = self._settings.max_requests_in_flight
+        if self._requests > limit:
+            raise self.refusal(
+                "in_flight",
+                "TOO_MANY_REQUESTS_IN_FLIGHT",
+                f"more than {limit} calls in flight, by limits.max_requests_in_flight",
+            )
+
+    def refusal(self, policy: str, reason: str, message: str, retry_after_ms: int | None = ROOM_RETRY_MS) -> Overloaded:
+        """What a caller is told whom this process refuses; counted."""
+        self._observer.rejected(Rejection(policy, reason, retry_after_ms), stage="estimate")
+        return Overloaded(message, reason=reason, policy=policy, retry_after_ms=retry_after_ms)
+
+    async def tokenize(self, call: Call, first: int = 0, stop: int | None = None) -> TokenizedTexts:
+        """Token ids of a call's texts from ``first`` to before ``stop``, or of the caller's own."""
+        if call.texts is None:
+            assert call.tokens is not None
+            return call.tokens if stop is None else cut_tokens(call.tokens, first, stop)
+        texts = call.texts if stop is None else call.texts[first:stop]
+        try:
+            return await self._pool.encode(
+                texts,
+                sum(map(len, texts)),
+                truncation=call.truncation,
+                prompt=call.prompt,
+                deadline_ns=call.deadline_ns,
+                meter=call.meter,
+            )
+        except Overloaded as full:
+            self._observer.rejected(
+                Rejection(full.policy, full.reason, full.retry_after_ms, full.figures), stage="estimate"
+            )
+            raise
+
+    def _slot_for(self, call: Call, tokenized: TokenizedTexts) -> Slot:
+        texts = len(tokenized.lengths)
+        out = rows_bytes(texts, call.dimensions or self.identity.dimension)
+        return self._take_slot(max(tokens_bytes(len(tokenized.ids), texts), out))
+
+    def _take_slot(self, size: int) -> Slot:
+        """Room for one call. Raises ``Overloaded``, or ``NotServing`` where the engine process has gone meanwhile."""
+        if self._link is None or self._link.lost:
+            raise NotServing("the engine process has gone", reason="NOT_SERVING", retry_after_ms=None)
+        slot = self._slots.take(size)
+        if slot is not None:
+            return slot
+        why = f"{size} bytes of ids and vectors have no room beside the calls in flight"
+        retry: int | None = ROOM_RETRY_MS
+        if size > self._slots.size:
+            why, retry = f"{size} bytes of ids and vectors are more than there is room for", None
+        raise self.refusal("memory", "FRONTEND_MEMORY_FULL", f"{why} (server.frontend_memory_bytes)", retry)
