@@ -19,8 +19,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import grpc.aio
 import orjson
@@ -33,7 +33,6 @@ from embedserve.api.reflection import add_reflection
 from embedserve.api.server import bind, build_server
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
-from embedserve.engine.observer import EngineObserver
 from embedserve.engine.surface import EngineSurface
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
@@ -46,6 +45,7 @@ from embedserve.telemetry.logs import configure_logs
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.telemetry.withholding import without_messages
 from embedserve.wiring import (
+    EngineMaker,
     bucket_edges,
     build_engine,
     load_snapshot,
@@ -55,7 +55,7 @@ from embedserve.wiring import (
     telemetry_settings,
 )
 
-__all__ = ["App", "EngineMaker", "run", "run_app"]
+__all__ = ["App", "Part", "Render", "run", "run_app"]
 
 FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
@@ -73,21 +73,26 @@ LOAD_READ_S = 2.0
 so."""
 
 
-class EngineMaker(Protocol):
-    """Makes the engine of a process; ``wiring.build_engine`` but for its backend."""
+Render = Callable[[str], tuple[str, bytes]] | None
+"""``(accept_header) -> (content_type, body)``, in any thread; ``None`` where metrics are off."""
 
-    def __call__(
-        self,
-        config: Config,
-        checkpoint: Checkpoint,
-        observer: EngineObserver,
-        on_fatal: Callable[[str], None],
-        *,
-        on_stall: Callable[[int], None],
-        on_recovery: Callable[[int], None],
-        on_compilation: Callable[[DeviceReport], None],
-    ) -> EngineSurface:
-        """An engine that has not started yet."""
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of the service a process is; the defaults are all of it."""
+
+    role: str = ""
+    make_engine: EngineMaker | None = None
+    """``None``: the engine is here."""
+    listens: bool = True
+    """Whether it takes calls."""
+    has_device: bool = True
+    """Whether the queue and the device are here, and with them the operations port."""
+    metrics: Callable[[Render], Render] = lambda render: render
+    """What the operations port shows, of what this process would."""
+
+
+WHOLE = Part()
 
 
 class App:
@@ -100,21 +105,19 @@ class App:
         make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
         checkpoint: Checkpoint | None = None,
         telemetry: Telemetry | None = None,
-        make_engine: EngineMaker | None = None,
-        role: str = "",
-        listens: bool = True,
+        part: Part = WHOLE,
     ) -> None:
-        """What is given replaces what ``config`` says: the torch backend, the checkpoint, telemetry, the engine.
+        """What is given replaces what ``config`` says: the torch backend, the checkpoint, telemetry.
 
-        For tests, other devices, programs that have telemetry of their own, and the processes of ``frontends``: one of
-        several has a ``role``, and the one that owns the device ``listens`` on no gRPC address.
+        For tests, other devices, and programs that have telemetry of their own. ``part`` is for the processes of
+        ``frontends``.
         """
         self._config = config
         self._checkpoint = checkpoint
         self._telemetry = telemetry
-        self._make_engine: EngineMaker = make_engine or partial(build_engine, make_backend=make_backend)
-        self._role = role
-        self._listens = config.server.addresses if listens else ()
+        self._part = part
+        self._make_engine: EngineMaker = part.make_engine or partial(build_engine, make_backend=make_backend)
+        self._listens = config.server.addresses if part.listens else ()
         self._stop = asyncio.Event()
         self._signals = 0
         self._calls = 0
@@ -144,7 +147,10 @@ class App:
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
-        telemetry = self._telemetry or setup_telemetry(telemetry_settings(config, checkpoint, self._role))
+        part = self._part
+        telemetry = self._telemetry or setup_telemetry(
+            telemetry_settings(config, checkpoint, part.role, has_device=part.has_device)
+        )
         code = ExitCode.BROKEN
         try:
             code = await self._serve(telemetry, checkpoint, started, ready_line)
@@ -163,6 +169,11 @@ class App:
     def stop(self) -> None:
         """Drain and end, as on SIGTERM. May be called at any time."""
         self._stop.set()
+
+    def begin_drain(self) -> None:
+        """Say that nothing new is to be sent here, and serve on until ``stop``: others drain first."""
+        if self.lifecycle.state in (State.SERVING, State.STALLED):
+            self.lifecycle.to(State.DRAINING)
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT stop this process, a second one at once. Only in the main thread's event loop."""
@@ -191,7 +202,8 @@ class App:
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
         health = self._health = HealthService((SERVICE,))
         call_observer, engine_observer, status = telemetry.call_observer, telemetry.engine_observer, None
-        if config.operations.enabled and config.operations.statusz:
+        operations_here = config.operations.enabled and self._part.has_device
+        if operations_here and config.operations.statusz:
             status = Status(config, checkpoint, lifecycle, lambda: self.addresses)
             call_observer, engine_observer = status.watch(call_observer, engine_observer)
         guard = self.guard = Guard(
@@ -220,13 +232,13 @@ class App:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
         loop = asyncio.get_running_loop()
-        if isinstance(engine, Engine):  # one that is in another process is shown by that process
-            telemetry.register_load(partial(_on_loop, loop, partial(self._load_snapshot, engine)))
+        telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
+        render_metrics = self._part.metrics(telemetry.render_metrics)
         operations = OperationsPort(
             alive=lambda: lifecycle.alive,
             ready=lambda: lifecycle.accepting,
             load=engine.load,
-            render_metrics=telemetry.render_metrics if config.telemetry.prometheus else None,
+            render_metrics=render_metrics if config.telemetry.prometheus else None,
             lifecycle_state=lambda: lifecycle.state.value,
             snapshot=status.snapshot if status is not None else None,
         )
@@ -236,7 +248,7 @@ class App:
             ports = bind(server, self._listens)
             await server.start()
             self.addresses = _addresses(self._listens, ports)
-            if config.operations.enabled:
+            if operations_here:
                 self.operations_address = await operations.start(config.operations.address)
             lifecycle.to(State.WARMING)
             await self._start_engine(engine)
@@ -255,9 +267,6 @@ class App:
             self._announce(ready_line, engine, started)
         await self._stop.wait()
         return await self._shut_down(server, health, guard, operations, engine)
-
-    def _load_snapshot(self, engine: Engine) -> LoadSnapshot:
-        return load_snapshot(engine, self.lifecycle.state.value)
 
     async def _start_engine(self, engine: EngineSurface) -> None:
         """Load and warm up, unless a signal comes first: a load cannot be interrupted, but need not be waited for."""
@@ -301,8 +310,10 @@ class App:
         health.enter_graceful_shutdown()
         if self._broken():
             return await self._end_broken(guard, operations, engine)
-        served = lifecycle.state in (State.SERVING, State.STALLED)
-        lifecycle.to(State.DRAINING)
+        served = lifecycle.state in (State.SERVING, State.STALLED, State.DRAINING)
+        self.begin_drain()
+        if not served:
+            lifecycle.to(State.DRAINING)
         self._log.info("draining", in_flight=guard.in_flight, settle_ms=config.settle_ms, grace_ms=config.grace_ms)
         if served:
             await asyncio.sleep(config.settle_ms / 1000)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from embedserve import __version__
 from embedserve.api.embedding import ServicerSettings
@@ -19,6 +20,7 @@ from embedserve.config import Config
 from embedserve.engine.canary import CanarySettings
 from embedserve.engine.engine import Engine, EngineSettings
 from embedserve.engine.observer import EngineObserver
+from embedserve.engine.surface import EngineSurface
 from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import ConfigError
@@ -41,6 +43,7 @@ from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.settings import TelemetrySettings
 
 __all__ = [
+    "EngineMaker",
     "bucket_edges",
     "build_engine",
     "build_scheduler",
@@ -237,6 +240,23 @@ def tokenizer_settings(config: Config) -> TokenizerSettings:
     )
 
 
+class EngineMaker(Protocol):
+    """Makes the engine of a process; ``build_engine`` but for its backend."""
+
+    def __call__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        observer: EngineObserver,
+        on_fatal: Callable[[str], None],
+        *,
+        on_stall: Callable[[int], None],
+        on_recovery: Callable[[int], None],
+        on_compilation: Callable[[DeviceReport], None],
+    ) -> EngineSurface:
+        """An engine that has not started yet."""
+
+
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
@@ -274,7 +294,9 @@ def build_engine(
     )
 
 
-def telemetry_settings(config: Config, checkpoint: Checkpoint, role: str = "") -> TelemetrySettings:
+def telemetry_settings(
+    config: Config, checkpoint: Checkpoint, role: str = "", *, has_device: bool = True
+) -> TelemetrySettings:
     """Everything that telemetry is told. ``role``: which of several processes this is."""
     telemetry = config.telemetry
     return TelemetrySettings(
@@ -289,6 +311,7 @@ def telemetry_settings(config: Config, checkpoint: Checkpoint, role: str = "") -
         prometheus_enabled=telemetry.prometheus and config.operations.enabled,
         exemplars=telemetry.exemplars,
         bucket_edges=bucket_edges(config, checkpoint),
+        has_device=has_device,
         trace_sample_ratio=telemetry.trace_sample_ratio,
         span_links_max=telemetry.span_links_max,
         flush_timeout_ms=config.shutdown.telemetry_flush_ms,
@@ -301,8 +324,17 @@ def telemetry_settings(config: Config, checkpoint: Checkpoint, role: str = "") -
     )
 
 
-def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
+def load_snapshot(engine: EngineSurface, lifecycle_state: str) -> LoadSnapshot:
     """What metrics show of the engine now. Called from a scraper's thread: it only reads."""
+    if not isinstance(engine, Engine):  # it is in another process, which shows the rest
+        use = engine.tokenizer_use
+        return LoadSnapshot(
+            lifecycle_state=lifecycle_state,
+            accepting=engine.load().accepting_requests,
+            tokenizer_threads=use.threads,
+            tokenizer_busy=use.busy,
+            tokenizer_waiting=use.waiting,
+        )
     scheduler = engine.scheduler
     now = time.monotonic_ns()
     depth, load = scheduler.depth, scheduler.load(now)

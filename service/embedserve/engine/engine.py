@@ -302,7 +302,7 @@ class Engine:
         verdict = "failed"
         self._requests += 1
         try:
-            self._admit(call)
+            self.admit(call)
             tokenized = await self._intake.tokenize(call)
             stages.tokenized_ns = time.monotonic_ns()
             lengths = tokenized.lengths.tolist()
@@ -341,7 +341,7 @@ class Engine:
         self._requests += 1
         try:
             window = self._settings.stream_window_items
-            self._admit(call, piece_items(window))
+            self.admit(call, piece_items(window))
             # Closed here, not by the garbage collector some turns of the loop later, when the call is said to be over.
             async with aclosing(stream_portions(call, self._intake, self._running, window)) as portions:
                 async for portion in portions:
@@ -354,7 +354,8 @@ class Engine:
             self._requests -= 1
             self._finish(call, verdict, time.monotonic_ns())
 
-    def _admit(self, call: Call, texts: int | None = None) -> None:
+    def admit(self, call: Call, texts: int | None = None) -> None:
+        """Early admission of ``call``, or of a stream's first ``texts``: raises as ``embed`` does, takes no place."""
         if self._draining or self._ready is None:
             raise not_serving()
         assert self._watchdog is not None

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from embedserve.engine.call import Call, Embedded, Portion
 from embedserve.engine.load import LoadReport
+from embedserve.engine.tokenization import TokenizerUse
 from embedserve.model.backend import ModelIdentity
 
 __all__ = ["EngineSurface"]
@@ -29,6 +30,10 @@ class EngineSurface(Protocol):
     @property
     def stalled(self) -> bool:
         """Whether the device is silent for longer than a pass may take."""
+
+    @property
+    def tokenizer_use(self) -> TokenizerUse:
+        """How busy the tokenizer threads are."""
 
     async def start(self) -> ModelIdentity:
         """Be ready to embed. Raises ``StartupError``."""

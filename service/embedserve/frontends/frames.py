@@ -6,6 +6,8 @@ frame. Both sides run one build: nothing here is a contract with another version
     front end                        engine process
                   ◀── WELCOME        the model is ready: identity and device
                   ◀── LOAD           the load, while there is work
+    JUDGE         ──▶                would so many tokens be admitted? asked before much is tokenised
+                  ◀── JUDGED         (or FAILED)
     EMBED         ──▶                token ids lie in a slot
                   ◀── DONE           vectors lie in that slot
                   ◀── FAILED         (also the answer to a call that was cancelled: the slot is free)
@@ -16,6 +18,8 @@ frame. Both sides run one build: nothing here is a contract with another version
                   ◀── PORTION        some vectors lie in the stream's slot
     TAKEN         ──▶                they were read: the next may be written
                   ◀── ENDED
+                  ◀── SCRAPE         wants the metrics of this process
+    SCRAPED       ──▶
                   ◀── BROKEN         nothing more will run
 """
 
@@ -35,7 +39,11 @@ from embedserve.scheduling.item import Priority
 
 __all__ = ["Order", "Piece", "pack_order", "pack_portion", "unpack_order", "unpack_portion"]
 
-WELCOME, LOAD, EMBED, DONE, FAILED, CANCEL, STREAM, FEED, PIECE, UNFED, PORTION, TAKEN, ENDED, BROKEN = range(14)
+(
+    WELCOME, LOAD, EMBED, DONE, FAILED, CANCEL, STREAM, FEED, PIECE, UNFED, PORTION, TAKEN, ENDED, BROKEN, JUDGE,
+    JUDGED, SCRAPE, SCRAPED,
+) = range(18)  # fmt: skip
+NO_SLOT: Final = Slot(0, 0)
 
 FEED_BODY: Final = Struct("<II")
 """First text, and the one after the last."""

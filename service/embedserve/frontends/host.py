@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, Final, NamedTuple
@@ -33,9 +34,14 @@ LOAD_EVERY_S: Final = 0.05
 """How often front ends are told the load while there is work: a balancer asks less often than that."""
 
 
-class Ends(NamedTuple):
-    """What one front end shares with the engine process, as descriptors."""
+SCRAPE_S: Final = 1.0
+"""A scrape waits no longer for a front end, and fails then: a text without its series would look like a restart."""
 
+
+class Ends(NamedTuple):
+    """What one front end shares with the engine process, as descriptors of this process."""
+
+    name: str
     link: int
     memory: int
 
@@ -55,6 +61,8 @@ class EngineHost:
         self._opening: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
+        self._scrapes = itertools.count(1)
+        self._scraping: dict[int, dict[int, asyncio.Future[bytes]]] = {}
 
     def open(self) -> None:
         """The model is ready: hear every front end, and tell it which model. Once."""
@@ -64,7 +72,7 @@ class EngineHost:
     async def _open(self) -> None:
         try:
             for end in self._ends:
-                front_end = _FrontEnd(self, SharedMemory(end.memory))
+                front_end = _FrontEnd(self, end.name, SharedMemory(end.memory))
                 front_end.link = await connect_link(end.link, front_end.take, front_end.lose)
                 self._front_ends.append(front_end)
             self._welcome()
@@ -105,9 +113,33 @@ class EngineHost:
         for front_end in self._front_ends:
             front_end.flush()
 
-    def _tell(self, kind: int, body: bytes) -> None:
+    async def scrape(self, accept_header: str) -> list[tuple[str, bytes]]:
+        """Name and metrics of each front end that is there. Raises ``TimeoutError`` when one does not answer."""
+        scrape = next(self._scrapes)
+        front_ends = list(self._front_ends)
+        waiting = self._scraping[scrape] = {id(one): asyncio.get_running_loop().create_future() for one in front_ends}
+        try:
+            self._tell(frames.SCRAPE, accept_header.encode(), scrape)
+            async with asyncio.timeout(SCRAPE_S):
+                texts = await asyncio.gather(*waiting.values())
+        finally:
+            del self._scraping[scrape]
+        return [(one.name, text) for one, text in zip(front_ends, texts, strict=True)]
+
+    def scraped(self, front_end: _FrontEnd, scrape: int, text: bytes) -> None:
+        """A front end's metrics."""
+        future = self._scraping.get(scrape, {}).get(id(front_end))
+        if future is not None and not future.done():
+            future.set_result(text)
+
+    def lost(self, front_end: _FrontEnd) -> None:
+        """A front end has gone."""
+        if front_end in self._front_ends:
+            self._front_ends.remove(front_end)
+
+    def _tell(self, kind: int, body: bytes, call_id: int = 0) -> None:
         for front_end in self._front_ends:
-            front_end.send(kind, 0, body)
+            front_end.send(kind, call_id, body)
 
 
 class _FedStream:
@@ -145,7 +177,8 @@ class _FrontEnd:
 
     link: Link
 
-    def __init__(self, host: EngineHost, memory: SharedMemory) -> None:
+    def __init__(self, host: EngineHost, name: str, memory: SharedMemory) -> None:
+        self.name = name
         self._host = host
         self._memory = memory
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -160,6 +193,7 @@ class _FrontEnd:
 
     def lose(self) -> None:
         """It has gone: nobody waits for its calls, and the mapping goes when the last of them lets go of it."""
+        self._host.lost(self)
         for task in self._tasks.values():
             task.cancel()
 
@@ -173,6 +207,10 @@ class _FrontEnd:
             order = unpack_order(body, self._host.traces)
             stream = self._streams[call_id] = _FedStream(self, call_id, order)
             self._begin(call_id, self._stream(call_id, order, stream))
+        elif kind == frames.JUDGE:
+            self._judge(call_id, unpack_order(body, self._host.traces))
+        elif kind == frames.SCRAPED:
+            self._host.scraped(self, call_id, body)
         elif kind == frames.CANCEL:
             if (task := self._tasks.get(call_id)) is not None:
                 task.cancel()
@@ -184,6 +222,16 @@ class _FrontEnd:
                 known.feed(self._memory.read_tokens(piece.slot, piece.tokens, piece.texts, piece.prompt_tokens))
             elif kind == frames.UNFED:
                 known.fail(unpack_failure(body))
+
+    def _judge(self, call_id: int, order: Order) -> None:
+        call = _call(order)
+        call.source = _FedStream(self, call_id, order)
+        try:
+            self._host.engine.admit(call)
+        except Exception as error:  # noqa: BLE001 - as in ``_embed``
+            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+        else:
+            self.send(frames.JUDGED, call_id)
 
     def _begin(self, call_id: int, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks[call_id] = self._loop.create_task(work)

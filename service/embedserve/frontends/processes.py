@@ -19,23 +19,26 @@ from typing import Any
 
 import structlog
 
-from embedserve.app import App, run_app
+from embedserve.app import App, Part, Render, run_app
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.stream import piece_items
-from embedserve.frontends.host import Ends, EngineHost
+from embedserve.frontends.host import SCRAPE_S, Ends, EngineHost
 from embedserve.frontends.remote import RemoteEngine, RemoteSettings
 from embedserve.lifecycle import ExitCode, State
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.telemetry.exposition import merge_expositions
 from embedserve.telemetry.handles import SpanHandles
 from embedserve.wiring import build_engine, tokenizer_settings
 
-__all__ = ["STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "memory_bytes"]
+__all__ = ["DRAIN", "STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "memory_bytes"]
 
-STOP = b"stop\n"
-"""What the supervisor says to a process."""
+STOP = b"s"
+"""The supervisor says: drain and end. Its own end means the same."""
+DRAIN = b"d"
+"""The supervisor says: others drain. Say so to who asks, and serve on."""
 
 
 class Descriptor:
@@ -73,12 +76,22 @@ class FrontEndProcess:
 
     def __call__(self) -> None:
         """Live, and end this process."""
-        _live(self.config, self.role, self.control, lambda: App(
-            self.config, checkpoint=self.checkpoint, make_engine=self._make_engine, role=self.role
-        ))  # fmt: skip
+        _live(self.config, self.role, self.control, self._make_app)
+
+    def _make_app(self) -> App:
+        made: list[RemoteEngine] = []
+
+        def keep(render: Render) -> Render:
+            """The engine process asks for them."""
+            made[0].render_metrics = render
+            return render
+
+        part = Part(self.role, make_engine=partial(self._make_engine, made), has_device=False, metrics=keep)
+        return App(self.config, checkpoint=self.checkpoint, part=part)
 
     def _make_engine(
         self,
+        made: list[RemoteEngine],
         config: Config,
         checkpoint: Checkpoint,
         observer: EngineObserver,
@@ -88,8 +101,8 @@ class FrontEndProcess:
         on_recovery: Callable[[int], None],
         on_compilation: Callable[[DeviceReport], None],  # noqa: ARG002 - the engine process tells
     ) -> RemoteEngine:
-        return RemoteEngine(
-            Ends(_number(self.link), _number(self.memory)),
+        engine = RemoteEngine(
+            Ends(self.role, _number(self.link), _number(self.memory)),
             tokenizer=checkpoint.tokenizer(),
             settings=RemoteSettings(
                 tokenizer=tokenizer_settings(config),
@@ -103,6 +116,8 @@ class FrontEndProcess:
             on_stall=on_stall,
             on_recovery=on_recovery,
         )
+        made.append(engine)
+        return engine
 
 
 @dataclass(frozen=True)
@@ -113,8 +128,8 @@ class EngineProcess:
     checkpoint: Checkpoint
     role: str
     control: Descriptor
-    links: Sequence[tuple[Descriptor, Descriptor]]
-    """Link and memory of each front end."""
+    links: Sequence[tuple[str, Descriptor, Descriptor]]
+    """Name, link and memory of each front end."""
     make_backend: Callable[[Checkpoint], BackendFactory] | None
 
     def __call__(self) -> None:
@@ -123,13 +138,12 @@ class EngineProcess:
 
     def _make_app(self) -> App:
         hosts: list[EngineHost] = []
-        app = App(
-            self.config,
-            checkpoint=self.checkpoint,
-            make_engine=partial(self._make_engine, hosts),
-            role=self.role,
-            listens=False,
-        )
+
+        def merge(render: Render) -> Render:
+            return None if render is None else partial(_scrape, self.role, render, hosts[0], asyncio.get_running_loop())
+
+        part = Part(self.role, make_engine=partial(self._make_engine, hosts), listens=False, metrics=merge)
+        app = App(self.config, checkpoint=self.checkpoint, part=part)
 
         def follow(state: State) -> None:
             """The model is ready: its front ends are heard from now on, and told."""
@@ -180,9 +194,22 @@ class EngineProcess:
             on_compilation=on_compilation,
             make_backend=self.make_backend,
         )
-        ends = [Ends(_number(link), _number(memory)) for link, memory in self.links]
+        ends = [Ends(name, _number(link), _number(memory)) for name, link, memory in self.links]
         hosts.append(EngineHost(engine, SpanHandles(), ends, on_fatal=die))
         return engine
+
+
+def _scrape(
+    role: str,
+    render: Callable[[str], tuple[str, bytes]],
+    host: EngineHost,
+    loop: asyncio.AbstractEventLoop,
+    accept_header: str,
+) -> tuple[str, bytes]:
+    """The metrics of all processes, in a scraper's thread. Raises ``TimeoutError`` when one does not answer."""
+    content_type, own = render(accept_header)
+    others = asyncio.run_coroutine_threadsafe(host.scrape(accept_header), loop).result(2 * SCRAPE_S)
+    return content_type, merge_expositions([(role, own), *others])
 
 
 def _number(descriptor: Descriptor) -> int:
@@ -203,9 +230,15 @@ def _live(config: Config, role: str, control: Descriptor, make_app: Callable[[],
         app = make_app()
 
         def hear() -> None:
-            """Whatever comes, also the supervisor's end, means to stop."""
-            asyncio.get_running_loop().remove_reader(wire)
-            app.stop()
+            try:
+                heard = wire.recv(64)
+            except ConnectionError:
+                heard = b""
+            if DRAIN in heard:
+                app.begin_drain()
+            if STOP in heard or not heard:
+                asyncio.get_running_loop().remove_reader(wire)
+                app.stop()
 
         asyncio.get_running_loop().add_reader(wire, hear)
         return app

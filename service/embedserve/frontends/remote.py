@@ -22,7 +22,8 @@ from embedserve.engine.engine import verdict_of
 from embedserve.engine.intake import cut_tokens, not_serving, stalled
 from embedserve.engine.load import LoadReport
 from embedserve.engine.observer import EngineObserver
-from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings
+from embedserve.engine.stages import Stages
+from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
 from embedserve.errors import EngineFailed, NotServing, Overloaded, StartupError
 from embedserve.frontends import frames
 from embedserve.frontends.failure import unpack_failure
@@ -32,7 +33,7 @@ from embedserve.frontends.link import Link, connect_link
 from embedserve.frontends.marks import Traces, unpack_marks
 from embedserve.frontends.memory import SharedMemory, rows_bytes, tokens_bytes
 from embedserve.frontends.slots import Slot, SlotAllocator
-from embedserve.frontends.stream import RemoteStream
+from embedserve.frontends.stream import RemoteStream, estimate_chars, estimate_tokens
 from embedserve.model.backend import ModelIdentity
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts
 from embedserve.scheduling.item import Rejection
@@ -104,6 +105,10 @@ class RemoteEngine:
         self._streams: dict[int, RemoteStream] = {}
         self._left: dict[int, _Waiting | RemoteStream] = {}
         """Calls whose caller has gone: their slots are not free until the engine process has let go of them."""
+        self._asked: dict[int, asyncio.Future[None]] = {}
+        self.render_metrics: Callable[[str], tuple[str, bytes]] | None = None
+        """This process's metrics, for the engine process to show."""
+        self._scrapes: set[asyncio.Task[None]] = set()
         self._requests = 0
         self._draining = False
         self._failure: str | None = None
@@ -138,6 +143,11 @@ class RemoteEngine:
     def stalled(self) -> bool:
         """Whether the device is silent for longer than a pass may take, as was said last."""
         return self._stalled_ns > 0
+
+    @property
+    def tokenizer_use(self) -> TokenizerUse:
+        """How busy the tokenizer threads are."""
+        return self._pool.use
 
     @property
     def identity(self) -> ModelIdentity:
@@ -178,6 +188,9 @@ class RemoteEngine:
                 waiting.future.set_exception(error)
         for stream in self._streams.values():
             stream.end(error)
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(error)
         self._pool.fail(error)
 
     # ------------------------------------------------------------------------------------------------------- frames
@@ -192,6 +205,13 @@ class RemoteEngine:
             facts = orjson.loads(body)
             self._load = LoadReport(**facts["load"])
             self._see_stall(facts["stalled_ns"])
+        elif kind == frames.JUDGED:
+            if (asked := self._asked.pop(call_id, None)) is not None and not asked.done():
+                asked.set_result(None)
+        elif kind == frames.SCRAPE:
+            task = asyncio.get_running_loop().create_task(self._scrape(call_id, body.decode()))
+            self._scrapes.add(task)
+            task.add_done_callback(self._scrapes.discard)
         elif kind == frames.WELCOME:
             self._be_welcome(orjson.loads(body))
         elif kind == frames.BROKEN:
@@ -248,7 +268,10 @@ class RemoteEngine:
 
     def _failed(self, call_id: int, body: bytes) -> None:
         waiting, stream = self._waiting.pop(call_id, None), self._streams.pop(call_id, None)
-        if waiting is not None:
+        if (asked := self._asked.pop(call_id, None)) is not None:
+            if not asked.done():
+                asked.set_exception(unpack_failure(body[unpack_marks(body, Stages(0), self.traces) :]))
+        elif waiting is not None:
             at = unpack_marks(body, waiting.call.stages, self.traces)
             waiting.release()
             if not waiting.future.done():
@@ -259,6 +282,13 @@ class RemoteEngine:
             stream.end(unpack_failure(body[at:]))
         else:
             self._left.pop(call_id).release()
+
+    async def _scrape(self, scrape: int, accept_header: str) -> None:
+        """Rendering takes milliseconds: not in the event loop's turn."""
+        if self.render_metrics is not None:
+            loop = asyncio.get_running_loop()
+            _, text = await loop.run_in_executor(None, self.render_metrics, accept_header)
+            self.send(frames.SCRAPED, scrape, text)
 
     def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
         """Send a frame; nothing once the engine process has gone."""
@@ -273,6 +303,7 @@ class RemoteEngine:
         crossed, verdict = False, "failed"
         try:
             self._admit(call)
+            await self._ask_first(call)
             tokenized = await self.tokenize(call)
             stages = call.stages
             stages.tokenized_ns = time.monotonic_ns()
@@ -309,7 +340,7 @@ class RemoteEngine:
             slot = self._take_slot(rows_bytes(items, call.dimensions or self.identity.dimension))
             call_id = next(self._ids)
             stream = self._streams[call_id] = RemoteStream(self, call_id, call, slot, self._memory, self._slots)
-            self.send(frames.STREAM, call_id, pack_order(call, slot, stream.estimate(items), 0, self.traces))
+            self.send(frames.STREAM, call_id, pack_order(call, slot, estimate_tokens(call, items), 0, self.traces))
             crossed = True
             try:
                 async for portion in stream.portions():
@@ -324,6 +355,21 @@ class RemoteEngine:
             self._requests -= 1
             if not crossed:  # otherwise the engine process tells
                 self._observer.request_finished(call.stages, verdict=verdict)
+
+    async def _ask_first(self, call: Call) -> None:
+        """Early admission, where to tokenise costs more than to ask: a call that will be refused must not cost it.
+
+        Raises what the engine says. What is tokenised on the event loop (some 40 us) is judged when it is tokenised.
+        """
+        if call.texts is None or estimate_chars(call) <= self._settings.tokenizer.inline_chars:
+            return
+        call_id = next(self._ids)
+        asked = self._asked[call_id] = asyncio.get_running_loop().create_future()
+        self.send(frames.JUDGE, call_id, pack_order(call, frames.NO_SLOT, estimate_tokens(call), 0, self.traces))
+        try:
+            await asked
+        finally:
+            self._asked.pop(call_id, None)
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""

@@ -24,11 +24,25 @@ from embedserve.frontends.slots import Slot, SlotAllocator
 if TYPE_CHECKING:
     from embedserve.frontends.remote import RemoteEngine
 
-__all__ = ["RemoteStream"]
+__all__ = ["RemoteStream", "estimate_chars", "estimate_tokens"]
 
 CHARS_PER_TOKEN: Final = 4
 """Of English in WordPiece: the estimate that the first piece is judged by, before it is counted."""
 SPECIAL_TOKENS: Final = 2
+
+
+def estimate_chars(call: Call, items: int | None = None) -> int:
+    """Characters of the first ``items`` texts, or of all, their prompts included; 0 for token ids."""
+    texts = (call.texts or ()) if items is None else (call.texts or ())[:items]
+    return sum(map(len, texts)) + len(call.prompt) * len(texts)
+
+
+def estimate_tokens(call: Call, items: int | None = None) -> int:
+    """About how many tokens the first ``items`` texts have, or all."""
+    items = call.count if items is None else items
+    if call.tokens is not None:
+        return int(call.tokens.lengths[:items].sum())
+    return estimate_chars(call, items) // CHARS_PER_TOKEN + SPECIAL_TOKENS * items
 
 
 class RemoteStream:
@@ -57,15 +71,6 @@ class RemoteStream:
         self._wake = asyncio.Event()
         self._error: EmbedServeError | None = None
         self._ended = False
-
-    def estimate(self, items: int) -> int:
-        """About how many tokens the first ``items`` texts have."""
-        call = self.call
-        if call.texts is None:
-            assert call.tokens is not None
-            return int(call.tokens.lengths[:items].sum())
-        chars = sum(map(len, call.texts[:items])) + len(call.prompt) * items
-        return chars // CHARS_PER_TOKEN + SPECIAL_TOKENS * items
 
     def take(self, kind: int, body: bytes) -> None:
         """A frame of the engine process."""

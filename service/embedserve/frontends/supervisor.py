@@ -13,6 +13,7 @@ deployment that is half itself is harder to reason about than one that restarts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,7 @@ from embedserve.config import Config
 from embedserve.errors import StartupError
 from embedserve.frontends.memory import create_memory
 from embedserve.frontends.ports import hold_ports
-from embedserve.frontends.processes import STOP, Descriptor, EngineProcess, FrontEndProcess, memory_bytes
+from embedserve.frontends.processes import DRAIN, STOP, Descriptor, EngineProcess, FrontEndProcess, memory_bytes
 from embedserve.lifecycle import ExitCode
 from embedserve.model.backend import BackendFactory
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
@@ -56,7 +57,6 @@ class _Child:
     control: socket.socket
     ready: dict[str, Any] | None = None
     heard: bytes = b""
-    told: bool = False
 
 
 class Supervisor:
@@ -129,9 +129,9 @@ class Supervisor:
         front_config = _changed(
             config,
             server={"address": ",".join(addresses), "so_reuseport": True, "frontends": 1},
-            operations={"enabled": False},
+            operations={"statusz": False},
         )
-        engine_config = _changed(config, server={"frontends": 1}, tokenizer={"threads": 1})
+        engine_config = _changed(config, server={"frontends": 1}, tokenizer={"threads": 1}, shutdown={"settle_ms": 0})
         size = memory_bytes(config)
         theirs: list[int] = []
         links = []
@@ -140,8 +140,8 @@ class Supervisor:
             memory = create_memory(size)
             theirs += [ours.detach(), engines.detach(), memory]
             link, engine_link, shared = (Descriptor(descriptor) for descriptor in theirs[-3:])
-            links.append((engine_link, shared))
             role = f"frontend-{number}"
+            links.append((role, engine_link, shared))
             self._spawn(role, lambda control, role=role, link=link, shared=shared: FrontEndProcess(  # type: ignore[misc]
                 front_config, checkpoint, role, control, link, shared
             ))  # fmt: skip
@@ -204,7 +204,7 @@ class Supervisor:
         assert code is not None
         self._running.discard(child.role)
         self._codes.append(code)
-        if not child.told and not self._stop.is_set():
+        if not self._stop.is_set():
             served = all(other.ready for other in self._children)
             self._verdict = ExitCode.BROKEN if served else ExitCode.START_FAILED
             self._log.critical("process_ended", role=child.role, pid=child.process.pid, code=code)
@@ -218,22 +218,24 @@ class Supervisor:
         if all(child.ready for child in self._children):
             limit_s = (shutdown.settle_ms + shutdown.grace_ms + shutdown.telemetry_flush_ms) / 1000 + END_MARGIN_S
         front_ends = {child.role for child in self._children if child.role != ENGINE}
-        await self._tell_to_stop(front_ends, limit_s)
-        await self._tell_to_stop({ENGINE}, limit_s)
+        self._tell({ENGINE}, DRAIN)  # a probe of the one operations port is told at once
+        self._tell(front_ends, STOP)
+        await self._await_end(front_ends, limit_s)
+        self._tell({ENGINE}, STOP)
+        await self._await_end({ENGINE}, limit_s)
         if self._verdict is not None:
             return self._verdict
         if any(code not in (ExitCode.OK, ExitCode.GRACE_EXCEEDED) for code in self._codes):
             return ExitCode.BROKEN
         return max(self._codes, default=ExitCode.OK)
 
-    async def _tell_to_stop(self, roles: set[str], limit_s: float) -> None:
+    def _tell(self, roles: set[str], word: bytes) -> None:
         for child in self._children:
             if child.role in roles & self._running:
-                child.told = True
-                try:
-                    child.control.send(STOP)
-                except OSError:  # it is ending already
-                    continue
+                with contextlib.suppress(OSError):  # it is ending already
+                    child.control.send(word)
+
+    async def _await_end(self, roles: set[str], limit_s: float) -> None:
         try:
             async with asyncio.timeout(limit_s):
                 await self._until(lambda: not roles & self._running)
