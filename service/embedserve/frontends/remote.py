@@ -7,9 +7,9 @@ know gRPC, policies or the device. Meets ``engine.surface.EngineSurface``.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -22,15 +22,13 @@ from embedserve.engine.engine import verdict_of
 from embedserve.engine.intake import cut_tokens, not_serving, stalled
 from embedserve.engine.load import LoadReport
 from embedserve.engine.observer import EngineObserver
-from embedserve.engine.stages import Stages
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
-from embedserve.errors import EngineFailed, NotServing, Overloaded, StartupError
+from embedserve.errors import EngineFailed, Overloaded, StartupError
 from embedserve.frontends import frames
-from embedserve.frontends.failure import unpack_failure
-from embedserve.frontends.frames import pack_order
+from embedserve.frontends.calls import RemoteCalls
 from embedserve.frontends.host import Ends
 from embedserve.frontends.link import Link, connect_link
-from embedserve.frontends.marks import Traces, unpack_marks
+from embedserve.frontends.marks import Traces
 from embedserve.frontends.memory import SharedMemory, rows_bytes, tokens_bytes
 from embedserve.frontends.slots import Slot, SlotAllocator
 from embedserve.frontends.stream import RemoteStream, estimate_chars, estimate_tokens
@@ -55,21 +53,6 @@ class RemoteSettings:
     piece_items: int
     """Texts that the engine asks of a stream at a time, at most."""
     memory_bytes: int
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A whole request that is with the engine process."""
-
-    call: Call
-    tokenized: TokenizedTexts
-    slot: Slot
-    slots: SlotAllocator
-    future: asyncio.Future[Embedded]
-
-    def release(self) -> None:
-        """The engine process is done with it."""
-        self.slots.give(self.slot)
 
 
 class RemoteEngine:
@@ -100,12 +83,7 @@ class RemoteEngine:
         self._memory = SharedMemory(ends.memory)
         self._slots = SlotAllocator(settings.memory_bytes)
         self._link: Link | None = None
-        self._ids = itertools.count(1)
-        self._waiting: dict[int, _Waiting] = {}
-        self._streams: dict[int, RemoteStream] = {}
-        self._left: dict[int, _Waiting | RemoteStream] = {}
-        """Calls whose caller has gone: their slots are not free until the engine process has let go of them."""
-        self._asked: dict[int, asyncio.Future[None]] = {}
+        self._calls = RemoteCalls(self.send, self._memory, self._slots, traces)
         self.render_metrics: Callable[[str], tuple[str, bytes]] | None = None
         """This process's metrics, for the engine process to show."""
         self._scrapes: set[asyncio.Task[None]] = set()
@@ -150,6 +128,11 @@ class RemoteEngine:
         return self._pool.use
 
     @property
+    def memory_used(self) -> int:
+        """Bytes of shared memory that calls hold."""
+        return self._slots.used
+
+    @property
     def identity(self) -> ModelIdentity:
         """The model that is served; only after ``start``."""
         assert self._identity is not None
@@ -183,31 +166,17 @@ class RemoteEngine:
         else:
             self._on_fatal(why)
         error = EngineFailed(why)
-        for waiting in self._waiting.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(error)
-        for stream in self._streams.values():
-            stream.end(error)
-        for asked in self._asked.values():
-            if not asked.done():
-                asked.set_exception(error)
+        self._calls.fail(error)
         self._pool.fail(error)
 
     # ------------------------------------------------------------------------------------------------------- frames
 
     def _take(self, kind: int, call_id: int, body: bytes) -> None:
         """One frame of the engine process."""
-        if kind == frames.DONE:
-            self._done(call_id, body)
-        elif kind == frames.FAILED:
-            self._failed(call_id, body)
-        elif kind == frames.LOAD:
+        if kind == frames.LOAD:
             facts = orjson.loads(body)
             self._load = LoadReport(**facts["load"])
             self._see_stall(facts["stalled_ns"])
-        elif kind == frames.JUDGED:
-            if (asked := self._asked.pop(call_id, None)) is not None and not asked.done():
-                asked.set_result(None)
         elif kind == frames.SCRAPE:
             task = asyncio.get_running_loop().create_task(self._scrape(call_id, body.decode()))
             self._scrapes.add(task)
@@ -216,12 +185,8 @@ class RemoteEngine:
             self._be_welcome(orjson.loads(body))
         elif kind == frames.BROKEN:
             self._fail(body.decode())
-        elif (stream := self._streams.get(call_id)) is not None:
-            stream.take(kind, body)
-            if kind == frames.ENDED:
-                self._streams.pop(call_id).release()
-        elif kind == frames.ENDED:  # its reader left while this was on its way
-            self._left.pop(call_id).release()
+        else:
+            self._calls.take(kind, call_id, body)
 
     def _be_welcome(self, facts: dict[str, dict[str, object]]) -> None:
         told = facts["identity"]
@@ -242,46 +207,10 @@ class RemoteEngine:
         elif before and not stalled_ns:
             self._on_recovery(now - self._stalled_since)
 
-    def _done(self, call_id: int, body: bytes) -> None:
-        waiting = self._waiting.pop(call_id, None)
-        if waiting is None:
-            self._left.pop(call_id).release()
-            return
-        dimensions, batches = frames.DONE_BODY.unpack_from(body)
-        tokenized = waiting.tokenized
-        texts = len(tokenized.lengths)
-        unpack_marks(body[frames.DONE_BODY.size :], waiting.call.stages, self.traces)
-        vectors = self._memory.read_rows(waiting.slot, texts, dimensions)
-        batch_sizes = self._memory.read_batch_sizes(waiting.slot, vectors.nbytes, texts)
-        waiting.release()
-        if not waiting.future.done():
-            waiting.future.set_result(
-                Embedded(
-                    vectors=vectors,
-                    token_counts=tokenized.lengths.tolist(),
-                    truncated=tokenized.truncated.tolist(),
-                    batch_sizes=batch_sizes,
-                    tokens=len(tokenized.ids),
-                    batches=batches,
-                )
-            )
-
-    def _failed(self, call_id: int, body: bytes) -> None:
-        waiting, stream = self._waiting.pop(call_id, None), self._streams.pop(call_id, None)
-        if (asked := self._asked.pop(call_id, None)) is not None:
-            if not asked.done():
-                asked.set_exception(unpack_failure(body[unpack_marks(body, Stages(0), self.traces) :]))
-        elif waiting is not None:
-            at = unpack_marks(body, waiting.call.stages, self.traces)
-            waiting.release()
-            if not waiting.future.done():
-                waiting.future.set_exception(unpack_failure(body[at:]))
-        elif stream is not None:
-            at = unpack_marks(body, stream.call.stages, self.traces, streamed=True)
-            stream.release()
-            stream.end(unpack_failure(body[at:]))
-        else:
-            self._left.pop(call_id).release()
+    def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
+        """Send a frame; nothing once the engine process has gone."""
+        if self._link is not None:
+            self._link.send(kind, call_id, body)
 
     async def _scrape(self, scrape: int, accept_header: str) -> None:
         """Rendering takes milliseconds: not in the event loop's turn."""
@@ -289,11 +218,6 @@ class RemoteEngine:
             loop = asyncio.get_running_loop()
             _, text = await loop.run_in_executor(None, self.render_metrics, accept_header)
             self.send(frames.SCRAPED, scrape, text)
-
-    def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
-        """Send a frame; nothing once the engine process has gone."""
-        if self._link is not None:
-            self._link.send(kind, call_id, body)
 
     # ----------------------------------------------------------------------------------------------------- requests
 
@@ -303,25 +227,16 @@ class RemoteEngine:
         crossed, verdict = False, "failed"
         try:
             self._admit(call)
-            await self._ask_first(call)
+            if call.texts is not None and estimate_chars(call) > self._settings.tokenizer.inline_chars:
+                # A call that will be refused must not cost a tokenizer thread's time. What is tokenised on the event
+                # loop (some 40 us) costs less than to ask, and is judged when it is tokenised.
+                await self._calls.ask(call, estimate_tokens(call))
             tokenized = await self.tokenize(call)
-            stages = call.stages
-            stages.tokenized_ns = time.monotonic_ns()
-            stages.tokens = len(tokenized.ids)
+            call.stages.tokenized_ns = time.monotonic_ns()
+            call.stages.tokens = len(tokenized.ids)
             slot = self._slot_for(call, tokenized)
-            self._memory.write_tokens(slot, tokenized)
-            call_id = next(self._ids)
-            future: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
-            self._waiting[call_id] = _Waiting(call, tokenized, slot, self._slots, future)
-            self.send(
-                frames.EMBED, call_id, pack_order(call, slot, stages.tokens, tokenized.prompt_tokens, self.traces)
-            )
             crossed = True
-            try:
-                return await future
-            except asyncio.CancelledError:
-                self._leave(call_id, self._waiting.pop(call_id, None))
-                raise
+            return await self._calls.embed(call, tokenized, slot)
         except BaseException as error:
             verdict = verdict_of(error)
             raise
@@ -338,38 +253,23 @@ class RemoteEngine:
             self._admit(call)
             items = min(self._settings.piece_items, call.count)
             slot = self._take_slot(rows_bytes(items, call.dimensions or self.identity.dimension))
-            call_id = next(self._ids)
-            stream = self._streams[call_id] = RemoteStream(self, call_id, call, slot, self._memory, self._slots)
-            self.send(frames.STREAM, call_id, pack_order(call, slot, estimate_tokens(call, items), 0, self.traces))
+            call_id = self._calls.new_id()
+            stream = RemoteStream(self, call_id, call, slot, self._memory, self._slots)
+            self._calls.open_stream(call_id, stream, estimate_tokens(call, items))
             crossed = True
             try:
-                async for portion in stream.portions():
-                    yield portion
+                async with aclosing(stream.portions()) as portions:
+                    async for portion in portions:
+                        yield portion
             finally:
-                stream.close()
-                self._leave(call_id, self._streams.pop(call_id, None))
+                self._calls.close_stream(call_id, stream)
         except BaseException as error:
             verdict = verdict_of(error)
             raise
         finally:
             self._requests -= 1
-            if not crossed:  # otherwise the engine process tells
+            if not crossed:
                 self._observer.request_finished(call.stages, verdict=verdict)
-
-    async def _ask_first(self, call: Call) -> None:
-        """Early admission, where to tokenise costs more than to ask: a call that will be refused must not cost it.
-
-        Raises what the engine says. What is tokenised on the event loop (some 40 us) is judged when it is tokenised.
-        """
-        if call.texts is None or estimate_chars(call) <= self._settings.tokenizer.inline_chars:
-            return
-        call_id = next(self._ids)
-        asked = self._asked[call_id] = asyncio.get_running_loop().create_future()
-        self.send(frames.JUDGE, call_id, pack_order(call, frames.NO_SLOT, estimate_tokens(call), 0, self.traces))
-        try:
-            await asked
-        finally:
-            self._asked.pop(call_id, None)
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""
@@ -381,12 +281,6 @@ class RemoteEngine:
             return await self._pool.count(texts, prompt=prompt)
         finally:
             self._requests -= 1
-
-    def _leave(self, call_id: int, call: _Waiting | RemoteStream | None) -> None:
-        """The caller has gone, and the engine process works on its ``call`` still unless that is ``None``."""
-        if call is not None:
-            self._left[call_id] = call
-            self.send(frames.CANCEL, call_id)
 
     def _admit(self, call: Call) -> None:
         if self._failure is not None:
@@ -440,9 +334,9 @@ class RemoteEngine:
         return self._take_slot(max(tokens_bytes(len(tokenized.ids), texts), out))
 
     def _take_slot(self, size: int) -> Slot:
-        """Room for one call. Raises ``Overloaded``, or ``NotServing`` where the engine process has gone meanwhile."""
-        if self._link is None or self._link.lost:
-            raise NotServing("the engine process has gone", reason="NOT_SERVING", retry_after_ms=None)
+        """Room for one call. Raises ``Overloaded``, or ``EngineFailed`` where the engine process has gone meanwhile."""
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
         slot = self._slots.take(size)
         if slot is not None:
             return slot
