@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import grpc.aio
@@ -39,6 +38,7 @@ from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
+from embedserve.part import WHOLE, Part
 from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.logs import configure_logs
@@ -55,7 +55,7 @@ from embedserve.wiring import (
     telemetry_settings,
 )
 
-__all__ = ["App", "Part", "Render", "run", "run_app"]
+__all__ = ["App", "run", "run_app"]
 
 FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
@@ -71,28 +71,6 @@ COLLECTOR_THRESHOLDS = (10_000, 20, 20)
 LOAD_READ_S = 2.0
 """A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says
 so."""
-
-
-Render = Callable[[str], tuple[str, bytes]] | None
-"""``(accept_header) -> (content_type, body)``, in any thread; ``None`` where metrics are off."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which part of the service a process is; the defaults are all of it."""
-
-    role: str = ""
-    make_engine: EngineMaker | None = None
-    """``None``: the engine is here."""
-    listens: bool = True
-    """Whether it takes calls."""
-    has_device: bool = True
-    """Whether the queue and the device are here, and with them the operations port."""
-    metrics: Callable[[Render], Render] = lambda render: render
-    """What the operations port shows, of what this process would."""
-
-
-WHOLE = Part()
 
 
 class App:

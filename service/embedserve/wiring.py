@@ -306,7 +306,7 @@ def telemetry_settings(
             "embedserve.model.name": checkpoint.name,
             "embedserve.model.revision": checkpoint.revision,
             "embedserve.model.weights_digest": checkpoint.weights_digest,
-            **({"embedserve.process.role": role} if role else {}),
+            **({"process.role": role} if role else {}),
         },
         prometheus_enabled=telemetry.prometheus and config.operations.enabled,
         exemplars=telemetry.exemplars,

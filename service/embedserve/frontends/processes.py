@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from embedserve.app import App, Part, Render, run_app
+from embedserve.app import App, run_app
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
 from embedserve.engine.observer import EngineObserver
@@ -29,6 +29,7 @@ from embedserve.frontends.remote import RemoteEngine, RemoteSettings
 from embedserve.lifecycle import ExitCode, State
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.part import Part, Render
 from embedserve.telemetry.exposition import merge_expositions
 from embedserve.telemetry.handles import SpanHandles
 from embedserve.wiring import build_engine, tokenizer_settings
