@@ -53,6 +53,7 @@ __all__ = [
     "prepare_environment",
     "server_options",
     "servicer_settings",
+    "stall_limits",
     "telemetry_settings",
     "throughput_settings",
     "tokenizer_settings",
@@ -257,6 +258,11 @@ class EngineMaker(Protocol):
         """An engine that has not started yet."""
 
 
+def stall_limits(config: Config) -> StallLimits:
+    """How long the device, or the process that has it, may be silent."""
+    return StallLimits(stall_ns=config.health.stall_ms * MS, hang_ns=config.health.hang_ms * MS)
+
+
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
@@ -282,7 +288,7 @@ def build_engine(
             prepare_ahead_ns=scheduling.prepare_ahead_us * 1000,
             warm_up_tokens=scheduling.batch_tokens(device_name(config), checkpoint.max_input_length),
             stream_window_items=config.server.stream_window_items,
-            stall=StallLimits(stall_ns=health.stall_ms * MS, hang_ns=health.hang_ms * MS),
+            stall=stall_limits(config),
             canary=CanarySettings(interval_ns=health.canary_interval_ms * MS, timeout_ns=health.canary_timeout_ms * MS),
         ),
         observer=observer,

@@ -32,7 +32,7 @@ from embedserve.model.checkpoint import Checkpoint
 from embedserve.part import Part, Render
 from embedserve.telemetry.exposition import merge_expositions
 from embedserve.telemetry.handles import SpanHandles
-from embedserve.wiring import build_engine, tokenizer_settings
+from embedserve.wiring import build_engine, stall_limits, tokenizer_settings
 
 __all__ = ["DRAIN", "STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "memory_bytes"]
 
@@ -110,6 +110,7 @@ class FrontEndProcess:
                 max_requests_in_flight=config.limits.max_requests_in_flight,
                 piece_items=piece_items(config.server.stream_window_items),
                 memory_bytes=memory_bytes(config),
+                stall=stall_limits(config),
             ),
             observer=observer,
             traces=SpanHandles(),

@@ -23,6 +23,7 @@ from embedserve.engine.intake import cut_tokens, not_serving, stalled
 from embedserve.engine.load import LoadReport
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
+from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import EngineFailed, Overloaded, StartupError
 from embedserve.frontends import frames
 from embedserve.frontends.calls import RemoteCalls
@@ -40,6 +41,10 @@ __all__ = ["RemoteEngine", "RemoteSettings"]
 
 NO_LOAD: Final = LoadReport("not_serving", False, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
 """Before the engine process is ready."""
+LOOKS: Final = 4
+"""Times in ``stall.stall_ns`` that the engine process's silence is looked at, while there is work."""
+LATE_NS: Final = 100_000_000
+"""A look that comes later than this says that this process was stopped, or its loop was: it proves nothing."""
 ROOM_RETRY_MS: Final = 100
 """When slots or calls in flight have run out: a few batches later there is room."""
 
@@ -53,6 +58,8 @@ class RemoteSettings:
     piece_items: int
     """Texts that the engine asks of a stream at a time, at most."""
     memory_bytes: int
+    stall: StallLimits
+    """How long the engine process may say nothing while it has work of ours."""
 
 
 class RemoteEngine:
@@ -96,6 +103,8 @@ class RemoteEngine:
         self._started_ns = 0
         self._stalled_ns = 0
         self._stalled_since = 0
+        self._heard_ns = 0
+        self._look: asyncio.TimerHandle | None = None
 
     # ---------------------------------------------------------------------------------------------------- lifecycle
 
@@ -112,6 +121,8 @@ class RemoteEngine:
     async def stop(self, timeout_s: float) -> bool:  # noqa: ARG002 - no thread here computes
         """Leave the engine process and end the tokenizer's threads."""
         self.drain()
+        if self._look is not None:
+            self._look.cancel()
         link, self._link = self._link, None
         if link is not None:
             link.close()
@@ -173,6 +184,7 @@ class RemoteEngine:
 
     def _take(self, kind: int, call_id: int, body: bytes) -> None:
         """One frame of the engine process."""
+        self._heard_ns = time.monotonic_ns()
         if kind == frames.LOAD:
             facts = orjson.loads(body)
             self._load = LoadReport(**facts["load"])
@@ -211,6 +223,31 @@ class RemoteEngine:
         """Send a frame; nothing once the engine process has gone."""
         if self._link is not None:
             self._link.send(kind, call_id, body)
+
+    def _watch(self) -> None:
+        """There is work: the engine process tells its load every 50 ms from now on, or it is stopped or stuck."""
+        if self._look is None:
+            self._heard_ns = time.monotonic_ns()
+            self._arm()
+
+    def _arm(self) -> None:
+        pause_ns = self._settings.stall.stall_ns // LOOKS
+        due_ns = time.monotonic_ns() + pause_ns
+        self._look = asyncio.get_running_loop().call_later(pause_ns / 1e9, self._look_now, due_ns)
+
+    def _look_now(self, due_ns: int) -> None:
+        self._look = None
+        if self._failure is not None or not (self._requests or self.stalled):
+            return
+        now, stall = time.monotonic_ns(), self._settings.stall
+        silent_ns = now - self._heard_ns
+        if now - due_ns < LATE_NS:
+            if silent_ns >= stall.hang_ns:
+                self._fail(f"the engine process has said nothing for {silent_ns / 1e9:.1f} s (health.hang_ms)")
+                return
+            if silent_ns >= stall.stall_ns and not self.stalled:
+                self._see_stall(silent_ns)  # what it says of its load next ends it
+        self._arm()
 
     async def _scrape(self, scrape: int, accept_header: str) -> None:
         """Rendering takes milliseconds: not in the event loop's turn."""
@@ -290,6 +327,7 @@ class RemoteEngine:
         if self.stalled:
             raise stalled()
         self._refuse_beyond_room()
+        self._watch()
         call.stages.texts = call.count
         call.stages.admitted_ns = time.monotonic_ns()
 

@@ -154,6 +154,20 @@ class TestServing:
                 assert slow.code() is grpc.StatusCode.OK
             assert server.stop() == 0
 
+    def test_an_engine_process_that_is_stopped_takes_the_front_ends_out_and_back(self):
+        """Its own watchdog cannot tell: it does not run either."""
+        with running(*TWO, "--health.stall_ms", "400", command=FAKE) as server, stubs(server, 1) as (stub,):
+            engine = server.ready["pids"]["engine"]
+            os.kill(engine, signal.SIGSTOP)
+            call = begin(stub, "hello")
+            server.wait(lambda: [x for x in server.log if x["event"] == "stalled"], "the stall")
+            assert begin(stub, "hello").code() is grpc.StatusCode.UNAVAILABLE
+            os.kill(engine, signal.SIGCONT)
+            assert call.code() is grpc.StatusCode.OK
+            server.wait(lambda: [x for x in server.log if x["event"] == "recovered"], "the recovery")
+            assert begin(stub, "hello").code() is grpc.StatusCode.OK
+            assert server.stop() == 0
+
 
 class TestEnds:
     def test_a_drain_loses_no_call_whoever_is_signalled(self):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from opentelemetry.trace import SpanContext, TraceFlags
 
 from embedserve.config import load_config
 from embedserve.engine.call import Call
@@ -27,9 +28,10 @@ from embedserve.frontends.memory import create_memory
 from embedserve.frontends.remote import RemoteEngine, RemoteSettings
 from embedserve.model.tokenizer import Truncation
 from embedserve.scheduling.item import Rejection
+from embedserve.telemetry.handles import SpanHandles
 from embedserve.testing import FaultPlan, FaultyBackend, fake_checkpoint, tiny_tokenizer
 from embedserve.testing.server import TEST_SETTINGS
-from embedserve.wiring import build_engine, tokenizer_settings
+from embedserve.wiring import build_engine, stall_limits, tokenizer_settings
 
 MEMORY = 1 << 20
 POISON = int(tiny_tokenizer().encode(["poison"], truncation=Truncation.NONE).ids[1])
@@ -82,13 +84,13 @@ async def until(condition) -> None:
 
 
 @asynccontextmanager
-async def pair(memory: int = MEMORY, **settings: str) -> AsyncIterator[Pair]:
+async def pair(memory: int = MEMORY, observer=None, traces=None, **settings: str) -> AsyncIterator[Pair]:
     backend = FaultyBackend(FaultPlan(raise_on_id=POISON))
     config = load_config({**TEST_SETTINGS, **settings}, {}, on_this_machine=False).config
     checkpoint = fake_checkpoint(backend.identity)
     fatal: list[str] = []
     engine = build_engine(
-        config, checkpoint, SilentObserver(), fatal.append, make_backend=lambda _checkpoint: lambda: backend
+        config, checkpoint, observer or SilentObserver(), fatal.append, make_backend=lambda _checkpoint: lambda: backend
     )
     shared = create_memory(memory)
     ours, theirs = socket.socketpair()
@@ -97,13 +99,19 @@ async def pair(memory: int = MEMORY, **settings: str) -> AsyncIterator[Pair]:
         Ends("frontend-0", ours.detach(), os.dup(shared)),
         tokenizer=checkpoint.tokenizer(),
         settings=RemoteSettings(
-            tokenizer_settings(config), 100, piece_items(config.server.stream_window_items), memory
+            tokenizer_settings(config),
+            100,
+            piece_items(config.server.stream_window_items),
+            memory,
+            stall_limits(config),
         ),
         observer=told,
-        traces=NoTraces(),
+        traces=traces or NoTraces(),
         on_fatal=fatal.append,
     )
-    host = EngineHost(engine, NoTraces(), [Ends("frontend-0", theirs.detach(), shared)], on_fatal=fatal.append)
+    host = EngineHost(
+        engine, traces or NoTraces(), [Ends("frontend-0", theirs.detach(), shared)], on_fatal=fatal.append
+    )
     await engine.start()
     host.open()
     await remote.start()
@@ -268,3 +276,40 @@ class TestLeaving:
             assert both.remote.load().state == "not_serving"
             with pytest.raises(EngineFailed):
                 await both.remote.embed(ask("hello"))
+
+    async def test_a_front_end_that_goes_takes_its_work_along(self):
+        """What it had in the queue is cancelled, streams too; the engine serves on."""
+        async with pair() as both:
+            both.backend.plan.gate.clear()
+            calls = [asyncio.ensure_future(both.remote.embed(ask("hello"))) for _ in range(3)]
+            calls.append(asyncio.ensure_future(drain(both.remote, ask(*["hello"] * 9))))
+            await until(lambda: both.engine.requests == 4)
+            await both.remote.stop(1)
+            await until(lambda: both.engine.requests == 0)
+            both.backend.plan.gate.set()
+            assert (await both.engine.embed(ask("hello"))).tokens > 0
+            assert both.fatal == []
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+
+
+class TestTraces:
+    async def test_a_batch_that_a_sampled_call_rode_in_can_be_linked_to(self):
+        """Its handle is the engine process's, and the engine's observer saw the call's."""
+
+        seen: list[object] = []
+
+        class Tracing(SilentObserver):
+            def batch_dispatched(self, batch_id):
+                return batch_trace
+
+            def batch_finished(self, record):
+                seen.extend(member.trace for member in record.members)
+
+        call_trace, batch_trace = (SpanContext(n, n + 1, is_remote=False, trace_flags=TraceFlags(1)) for n in (5, 7))
+        async with pair(observer=Tracing(), traces=SpanHandles()) as both:
+            call = ask("hello", trace=call_trace)
+            await both.remote.embed(call)
+            assert [boarding.trace for boarding in call.stages.boardings] == [batch_trace]
+            await until(lambda: call_trace in seen)
