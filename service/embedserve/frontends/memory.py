@@ -47,10 +47,17 @@ class SharedMemory:
         """Map all of it and keep no descriptor."""
         self._map = mmap.mmap(descriptor, 0)
         os.close(descriptor)
+        # Made once: a slice of one costs 0.2 us, a new array over the mapping 0.9.
+        self._views: dict[type[np.generic], npt.NDArray[np.generic]] = {
+            dtype: np.frombuffer(self._map, dtype) for dtype in (np.int32, np.float32, np.bool_)
+        }
 
     def _array(self, slot: Slot, at: int, count: int, dtype: type[np.generic]) -> npt.NDArray[np.generic]:
-        assert at + count * np.dtype(dtype).itemsize <= slot.size, "beyond the slot"
-        return np.frombuffer(self._map, dtype, count, slot.offset + at)
+        view = self._views[dtype]
+        size = view.itemsize
+        assert at + count * size <= slot.size and slot.offset + slot.size <= view.nbytes, "beyond the slot"  # noqa: PT018
+        begin = (slot.offset + at) // size  # slots begin at a page, and what lies in them at a multiple of its size
+        return view[begin : begin + count]
 
     def write_tokens(self, slot: Slot, tokenized: TokenizedTexts) -> None:
         """Ids, lengths, truncated."""
@@ -86,5 +93,6 @@ class SharedMemory:
         return self._array(slot, at, texts, np.int32).tolist()  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Unmap. Slots that are still looked at keep their pages."""
+        """Unmap."""
+        self._views.clear()
         self._map.close()
