@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, processors
 
 from embedserve.model.backend import (
-    Backend,
     BackendFactory,
     BatchResult,
     DeviceReport,
@@ -102,13 +103,17 @@ class NullBackend:
         return DeviceReport("cpu", 0, 0, compiled=False, packed=True)
 
 
+@dataclass(frozen=True)
+class _NullModel:
+    """Makes backends; picklable, so that a process that is spawned can be given it."""
+
+    batch_us: int
+    token_ns: int
+
+    def __call__(self, checkpoint: Checkpoint) -> BackendFactory:
+        return partial(NullBackend, checkpoint.identity_for("cpu", "float32"), self.batch_us, self.token_ns)
+
+
 def null_backend(batch_us: int = 0, token_ns: int = 0) -> Callable[[Checkpoint], BackendFactory]:
     """What ``App`` takes as ``make_backend``; a pass over ``T`` tokens sleeps ``batch_us`` and ``T * token_ns``."""
-
-    def make(checkpoint: Checkpoint) -> BackendFactory:
-        def build() -> Backend:
-            return NullBackend(checkpoint.identity_for("cpu", "float32"), batch_us, token_ns)
-
-        return build
-
-    return make
+    return _NullModel(batch_us, token_ns)

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import grpc.aio
 import orjson
@@ -31,17 +32,20 @@ from embedserve.api.reflection import add_reflection
 from embedserve.api.server import bind, build_server
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
+from embedserve.engine.surface import EngineSurface
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
+from embedserve.part import WHOLE, Part
 from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.logs import configure_logs, flush_lines
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.telemetry.withholding import without_messages
 from embedserve.wiring import (
+    EngineMaker,
     bucket_edges,
     build_engine,
     load_snapshot,
@@ -51,7 +55,7 @@ from embedserve.wiring import (
     telemetry_settings,
 )
 
-__all__ = ["App", "run"]
+__all__ = ["App", "run", "run_app"]
 
 FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
@@ -79,15 +83,19 @@ class App:
         make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
         checkpoint: Checkpoint | None = None,
         telemetry: Telemetry | None = None,
+        part: Part = WHOLE,
     ) -> None:
         """What is given replaces what ``config`` says: the torch backend, the checkpoint, telemetry.
 
-        For tests, other devices, and programs that have telemetry of their own.
+        For tests, other devices, and programs that have telemetry of their own. ``part`` is for the processes of
+        ``frontends``.
         """
         self._config = config
-        self._make_backend = make_backend
         self._checkpoint = checkpoint
         self._telemetry = telemetry
+        self._part = part
+        self._make_engine: EngineMaker = part.make_engine or partial(build_engine, make_backend=make_backend)
+        self._listens = config.server.addresses if part.listens else ()
         self._stop = asyncio.Event()
         self._signals = 0
         self._calls = 0
@@ -101,7 +109,7 @@ class App:
         """Where gRPC listens, from WARMING on; port 0 is replaced by what the system chose."""
         self.operations_address: str | None = None
         """Where the operations port listens, from WARMING on."""
-        self.engine: Engine | None = None
+        self.engine: EngineSurface | None = None
         self.guard: Guard | None = None
         self.worker_ended = True
         """Whether no thread of ours is left in native code: if one is, only the system can end this process in time."""
@@ -117,7 +125,10 @@ class App:
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
-        telemetry = self._telemetry or setup_telemetry(telemetry_settings(config, checkpoint))
+        part = self._part
+        telemetry = self._telemetry or setup_telemetry(
+            telemetry_settings(config, checkpoint, part.role, has_device=part.has_device)
+        )
         code = ExitCode.BROKEN
         try:
             code = await self._serve(telemetry, checkpoint, started, ready_line)
@@ -136,6 +147,11 @@ class App:
     def stop(self) -> None:
         """Drain and end, as on SIGTERM. May be called at any time."""
         self._stop.set()
+
+    def begin_drain(self) -> None:
+        """Say that nothing new is to be sent here, and serve on until ``stop``: others drain first."""
+        if self.lifecycle.state in (State.SERVING, State.STALLED):
+            self.lifecycle.to(State.DRAINING)
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT stop this process, a second one at once. Only in the main thread's event loop."""
@@ -164,7 +180,8 @@ class App:
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
         health = self._health = HealthService((SERVICE,))
         call_observer, engine_observer, status = telemetry.call_observer, telemetry.engine_observer, None
-        if config.operations.enabled and config.operations.statusz:
+        operations_here = config.operations.enabled and self._part.has_device
+        if operations_here and config.operations.statusz:
             status = Status(config, checkpoint, lifecycle, lambda: self.addresses)
             call_observer, engine_observer = status.watch(call_observer, engine_observer)
         guard = self.guard = Guard(
@@ -180,7 +197,7 @@ class App:
         if config.server.reflection:
             add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
         try:
-            engine = self.engine = build_engine(
+            engine = self.engine = self._make_engine(
                 config,
                 checkpoint,
                 engine_observer,
@@ -188,28 +205,28 @@ class App:
                 on_stall=self._stall,
                 on_recovery=self._recover,
                 on_compilation=self._log_compilation,
-                make_backend=self._make_backend,
             )
         except StartupError as error:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
         loop = asyncio.get_running_loop()
         telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
+        render_metrics = self._part.metrics(telemetry.render_metrics)
         operations = OperationsPort(
             alive=lambda: lifecycle.alive,
             ready=lambda: lifecycle.accepting,
             load=engine.load,
-            render_metrics=telemetry.render_metrics if config.telemetry.prometheus else None,
+            render_metrics=render_metrics if config.telemetry.prometheus else None,
             lifecycle_state=lambda: lifecycle.state.value,
             snapshot=status.snapshot if status is not None else None,
         )
-        if status is not None:
+        if status is not None and isinstance(engine, Engine):
             status.attach(engine)
         try:
-            ports = bind(server, config.server.addresses)
+            ports = bind(server, self._listens)
             await server.start()
-            self.addresses = _addresses(config.server.addresses, ports)
-            if config.operations.enabled:
+            self.addresses = _addresses(self._listens, ports)
+            if operations_here:
                 self.operations_address = await operations.start(config.operations.address)
             lifecycle.to(State.WARMING)
             await self._start_engine(engine)
@@ -229,7 +246,7 @@ class App:
         await self._stop.wait()
         return await self._shut_down(server, health, guard, operations, engine)
 
-    async def _start_engine(self, engine: Engine) -> None:
+    async def _start_engine(self, engine: EngineSurface) -> None:
         """Load and warm up, unless a signal comes first: a load cannot be interrupted, but need not be waited for."""
         start = asyncio.ensure_future(engine.start())
         stop = asyncio.ensure_future(self._stop.wait())
@@ -238,11 +255,11 @@ class App:
         if start.done():
             start.result()
 
-    def _announce(self, ready_line: Callable[[bytes], None], engine: Engine, started: int) -> None:
+    def _announce(self, ready_line: Callable[[bytes], None], engine: EngineSurface, started: int) -> None:
         identity = engine.identity
         facts = {
             "type": "ready",
-            "address": self.addresses[0],
+            "address": self.addresses[0] if self.addresses else None,
             "addresses": self.addresses,
             "operations": self.operations_address,
             "model": identity.name,
@@ -260,14 +277,21 @@ class App:
     # ------------------------------------------------------------------------------------------------------ shutdown
 
     async def _shut_down(
-        self, server: grpc.aio.Server, health: HealthService, guard: Guard, operations: OperationsPort, engine: Engine
+        self,
+        server: grpc.aio.Server,
+        health: HealthService,
+        guard: Guard,
+        operations: OperationsPort,
+        engine: EngineSurface,
     ) -> int:
         config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
         if self._broken():
             return await self._end_broken(guard, operations, engine)
-        served = lifecycle.state in (State.SERVING, State.STALLED)
-        lifecycle.to(State.DRAINING)
+        served = lifecycle.state in (State.SERVING, State.STALLED, State.DRAINING)
+        self.begin_drain()
+        if not served:
+            lifecycle.to(State.DRAINING)
         self._log.info("draining", in_flight=guard.in_flight, settle_ms=config.settle_ms, grace_ms=config.grace_ms)
         if served:
             await asyncio.sleep(config.settle_ms / 1000)
@@ -282,7 +306,7 @@ class App:
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
-    async def _end_broken(self, guard: Guard, operations: OperationsPort, engine: Engine) -> int:
+    async def _end_broken(self, guard: Guard, operations: OperationsPort, engine: EngineSurface) -> int:
         """Nothing more will run: those in flight are told, and that is all.
 
         The gRPC server is not stopped: a stop says CANCELLED to the calls that it holds and no handler has seen
@@ -318,7 +342,7 @@ class App:
             seen = self._calls
             await asyncio.sleep(CATCH_UP_S)
 
-    async def _drain(self, server: grpc.aio.Server, guard: Guard, engine: Engine) -> int:
+    async def _drain(self, server: grpc.aio.Server, guard: Guard, engine: EngineSurface) -> int:
         """Let calls in flight end within the grace; returns how many were cut off."""
         grace_s = self._config.shutdown.grace_ms / 1000
         await self._caught_up()
@@ -418,24 +442,40 @@ def run(
     checkpoint: Checkpoint | None = None,
 ) -> int:
     """Live one life in a new event loop and return the exit code; what is given replaces what ``config`` says."""
-    prepare_environment()
+    if config.server.frontends > 1:
+        from embedserve.frontends.supervisor import run_processes  # noqa: PLC0415 - an option, and it imports this
+
+        return run_processes(config, make_backend=make_backend, checkpoint=checkpoint)
 
     def ready_line(line: bytes) -> None:
-        _settle_collector()
         # Not through the interpreter's buffer: what cannot be written would fail its end, and the exit code with it.
         try:
             os.write(sys.stdout.fileno(), line + b"\n")
         except (OSError, AttributeError) as error:  # a full disk, a reader that has gone, a closed standard output
             structlog.get_logger("embedserve.app").warning("ready_line_lost", reason=str(error))
 
+    def make_app() -> App:
+        app = App(config, make_backend=make_backend, checkpoint=checkpoint)
+        app.handle_signals()
+        return app
+
+    return run_app(config, make_app, ready_line)
+
+
+def run_app(config: Config, make_app: Callable[[], App], ready_line: Callable[[bytes], None]) -> int:
+    """Live the life of the app that ``make_app`` makes in a new event loop, which runs then; its exit code."""
+    prepare_environment()
     telemetry = config.telemetry
     # Before anything can fail: until then structlog writes to standard output, which belongs to the ready line.
     configure_logs(level=telemetry.log_level, levels=telemetry.log_levels, form=telemetry.log_format)
 
+    def ready(line: bytes) -> None:
+        _settle_collector()
+        ready_line(line)
+
     async def live() -> tuple[int, bool]:
-        app = App(config, make_backend=make_backend, checkpoint=checkpoint)
-        app.handle_signals()
-        code = await app.live(ready_line)
+        app = make_app()
+        code = await app.live(ready)
         if code == ExitCode.BROKEN:
             flush_lines()
             os._exit(code)  # with connections still open, so that who is on the way is not told CANCELLED

@@ -53,6 +53,12 @@ class Server(Section):
     """Where gRPC listens. Loopback, so that nothing is open to a network by accident."""
     so_reuseport: Switch = False
     """Share the port with other processes. Off: a second server started by mistake fails instead of taking half."""
+    frontends: Annotated[int, between(1, 64)] = 1
+    """Processes that take calls. 1: one process does everything. 2 or more: that many share the port, each some 1,500
+    calls/s of a core, and one more owns the device: for a device that is faster than one event loop."""
+    frontend_memory_bytes: Annotated[int, between(16 * MIB, 64 * 1024 * MIB)] = 256 * MIB
+    """Ids and vectors of calls in flight of one front end, where there are several; rounded down to a power of two.
+    Room for 60,000 short texts, or the largest request that the defaults allow. Untouched pages cost nothing."""
     max_receive_message_bytes: Annotated[int, between(KIB, 1024 * MIB)] = 16 * MIB
     """Largest request. gRPC's own 4 MiB would refuse 16384 texts of 300 bytes."""
     max_send_message_bytes: Annotated[int, between(KIB, 1024 * MIB)] = 4 * MIB
@@ -343,6 +349,9 @@ class Config(Section):
         listening = self.server.addresses if self.operations.enabled and wrong.isdisjoint(ports) else ()
         if any(addresses_collide(self.operations.address, address) for address in listening):
             broken.append((ports, f"{ports[0]} and {ports[1]} must differ: both would listen on one port"))
+        unix = any(address.startswith("unix:") for address in self.server.addresses)
+        if self.server.frontends > 1 and unix and wrong.isdisjoint(several := ("server.address", "server.frontends")):
+            broken.append((several, "server.frontends of 2 or more share a port, which a unix: socket cannot be"))
         if broken:
             sentences = "; ".join(sentence for _, sentence in broken)
             raise PydanticCustomError("rules", "{sentences}", {"sentences": sentences, "broken": broken})

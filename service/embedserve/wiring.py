@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from embedserve import __version__
 from embedserve.api.embedding import ServicerSettings
@@ -19,6 +20,7 @@ from embedserve.config import Config
 from embedserve.engine.canary import CanarySettings
 from embedserve.engine.engine import Engine, EngineSettings
 from embedserve.engine.observer import EngineObserver
+from embedserve.engine.surface import EngineSurface
 from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import ConfigError
@@ -41,6 +43,7 @@ from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.settings import TelemetrySettings
 
 __all__ = [
+    "EngineMaker",
     "bucket_edges",
     "build_engine",
     "build_scheduler",
@@ -50,8 +53,10 @@ __all__ = [
     "prepare_environment",
     "server_options",
     "servicer_settings",
+    "stall_limits",
     "telemetry_settings",
     "throughput_settings",
+    "tokenizer_settings",
     "torch_backend",
 ]
 
@@ -223,6 +228,41 @@ def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:
     return build
 
 
+def tokenizer_settings(config: Config) -> TokenizerSettings:
+    """The tokenizer pool's limits."""
+    tokenizer = config.tokenizer
+    return TokenizerSettings(
+        threads=tokenizer.thread_count(core_count()),
+        max_pending=tokenizer.max_pending,
+        inline_chars=tokenizer.inline_chars,
+        chunk_texts=tokenizer.chunk_texts,
+        chunk_chars=tokenizer.chunk_chars,
+        max_request_ns=tokenizer.max_request_ms * MS,
+    )
+
+
+class EngineMaker(Protocol):
+    """Makes the engine of a process; ``build_engine`` but for its backend."""
+
+    def __call__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        observer: EngineObserver,
+        on_fatal: Callable[[str], None],
+        *,
+        on_stall: Callable[[int], None],
+        on_recovery: Callable[[int], None],
+        on_compilation: Callable[[DeviceReport], None],
+    ) -> EngineSurface:
+        """An engine that has not started yet."""
+
+
+def stall_limits(config: Config) -> StallLimits:
+    """How long the device, or the process that has it, may be silent."""
+    return StallLimits(stall_ns=config.health.stall_ms * MS, hang_ns=config.health.hang_ms * MS)
+
+
 def build_engine(
     config: Config,
     checkpoint: Checkpoint,
@@ -235,28 +275,21 @@ def build_engine(
     make_backend: Callable[[Checkpoint], BackendFactory] | None = None,
 ) -> Engine:
     """An engine that has not started yet."""
-    scheduling, tokenizer, health = config.scheduling, config.tokenizer, config.health
+    scheduling, health = config.scheduling, config.health
     return Engine(
         factory=make_backend(checkpoint) if make_backend else torch_backend(config, checkpoint),
         tokenizer=checkpoint.tokenizer(),
         max_input_length=checkpoint.max_input_length,
         scheduler=build_scheduler(config, checkpoint),
         settings=EngineSettings(
-            tokenizer=TokenizerSettings(
-                threads=tokenizer.thread_count(core_count()),
-                max_pending=tokenizer.max_pending,
-                inline_chars=tokenizer.inline_chars,
-                chunk_texts=tokenizer.chunk_texts,
-                chunk_chars=tokenizer.chunk_chars,
-                max_request_ns=tokenizer.max_request_ms * MS,
-            ),
+            tokenizer=tokenizer_settings(config),
             max_requests_in_flight=config.limits.max_requests_in_flight,
             batches_in_flight=scheduling.batches_in_flight,
             prepare_ahead_ns=scheduling.prepare_ahead_us * 1000,
             overlap_ahead_ns=scheduling.overlap_ahead_us * 1000,
             warm_up_tokens=scheduling.batch_tokens(device_name(config), checkpoint.max_input_length),
             stream_window_items=config.server.stream_window_items,
-            stall=StallLimits(stall_ns=health.stall_ms * MS, hang_ns=health.hang_ms * MS),
+            stall=stall_limits(config),
             canary=CanarySettings(interval_ns=health.canary_interval_ms * MS, timeout_ns=health.canary_timeout_ms * MS),
         ),
         observer=observer,
@@ -268,8 +301,10 @@ def build_engine(
     )
 
 
-def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySettings:
-    """Everything that telemetry is told."""
+def telemetry_settings(
+    config: Config, checkpoint: Checkpoint, role: str = "", *, has_device: bool = True
+) -> TelemetrySettings:
+    """Everything that telemetry is told. ``role``: which of several processes this is."""
     telemetry = config.telemetry
     return TelemetrySettings(
         service_name=telemetry.service_name,
@@ -278,10 +313,12 @@ def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySetti
             "embedserve.model.name": checkpoint.name,
             "embedserve.model.revision": checkpoint.revision,
             "embedserve.model.weights_digest": checkpoint.weights_digest,
+            **({"process.role": role} if role else {}),
         },
         prometheus_enabled=telemetry.prometheus and config.operations.enabled,
         exemplars=telemetry.exemplars,
         bucket_edges=bucket_edges(config, checkpoint),
+        has_device=has_device,
         trace_sample_ratio=telemetry.trace_sample_ratio,
         span_links_max=telemetry.span_links_max,
         flush_timeout_ms=config.shutdown.telemetry_flush_ms,
@@ -294,8 +331,17 @@ def telemetry_settings(config: Config, checkpoint: Checkpoint) -> TelemetrySetti
     )
 
 
-def load_snapshot(engine: Engine, lifecycle_state: str) -> LoadSnapshot:
+def load_snapshot(engine: EngineSurface, lifecycle_state: str) -> LoadSnapshot:
     """What metrics show of the engine now. Called from a scraper's thread: it only reads."""
+    if not isinstance(engine, Engine):  # it is in another process, which shows the rest
+        use = engine.tokenizer_use
+        return LoadSnapshot(
+            lifecycle_state=lifecycle_state,
+            accepting=engine.load().accepting_requests,
+            tokenizer_threads=use.threads,
+            tokenizer_busy=use.busy,
+            tokenizer_waiting=use.waiting,
+        )
     scheduler = engine.scheduler
     now = time.monotonic_ns()
     depth, load = scheduler.depth, scheduler.load(now)

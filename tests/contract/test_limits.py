@@ -384,6 +384,7 @@ class TestBounds:
 
 
 ELSEWHERE = {
+    "server.frontend_memory_bytes": "of several processes: tests/integration/frontends/test_remote.py has it",
     "server.max_connection_idle_ms": "a connection's life: tests/integration/api/test_server.py has the option",
     "server.max_connection_age_ms": "a connection's life: tests/integration/api/test_server.py has the option",
     "server.max_connection_age_grace_ms": "a connection's life: tests/integration/api/test_server.py has the option",

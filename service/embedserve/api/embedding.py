@@ -20,10 +20,10 @@ from embedserve.api import guard, status, wire
 from embedserve.api.encoding import Encoding, encode, row_bytes
 from embedserve.api.validation import RequestLimits, RequestValidator, ValidCall
 from embedserve.engine.call import Call, Portion
-from embedserve.engine.engine import Engine
 from embedserve.engine.intake import not_serving
 from embedserve.engine.load import LoadReport
 from embedserve.engine.stages import Stages
+from embedserve.engine.surface import EngineSurface
 from embedserve.errors import DeadlineExpired, EmbedServeError, ServerFault
 from embedserve.v1 import embedding_pb2 as pb
 
@@ -56,7 +56,7 @@ class ServicerSettings:
 class _Served:
     """What there is once the model is loaded."""
 
-    engine: Engine
+    engine: EngineSurface
     validator: RequestValidator
     identity: bytes
     """What ``wire.identity_message`` made of it, once."""
@@ -110,7 +110,7 @@ class EmbeddingServicer:
         self._on_internal_error = on_internal_error
         self._now_serving: _Served | None = None
 
-    def attach(self, engine: Engine, bucket_edges: Sequence[int]) -> None:
+    def attach(self, engine: EngineSurface, bucket_edges: Sequence[int]) -> None:
         """The model is loaded: calls may come."""
         identity = engine.identity
         model = pb.Model(

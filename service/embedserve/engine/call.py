@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +19,32 @@ from embedserve.errors import EmbedServeError
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Priority
 
-__all__ = ["Call", "Embedded", "Portion", "Refused"]
+__all__ = ["Call", "Embedded", "Portion", "Refused", "TokenSource"]
+
+
+class TokenSource(Protocol):
+    """Token ids that somebody else makes, as they are asked for: a stream's whose texts are in another process."""
+
+    count: int
+    """Number of texts."""
+
+    def estimate(self, texts: int) -> int:
+        """About how many tokens the first ``texts`` texts have."""
+
+    async def tokenize(self, first: int, stop: int) -> TokenizedTexts:
+        """Token ids of the texts from ``first`` to before ``stop``. Raises what the tokenizer pool would."""
 
 
 @dataclass(slots=True)
 class Call:
-    """What to embed and how. Exactly one of ``texts`` and ``tokens`` is set; both were checked by the front end."""
+    """What to embed and how. Exactly one of ``texts``, ``tokens`` and ``source`` is set; a front end has checked it."""
 
     stages: Stages
     texts: Sequence[str] | None = None
     tokens: TokenizedTexts | None = None
-    """The caller's own token ids, used as they are."""
+    """Token ids, used as they are."""
+    source: TokenSource | None = None
+    """Where a stream's token ids come from."""
     truncation: Truncation = Truncation.NONE
     normalize: bool = True
     dimensions: int | None = None
@@ -49,6 +64,8 @@ class Call:
         """Number of texts."""
         if self.texts is not None:
             return len(self.texts)
+        if self.source is not None:
+            return self.source.count
         return 0 if self.tokens is None else len(self.tokens.lengths)
 
 

@@ -42,7 +42,7 @@ from embedserve.model.tokenizer import TextTokenizer
 from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Engine", "EngineSettings"]
+__all__ = ["Engine", "EngineSettings", "verdict_of"]
 
 IN_FLIGHT_RETRY_MS = 100
 """When ``max_requests_in_flight`` refuses: a few batches later there is room."""
@@ -305,7 +305,7 @@ class Engine:
         verdict = "failed"
         self._requests += 1
         try:
-            self._admit(call)
+            self.admit(call)
             tokenized = await self._intake.tokenize(call)
             stages.tokenized_ns = time.monotonic_ns()
             lengths = tokenized.lengths.tolist()
@@ -327,7 +327,7 @@ class Engine:
             verdict = "done"
             return embedded
         except BaseException as error:
-            verdict = _verdict_of(error)
+            verdict = verdict_of(error)
             raise
         finally:
             self._requests -= 1
@@ -344,20 +344,21 @@ class Engine:
         self._requests += 1
         try:
             window = self._settings.stream_window_items
-            self._admit(call, piece_items(window))
+            self.admit(call, piece_items(window))
             # Closed here, not by the garbage collector some turns of the loop later, when the call is said to be over.
             async with aclosing(stream_portions(call, self._intake, self._running, window)) as portions:
                 async for portion in portions:
                     yield portion
             verdict = "done"
         except (Exception, asyncio.CancelledError) as error:
-            verdict = _verdict_of(error)
+            verdict = verdict_of(error)
             raise
         finally:
             self._requests -= 1
             self._finish(call, verdict, time.monotonic_ns())
 
-    def _admit(self, call: Call, texts: int | None = None) -> None:
+    def admit(self, call: Call, texts: int | None = None) -> None:
+        """Early admission of ``call``, or of a stream's first ``texts``: raises as ``embed`` does, takes no place."""
         if self._draining or self._ready is None:
             raise not_serving()
         assert self._watchdog is not None
@@ -403,7 +404,8 @@ class Engine:
             self._running.notify()
 
 
-def _verdict_of(error: BaseException) -> str:
+def verdict_of(error: BaseException) -> str:
+    """What observers call a request that ended so."""
     match error:
         case Overloaded() | NotServing():
             return "rejected"

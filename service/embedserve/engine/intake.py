@@ -29,7 +29,7 @@ from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Rejection, Submission
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Intake", "not_serving", "stalled"]
+__all__ = ["Intake", "cut_tokens", "not_serving", "stalled"]
 
 CHARS_PER_TOKEN_GUESS = 4.0
 """Where the estimate for early admission starts; English text in WordPiece has 4 to 5."""
@@ -106,6 +106,8 @@ class Intake:
             judged = call.texts if items == stages.texts else call.texts[:items]
             chars = sum(map(len, judged)) + len(call.prompt) * items
             estimate = min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * items, self._max_input_length * items)
+        elif call.source is not None:
+            estimate = min(call.source.estimate(items), self._max_input_length * items)
         else:
             assert call.tokens is not None
             lengths = call.tokens.lengths
@@ -144,10 +146,12 @@ class Intake:
         )
 
     async def tokenize(self, call: Call, first: int = 0, stop: int | None = None) -> TokenizedTexts:
-        """Token ids of a call's texts from ``first`` to before ``stop``, or the caller's own ids."""
+        """Token ids of a call's texts from ``first`` to before ``stop``, or those that it brings."""
+        if call.source is not None:
+            return await call.source.tokenize(first, call.count if stop is None else stop)
         if call.texts is None:
             assert call.tokens is not None
-            return call.tokens if stop is None else _cut(call.tokens, first, stop)
+            return call.tokens if stop is None else cut_tokens(call.tokens, first, stop)
         texts: Sequence[str] = call.texts if stop is None else call.texts[first:stop]
         chars = sum(map(len, texts))
         try:
@@ -226,7 +230,8 @@ def _readable(name: str, value: float) -> str:
     return f"{name[:-3]}_ms={value / 1e6:.1f}" if name.endswith("_ns") else f"{name}={value:g}"
 
 
-def _cut(tokens: TokenizedTexts, first: int, stop: int) -> TokenizedTexts:
+def cut_tokens(tokens: TokenizedTexts, first: int, stop: int) -> TokenizedTexts:
+    """Those of the texts from ``first`` to before ``stop``."""
     begin = int(tokens.lengths[:first].sum())
     end = begin + int(tokens.lengths[first:stop].sum())
     return TokenizedTexts(

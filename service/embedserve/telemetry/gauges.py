@@ -52,6 +52,20 @@ _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
     (table.WARM_UP, lambda load: load.warm_up_s),
 )
 """Gauges without a label, and the field that each shows."""
+_EVERYWHERE: Final = frozenset(
+    {table.TOKENIZER_THREADS.name, table.TOKENIZER_BUSY.name, table.TOKENIZER_QUEUE.name, table.ACCEPTING.name}
+)
+_OF_DEVICE: Final = frozenset(
+    {
+        *(instrument.name for instrument, _ in _LOAD if instrument.name not in _EVERYWHERE),
+        table.QUEUE_ITEMS.name,
+        table.QUEUE_TOKENS.name,
+        table.QUEUE_OLDEST.name,
+        table.ADMISSION_POLICY.name,
+        table.MODEL_VARIANT.name,
+    }
+)
+"""Gauges that only the process with the device has anything to say of."""
 
 _Read = Callable[[], Iterable[Observation]]
 
@@ -66,10 +80,13 @@ class Gauges:
         snapshot: SharedSnapshot,
         edges: tuple[int, ...],
         log_lines: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        *,
+        has_device: bool = True,
     ) -> None:
         """``edges`` are the scheduler's length buckets, shown at zero until a load source is registered.
 
-        ``log_lines`` gives the lines that were written and those that were dropped.
+        ``log_lines`` gives the lines that were written and those that were dropped. Without ``has_device`` there are no
+        gauges of the queue and the device: zeros would say that they are idle.
         """
         self._instruments = instruments
         self._snapshot = snapshot
@@ -96,7 +113,7 @@ class Gauges:
         for instrument, field in _LOAD:
             readers[instrument.name] = self._load(field)
         for instrument in INSTRUMENTS:
-            if instrument.kind is not Kind.HISTOGRAM:
+            if instrument.kind is not Kind.HISTOGRAM and (has_device or instrument.name not in _OF_DEVICE):
                 _register(meter, instrument, readers.get(instrument.name) or self._counter(instrument))
 
     def show_model(self, identity: ModelIdentity) -> None:

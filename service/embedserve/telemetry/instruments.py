@@ -42,6 +42,7 @@ REFUSALS: Final = (
     *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ("estimate", "exact")),
     *product(("gradient",), ("TOKENS_IN_FLIGHT_EXCEEDED",), ("estimate", "exact")),
     ("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", "estimate"),
+    ("memory", "FRONTEND_MEMORY_FULL", "estimate"),
     ("tokenizer", "TOKENIZER_QUEUE_FULL", "estimate"),
     ("tokenizer", "TOKENIZER_TIME_EXCEEDED", "estimate"),
     *product(("draining",), ("DRAINING", "ENGINE_FAILED"), ("estimate", "exact")),

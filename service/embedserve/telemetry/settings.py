@@ -41,6 +41,8 @@ class TelemetrySettings:
     """Bounds of every histogram of seconds."""
     bucket_edges: tuple[int, ...] = ()
     """Length buckets of the scheduler, so that their series are there, at zero, from the first scrape."""
+    has_device: bool = True
+    """Whether this process has the queue and the device; one that has not shows no gauges of them."""
 
     trace_sample_ratio: float = 0.01
     """Share of the traces begun here that are kept; ``OTEL_TRACES_SAMPLER`` wins. A caller's decision is honoured."""

@@ -128,7 +128,14 @@ def setup_telemetry(settings: TelemetrySettings) -> Telemetry:
     gauges = None
     if meters is not None:
         meter = meters.get_meter(parts.scope.name, parts.scope.version, parts.scope.schema_url)
-        gauges = Gauges(meter, instruments, snapshot, settings.bucket_edges, _line_counts(lines))
+        gauges = Gauges(
+            meter,
+            instruments,
+            snapshot,
+            settings.bucket_edges,
+            _line_counts(lines),
+            has_device=settings.has_device,
+        )
     spans = parts.spans()
     shed_log = ShedLog(structlog.get_logger("embedserve.admission").bind())
     exemplars_kept = exporters.exemplars_enabled(settings)

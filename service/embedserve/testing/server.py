@@ -80,7 +80,7 @@ class InProcessServer:
     @property
     def engine(self) -> Engine:
         """To look at, such as ``engine.load()``."""
-        assert self._app.engine is not None
+        assert isinstance(self._app.engine, Engine)
         return self._app.engine
 
     @property

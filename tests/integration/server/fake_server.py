@@ -46,12 +46,20 @@ class ObedientBackend(FaultyBackend):
         return super().embed(batch)
 
 
+def obedient_backend(_checkpoint: object) -> object:
+    """What makes the backend: a function of this module, which a process that is spawned can find."""
+    return obey
+
+
+def obey() -> ObedientBackend:
+    return ObedientBackend(FaultPlan(raise_on_id=_id("poison")))
+
+
 if __name__ == "__main__":
-    plan = FaultPlan(raise_on_id=_id("poison"))
     run, checkpoint = app.run, fake_checkpoint()
 
     def run_fake(config: object) -> int:
-        return run(config, make_backend=lambda _: lambda: ObedientBackend(plan), checkpoint=checkpoint)  # type: ignore[arg-type]
+        return run(config, make_backend=obedient_backend, checkpoint=checkpoint)  # type: ignore[arg-type]
 
     app.run = run_fake  # type: ignore[assignment]
     sys.exit(main(["serve", *sys.argv[1:]]))

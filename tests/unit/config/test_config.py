@@ -45,7 +45,7 @@ class TestTree:
             "max_pending_calls",
         )
         counted += ("threads", "max_pending", "batches_in_flight", "min_samples", "span_links_max")
-        counted += ("quantum_divisor", "failures_alike_max", "compute_nice")
+        counted += ("quantum_divisor", "failures_alike_max", "compute_nice", "frontends")
         name = setting.path.rpartition(".")[2]
         assert name in counted or name.endswith(("_ms", "_us", "_bytes", "_chars", "_items", "_texts", "_tokens"))
 

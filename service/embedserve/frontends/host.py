@@ -1,0 +1,294 @@
+"""The engine's side: calls of all front ends, handed to the one engine.
+
+Decides what a front end's frames ask of the engine and when its work is of no use any more. Must never know gRPC, texts
+or which process a front end is. One scheduler judges all calls, so that deadlines, fairness and policies hold over all
+front ends together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from embedserve.engine.call import Call, Embedded
+from embedserve.engine.engine import Engine
+from embedserve.engine.stages import Stages
+from embedserve.engine.wall import sentence
+from embedserve.frontends import frames
+from embedserve.frontends.failure import pack_failure, unpack_failure
+from embedserve.frontends.frames import Order, Piece, pack_portion, unpack_order
+from embedserve.frontends.link import Link, connect_link
+from embedserve.frontends.marks import Traces, pack_marks
+from embedserve.frontends.memory import SharedMemory
+from embedserve.model.tokenizer import TokenizedTexts
+
+__all__ = ["Ends", "EngineHost"]
+
+LOAD_EVERY_S: Final = 0.05
+"""How often front ends are told the load while there is work: a balancer asks less often than that."""
+
+
+SCRAPE_S: Final = 1.0
+"""A scrape waits no longer for a front end, and fails then: a text without its series would look like a restart."""
+
+
+class Ends(NamedTuple):
+    """What one front end shares with the engine process, as descriptors of this process."""
+
+    name: str
+    link: int
+    memory: int
+
+
+class EngineHost:
+    """Every front end's work in the engine. Lives on the engine's event loop."""
+
+    def __init__(
+        self, engine: Engine, traces: Traces, ends: Sequence[Ends], *, on_fatal: Callable[[str], None]
+    ) -> None:
+        """No front end is heard before ``open``. ``on_fatal`` is told once when front ends cannot be heard."""
+        self.engine = engine
+        self.traces = traces
+        self._ends = ends
+        self._on_fatal = on_fatal
+        self._front_ends: list[_FrontEnd] = []
+        self._opening: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._busy = False
+        self._scrapes = itertools.count(1)
+        self._scraping: dict[int, dict[int, asyncio.Future[bytes]]] = {}
+
+    def open(self) -> None:
+        """The model is ready: hear every front end, and tell it which model. Once."""
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+
+    async def _open(self) -> None:
+        try:
+            for end in self._ends:
+                front_end = _FrontEnd(self, end.name, SharedMemory(end.memory))
+                front_end.link = await connect_link(end.link, front_end.take, front_end.lose)
+                self._front_ends.append(front_end)
+            self._welcome()
+        except Exception as broken:  # noqa: BLE001 - a task that nobody waits for: this is its wall
+            self._on_fatal(f"front ends cannot be heard: {sentence(broken)}")
+
+    def _welcome(self) -> None:
+        """Tell every front end what is served."""
+        facts = {"identity": dataclasses.asdict(self.engine.identity), "load": dataclasses.asdict(self.engine.load())}
+        self._tell(frames.WELCOME, orjson.dumps(facts))
+
+    def tell_load(self) -> None:
+        """Tell every front end the load, now and while there is work."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self.engine.loaded:
+            facts = {"load": dataclasses.asdict(self.engine.load()), "stalled_ns": self._stalled_ns}
+            self._tell(frames.LOAD, orjson.dumps(facts))
+        if self._busy or self.engine.requests:
+            self._busy = False
+            self._timer = asyncio.get_running_loop().call_later(LOAD_EVERY_S, self.tell_load)
+
+    @property
+    def _stalled_ns(self) -> int:
+        """How long the device has been silent; 0 where that is no longer than it may be."""
+        return max(1, self.engine.pass_age_ns) if self.engine.stalled else 0
+
+    def tell_soon(self) -> None:
+        """There is work: the load changes."""
+        self._busy = True
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LOAD_EVERY_S, self.tell_load)
+
+    def tell_broken(self, why: str) -> None:
+        """Nothing more will run. Front ends answer their callers, whatever becomes of this process."""
+        self._tell(frames.BROKEN, why.encode())
+        for front_end in self._front_ends:
+            front_end.flush()
+
+    async def scrape(self, accept_header: str) -> list[tuple[str, bytes]]:
+        """Name and metrics of each front end that is there. Raises ``TimeoutError`` when one does not answer."""
+        scrape = next(self._scrapes)
+        front_ends = list(self._front_ends)
+        waiting = self._scraping[scrape] = {id(one): asyncio.get_running_loop().create_future() for one in front_ends}
+        try:
+            self._tell(frames.SCRAPE, accept_header.encode(), scrape)
+            async with asyncio.timeout(SCRAPE_S):
+                texts = await asyncio.gather(*waiting.values())
+        finally:
+            del self._scraping[scrape]
+        return [(one.name, text) for one, text in zip(front_ends, texts, strict=True)]
+
+    def scraped(self, front_end: _FrontEnd, scrape: int, text: bytes) -> None:
+        """A front end's metrics."""
+        future = self._scraping.get(scrape, {}).get(id(front_end))
+        if future is not None and not future.done():
+            future.set_result(text)
+
+    def lost(self, front_end: _FrontEnd) -> None:
+        """A front end has gone."""
+        if front_end in self._front_ends:
+            self._front_ends.remove(front_end)
+
+    def _tell(self, kind: int, body: bytes, call_id: int = 0) -> None:
+        for front_end in self._front_ends:
+            front_end.send(kind, call_id, body)
+
+
+class _FedStream:
+    """Token ids of a stream, made by its front end as the engine asks for them."""
+
+    def __init__(self, front_end: _FrontEnd, call_id: int, order: Order) -> None:
+        self.count = order.texts
+        self._first_piece = order.tokens
+        self._front_end = front_end
+        self._call_id = call_id
+        self._asked: asyncio.Future[TokenizedTexts] | None = None
+        self.taken = asyncio.Event()
+        """The last portion was read."""
+
+    def estimate(self, texts: int) -> int:  # noqa: ARG002 - the front end knows how many a first piece has
+        return self._first_piece
+
+    async def tokenize(self, first: int, stop: int) -> TokenizedTexts:
+        asked: asyncio.Future[TokenizedTexts] = asyncio.get_running_loop().create_future()
+        self._asked = asked
+        self._front_end.send(frames.FEED, self._call_id, frames.FEED_BODY.pack(first, stop))
+        return await asked
+
+    def feed(self, tokenized: TokenizedTexts) -> None:
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_result(tokenized)
+
+    def fail(self, error: Exception) -> None:
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_exception(error)
+
+
+class _FrontEnd:
+    """One front end's calls."""
+
+    link: Link
+
+    def __init__(self, host: EngineHost, name: str, memory: SharedMemory) -> None:
+        self.name = name
+        self._host = host
+        self._memory = memory
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._streams: dict[int, _FedStream] = {}
+        self._loop = asyncio.get_running_loop()
+
+    def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
+        self.link.send(kind, call_id, body)
+
+    def flush(self) -> None:
+        self.link.flush()
+
+    def lose(self) -> None:
+        """It has gone: nobody waits for its calls, and the mapping goes when the last of them lets go of it."""
+        self._host.lost(self)
+        for task in self._tasks.values():
+            task.cancel()
+
+    def take(self, kind: int, call_id: int, body: bytes) -> None:
+        """One frame of it."""
+        if kind == frames.EMBED:
+            order = unpack_order(body, self._host.traces)
+            tokens = self._memory.read_tokens(order.slot, order.tokens, order.texts, order.prompt_tokens)
+            self._begin(call_id, self._embed(call_id, order, tokens))
+        elif kind == frames.STREAM:
+            order = unpack_order(body, self._host.traces)
+            stream = self._streams[call_id] = _FedStream(self, call_id, order)
+            self._begin(call_id, self._stream(call_id, order, stream))
+        elif kind == frames.JUDGE:
+            self._judge(call_id, unpack_order(body, self._host.traces))
+        elif kind == frames.SCRAPED:
+            self._host.scraped(self, call_id, body)
+        elif kind == frames.CANCEL:
+            if (task := self._tasks.get(call_id)) is not None:
+                task.cancel()
+        elif (known := self._streams.get(call_id)) is not None:
+            if kind == frames.TAKEN:
+                known.taken.set()
+            elif kind == frames.PIECE:
+                piece = Piece.unpack(body)
+                known.feed(self._memory.read_tokens(piece.slot, piece.tokens, piece.texts, piece.prompt_tokens))
+            elif kind == frames.UNFED:
+                known.fail(unpack_failure(body))
+
+    def _judge(self, call_id: int, order: Order) -> None:
+        call = _call(order)
+        call.source = _FedStream(self, call_id, order)
+        try:
+            self._host.engine.admit(call)
+        except Exception as error:  # noqa: BLE001 - as in ``_embed``
+            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+        else:
+            self.send(frames.JUDGED, call_id)
+
+    def _begin(self, call_id: int, work: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks[call_id] = self._loop.create_task(work)
+        task.add_done_callback(self._ended(call_id))
+        self._host.tell_soon()
+
+    def _ended(self, call_id: int) -> Callable[[asyncio.Task[None]], None]:
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._tasks[call_id]
+            self._streams.pop(call_id, None)
+            # A task that is cancelled before its first step runs nothing: the slot's owner is told here.
+            if task.cancelled():
+                self.send(frames.FAILED, call_id)
+
+        return ended
+
+    async def _embed(self, call_id: int, order: Order, tokens: TokenizedTexts) -> None:
+        call = _call(order)
+        call.tokens = tokens
+        try:
+            body = self._answer(order, await self._host.engine.embed(call))
+        except Exception as error:  # noqa: BLE001 - it crosses: the front end's guard is its wall
+            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+        else:
+            self.send(frames.DONE, call_id, body + pack_marks(call.stages, self._host.traces))
+
+    def _answer(self, order: Order, embedded: Embedded) -> bytes:
+        vectors = embedded.vectors
+        self._memory.write_rows(order.slot, vectors)
+        self._memory.write_batch_sizes(order.slot, vectors.nbytes, embedded.batch_sizes)
+        return frames.DONE_BODY.pack(vectors.shape[1], embedded.batches)
+
+    async def _stream(self, call_id: int, order: Order, stream: _FedStream) -> None:
+        call = _call(order)
+        call.source = stream
+        try:
+            async with aclosing(self._host.engine.embed_stream(call)) as portions:
+                async for portion in portions:
+                    if portion.vectors is not None:
+                        self._memory.write_rows(order.slot, portion.vectors)
+                    stream.taken.clear()
+                    self.send(frames.PORTION, call_id, pack_portion(portion))
+                    await stream.taken.wait()
+        except Exception as error:  # noqa: BLE001 - as above
+            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+        else:
+            self.send(frames.ENDED, call_id, pack_marks(call.stages, self._host.traces))
+
+
+def _call(order: Order) -> Call:
+    return Call(
+        stages=Stages(order.arrived_ns, validated_ns=order.validated_ns),
+        truncation=order.truncation,
+        normalize=order.normalize,
+        dimensions=order.dimensions,
+        deadline_ns=order.deadline_ns,
+        priority=order.priority,
+        tenant=order.tenant,
+        trace=order.trace,
+    )

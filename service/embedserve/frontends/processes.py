@@ -1,0 +1,255 @@
+"""What runs in each process: the whole life of ``app.App``, around another engine or without a port.
+
+Decides which settings differ between them. Must never know how they are started or ended: the supervisor says "stop"
+over a socket, and its own end means the same. Signals are the supervisor's: a service manager sends SIGTERM to all
+processes at once, and an engine that stopped before its front ends would cut their calls off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import structlog
+
+from embedserve.app import App, run_app
+from embedserve.config import Config
+from embedserve.engine.engine import Engine
+from embedserve.engine.observer import EngineObserver
+from embedserve.engine.stream import piece_items
+from embedserve.frontends.host import SCRAPE_S, Ends, EngineHost
+from embedserve.frontends.remote import RemoteEngine, RemoteSettings
+from embedserve.lifecycle import ExitCode, State
+from embedserve.model.backend import BackendFactory, DeviceReport
+from embedserve.model.checkpoint import Checkpoint
+from embedserve.part import Part, Render
+from embedserve.telemetry.exposition import merge_expositions
+from embedserve.telemetry.handles import SpanHandles
+from embedserve.wiring import build_engine, stall_limits, tokenizer_settings
+
+__all__ = ["DRAIN", "STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "memory_bytes"]
+
+STOP = b"s"
+"""The supervisor says: drain and end. Its own end means the same."""
+DRAIN = b"d"
+"""The supervisor says: others drain. Say so to who asks, and serve on."""
+
+
+class Descriptor:
+    """A file descriptor on its way into a process that is being spawned: there, an ``int``."""
+
+    def __init__(self, number: int) -> None:
+        """Of this process; whoever made it closes it."""
+        self.number = number
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        """As a descriptor that the child inherits."""
+        return _detach, (DupFd(self.number),)
+
+
+def _detach(inherited: Any) -> int:
+    number: int = inherited.detach()
+    return number
+
+
+def memory_bytes(config: Config) -> int:
+    """``server.frontend_memory_bytes``, rounded down to a power of two."""
+    return 1 << (config.server.frontend_memory_bytes.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class FrontEndProcess:
+    """One front end: gRPC, validation, tokenising, encoding, telemetry of calls."""
+
+    config: Config
+    checkpoint: Checkpoint
+    role: str
+    control: Descriptor
+    link: Descriptor
+    memory: Descriptor
+
+    def __call__(self) -> None:
+        """Live, and end this process."""
+        _live(self.config, self.role, self.control, self._make_app)
+
+    def _make_app(self) -> App:
+        made: list[RemoteEngine] = []
+
+        def keep(render: Render) -> Render:
+            """The engine process asks for them."""
+            made[0].render_metrics = render
+            return render
+
+        part = Part(self.role, make_engine=partial(self._make_engine, made), has_device=False, metrics=keep)
+        return App(self.config, checkpoint=self.checkpoint, part=part)
+
+    def _make_engine(
+        self,
+        made: list[RemoteEngine],
+        config: Config,
+        checkpoint: Checkpoint,
+        observer: EngineObserver,
+        on_fatal: Callable[[str], None],
+        *,
+        on_stall: Callable[[int], None],
+        on_recovery: Callable[[int], None],
+        on_compilation: Callable[[DeviceReport], None],  # noqa: ARG002 - the engine process tells
+    ) -> RemoteEngine:
+        engine = RemoteEngine(
+            Ends(self.role, _number(self.link), _number(self.memory)),
+            tokenizer=checkpoint.tokenizer(),
+            settings=RemoteSettings(
+                tokenizer=tokenizer_settings(config),
+                max_requests_in_flight=config.limits.max_requests_in_flight,
+                piece_items=piece_items(config.server.stream_window_items),
+                memory_bytes=memory_bytes(config),
+                stall=stall_limits(config),
+            ),
+            observer=observer,
+            traces=SpanHandles(),
+            on_fatal=on_fatal,
+            on_stall=on_stall,
+            on_recovery=on_recovery,
+        )
+        made.append(engine)
+        return engine
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """The engine: scheduler, driver, worker, canary, watchdog, and the operations port of all processes."""
+
+    config: Config
+    checkpoint: Checkpoint
+    role: str
+    control: Descriptor
+    links: Sequence[tuple[str, Descriptor, Descriptor]]
+    """Name, link and memory of each front end."""
+    make_backend: Callable[[Checkpoint], BackendFactory] | None
+
+    def __call__(self) -> None:
+        """Live, and end this process."""
+        _live(self.config, self.role, self.control, self._make_app)
+
+    def _make_app(self) -> App:
+        hosts: list[EngineHost] = []
+
+        def merge(render: Render) -> Render:
+            return None if render is None else partial(_scrape, self.role, render, hosts[0], asyncio.get_running_loop())
+
+        part = Part(self.role, make_engine=partial(self._make_engine, hosts), listens=False, metrics=merge)
+        app = App(self.config, checkpoint=self.checkpoint, part=part)
+
+        def follow(state: State) -> None:
+            """The model is ready: its front ends are heard from now on, and told."""
+            if state is State.SERVING:
+                for host in hosts:
+                    host.open()
+
+        app.lifecycle.listen(follow)
+        return app
+
+    def _make_engine(
+        self,
+        hosts: list[EngineHost],
+        config: Config,
+        checkpoint: Checkpoint,
+        observer: EngineObserver,
+        on_fatal: Callable[[str], None],
+        *,
+        on_stall: Callable[[int], None],
+        on_recovery: Callable[[int], None],
+        on_compilation: Callable[[DeviceReport], None],
+    ) -> Engine:
+
+        def die(why: str) -> None:
+            for host in hosts:
+                host.tell_broken(why)
+            on_fatal(why)
+
+        def tell_load() -> None:
+            for host in hosts:
+                host.tell_load()
+
+        def stall(age_ns: int) -> None:
+            on_stall(age_ns)
+            tell_load()
+
+        def recover(lasted_ns: int) -> None:
+            on_recovery(lasted_ns)
+            tell_load()
+
+        engine = build_engine(
+            config,
+            checkpoint,
+            observer,
+            die,
+            on_stall=stall,
+            on_recovery=recover,
+            on_compilation=on_compilation,
+            make_backend=self.make_backend,
+        )
+        ends = [Ends(name, _number(link), _number(memory)) for name, link, memory in self.links]
+        hosts.append(EngineHost(engine, SpanHandles(), ends, on_fatal=die))
+        return engine
+
+
+def _scrape(
+    role: str,
+    render: Callable[[str], tuple[str, bytes]],
+    host: EngineHost,
+    loop: asyncio.AbstractEventLoop,
+    accept_header: str,
+) -> tuple[str, bytes]:
+    """The metrics of all processes, in a scraper's thread. Raises ``TimeoutError`` when one does not answer."""
+    content_type, own = render(accept_header)
+    others = asyncio.run_coroutine_threadsafe(host.scrape(accept_header), loop).result(2 * SCRAPE_S)
+    return content_type, merge_expositions([(role, own), *others])
+
+
+def _number(descriptor: Descriptor) -> int:
+    """In the child, unpickling has made an ``int`` of it."""
+    assert isinstance(descriptor, int), "only in the process that was spawned"
+    return descriptor
+
+
+def _live(config: Config, role: str, control: Descriptor, make_app: Callable[[], App]) -> None:
+    """The life of one process, and its end with the exit code."""
+    structlog.contextvars.bind_contextvars(process=role)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wire = socket.socket(fileno=_number(control))
+    wire.setblocking(False)
+
+    def make() -> App:
+        app = make_app()
+
+        def hear() -> None:
+            try:
+                heard = wire.recv(64)
+            except ConnectionError:
+                heard = b""
+            if DRAIN in heard:
+                app.begin_drain()
+            if STOP in heard or not heard:
+                asyncio.get_running_loop().remove_reader(wire)
+                app.stop()
+
+        asyncio.get_running_loop().add_reader(wire, hear)
+        return app
+
+    def ready(line: bytes) -> None:
+        wire.send(line + b"\n")
+
+    code = ExitCode.BROKEN
+    try:
+        code = run_app(config, make, ready)
+    finally:
+        os._exit(code)  # nothing of multiprocessing's own end is of use here, and threads may hold it up
