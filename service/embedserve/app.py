@@ -37,7 +37,7 @@ from embedserve.errors import EmbedServeError, EngineFailed, NotServing, Startup
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory, DeviceReport
-from embedserve.model.checkpoint import Checkpoint, load_checkpoint
+from embedserve.model.checkpoint import Checkpoint
 from embedserve.part import WHOLE, Part
 from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
@@ -50,6 +50,7 @@ from embedserve.wiring import (
     build_engine,
     load_snapshot,
     prepare_environment,
+    read_checkpoint,
     server_options,
     servicer_settings,
     telemetry_settings,
@@ -160,16 +161,7 @@ class App:
             loop.add_signal_handler(number, self._take_signal, number)
 
     def _read_checkpoint(self) -> Checkpoint:
-        if self._checkpoint is not None:
-            return self._checkpoint
-        model = self._config.model
-        return load_checkpoint(
-            model.source,
-            name=model.name,
-            revision=model.revision,
-            max_input_length=model.max_input_length,
-            allow_download=model.allow_download,
-        )
+        return self._checkpoint or read_checkpoint(self._config)
 
     async def _serve(
         self, telemetry: Telemetry, checkpoint: Checkpoint, started: int, ready_line: Callable[[bytes], None]

@@ -25,7 +25,7 @@ from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import ConfigError
 from embedserve.model.backend import Backend, BackendFactory, DeviceReport
-from embedserve.model.checkpoint import Checkpoint
+from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.cores import core_count
 from embedserve.scheduling.admission import Policy
 from embedserve.scheduling.admission.gradient import GradientPolicy
@@ -51,6 +51,7 @@ __all__ = [
     "latency_p95_settings",
     "load_snapshot",
     "prepare_environment",
+    "read_checkpoint",
     "server_options",
     "servicer_settings",
     "stall_limits",
@@ -238,6 +239,18 @@ def tokenizer_settings(config: Config) -> TokenizerSettings:
         chunk_texts=tokenizer.chunk_texts,
         chunk_chars=tokenizer.chunk_chars,
         max_request_ns=tokenizer.max_request_ms * MS,
+    )
+
+
+def read_checkpoint(config: Config) -> Checkpoint:
+    """What ``model.source`` names, without its weights. Raises ``StartupError``."""
+    model = config.model
+    return load_checkpoint(
+        model.source,
+        name=model.name,
+        revision=model.revision,
+        max_input_length=model.max_input_length,
+        allow_download=model.allow_download,
     )
 
 

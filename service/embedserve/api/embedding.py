@@ -21,7 +21,7 @@ from embedserve.api.encoding import Encoding, encode, row_bytes
 from embedserve.api.validation import RequestLimits, RequestValidator, ValidCall
 from embedserve.engine.call import Call, Portion
 from embedserve.engine.intake import not_serving
-from embedserve.engine.load import LoadReport
+from embedserve.engine.load import NO_LOAD
 from embedserve.engine.stages import Stages
 from embedserve.engine.surface import EngineSurface
 from embedserve.errors import DeadlineExpired, EmbedServeError, ServerFault
@@ -37,7 +37,6 @@ _LOAD_STATES: Final = {
     "overloaded": pb.LOAD_STATE_OVERLOADED,
     "not_serving": pb.LOAD_STATE_NOT_SERVING,
 }
-_NOT_SERVING: Final = LoadReport("not_serving", False, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +333,7 @@ class EmbeddingServicer:
 
     async def get_load(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:  # noqa: ARG002
         """The load; answered also before the model is loaded."""
-        load = _NOT_SERVING if self._now_serving is None else self._now_serving.engine.load()
+        load = NO_LOAD if self._now_serving is None else self._now_serving.engine.load()
         return pb.GetLoadResponse(
             state=_LOAD_STATES[load.state],
             accepting_requests=load.accepting_requests,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Final
 
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["LoadReport", "report_load"]
+__all__ = ["NO_LOAD", "LoadReport", "report_load"]
 
 ORDINARY_TOKENS = 32
 """A request of ordinary size: one short text."""
@@ -34,6 +35,10 @@ class LoadReport:
     uptime_seconds: int
     running_items: int
     running_tokens: int
+
+
+NO_LOAD: Final = LoadReport("not_serving", False, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
+"""Before there is an engine that has one."""
 
 
 def report_load(scheduler: Scheduler, *, serving: bool, started_ns: int, full: bool = False) -> LoadReport:

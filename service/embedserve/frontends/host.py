@@ -229,9 +229,12 @@ class _FrontEnd:
         try:
             self._host.engine.admit(call)
         except Exception as error:  # noqa: BLE001 - as in ``_embed``
-            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+            self._fail(call_id, call, error)
         else:
             self.send(frames.JUDGED, call_id)
+
+    def _fail(self, call_id: int, call: Call, error: Exception) -> None:
+        self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
 
     def _begin(self, call_id: int, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks[call_id] = self._loop.create_task(work)
@@ -254,7 +257,7 @@ class _FrontEnd:
         try:
             body = self._answer(order, await self._host.engine.embed(call))
         except Exception as error:  # noqa: BLE001 - it crosses: the front end's guard is its wall
-            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+            self._fail(call_id, call, error)
         else:
             self.send(frames.DONE, call_id, body + pack_marks(call.stages, self._host.traces))
 
@@ -276,7 +279,7 @@ class _FrontEnd:
                     self.send(frames.PORTION, call_id, pack_portion(portion))
                     await stream.taken.wait()
         except Exception as error:  # noqa: BLE001 - as above
-            self.send(frames.FAILED, call_id, pack_marks(call.stages, self._host.traces) + pack_failure(error))
+            self._fail(call_id, call, error)
         else:
             self.send(frames.ENDED, call_id, pack_marks(call.stages, self._host.traces))
 

@@ -20,7 +20,7 @@ import orjson
 from embedserve.engine.call import Call, Embedded, Portion
 from embedserve.engine.engine import verdict_of
 from embedserve.engine.intake import cut_tokens, not_serving, stalled
-from embedserve.engine.load import LoadReport
+from embedserve.engine.load import NO_LOAD, LoadReport
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
 from embedserve.engine.watchdog import StallLimits
@@ -39,8 +39,6 @@ from embedserve.scheduling.item import Rejection
 
 __all__ = ["RemoteEngine", "RemoteSettings"]
 
-NO_LOAD: Final = LoadReport("not_serving", False, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0)
-"""Before the engine process is ready."""
 LOOKS: Final = 4
 """Times in ``stall.stall_ns`` that the engine process's silence is looked at, while there is work."""
 LATE_NS: Final = 100_000_000

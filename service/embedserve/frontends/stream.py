@@ -10,9 +10,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from embedserve.engine.call import Call, Portion
+from embedserve.engine.intake import CHARS_PER_TOKEN_GUESS, SPECIAL_TOKENS
 from embedserve.errors import EmbedServeError, Overloaded
 from embedserve.frontends import frames
 from embedserve.frontends.failure import pack_failure
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RemoteStream", "estimate_chars", "estimate_tokens"]
 
-CHARS_PER_TOKEN: Final = 4
-"""Of English in WordPiece: the estimate that the first piece is judged by, before it is counted."""
-SPECIAL_TOKENS: Final = 2
-
 
 def estimate_chars(call: Call, items: int | None = None) -> int:
     """Characters of the first ``items`` texts, or of all, their prompts included; 0 for token ids."""
@@ -42,7 +39,7 @@ def estimate_tokens(call: Call, items: int | None = None) -> int:
     items = call.count if items is None else items
     if call.tokens is not None:
         return int(call.tokens.lengths[:items].sum())
-    return estimate_chars(call, items) // CHARS_PER_TOKEN + SPECIAL_TOKENS * items
+    return int(estimate_chars(call, items) / CHARS_PER_TOKEN_GUESS) + SPECIAL_TOKENS * items
 
 
 class RemoteStream:

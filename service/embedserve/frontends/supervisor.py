@@ -35,9 +35,9 @@ from embedserve.frontends.ports import hold_ports
 from embedserve.frontends.processes import DRAIN, STOP, Descriptor, EngineProcess, FrontEndProcess, memory_bytes
 from embedserve.lifecycle import ExitCode
 from embedserve.model.backend import BackendFactory
-from embedserve.model.checkpoint import Checkpoint, load_checkpoint
+from embedserve.model.checkpoint import Checkpoint
 from embedserve.telemetry.logs import configure_logs
-from embedserve.wiring import prepare_environment
+from embedserve.wiring import prepare_environment, read_checkpoint
 
 __all__ = ["Supervisor", "run_processes"]
 
@@ -113,16 +113,7 @@ class Supervisor:
     # -------------------------------------------------------------------------------------------------------- start
 
     def _read_checkpoint(self) -> Checkpoint:
-        if self._checkpoint is not None:
-            return self._checkpoint
-        model = self._config.model
-        return load_checkpoint(
-            model.source,
-            name=model.name,
-            revision=model.revision,
-            max_input_length=model.max_input_length,
-            allow_download=model.allow_download,
-        )
+        return self._checkpoint or read_checkpoint(self._config)
 
     def _start(self, checkpoint: Checkpoint, addresses: tuple[str, ...]) -> None:
         config = self._config
@@ -156,7 +147,7 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         process = multiprocessing.get_context("spawn").Process(
-            target=_enter, args=(make(Descriptor(theirs.fileno())),), name=f"embedserve-{role}", daemon=False
+            target=make(Descriptor(theirs.fileno())), name=f"embedserve-{role}", daemon=False
         )
         process.start()
         theirs.close()
@@ -268,11 +259,6 @@ class Supervisor:
             os._exit(128 + number)
         self._stop.set()
         self._changed.set()
-
-
-def _enter(live: Callable[[], None]) -> None:
-    """What a spawned process runs."""
-    live()
 
 
 def _changed(config: Config, **sections: dict[str, Any]) -> Config:

@@ -64,9 +64,7 @@ class LogStream:
             return len(line)
         with self._lock:
             self._held.append(line)
-            dropped = self._let_go(self._descriptor)
-        if dropped:
-            self._on_loss_over(dropped)
+        self.flush()
         return len(line)
 
     def hold(self, line: bytes) -> bool:
@@ -79,9 +77,7 @@ class LogStream:
             self._held_bytes += len(line)
             if self._held_bytes < HELD_BYTES_MAX:
                 return first
-            dropped = self._let_go(self._descriptor)
-        if dropped:
-            self._on_loss_over(dropped)
+        self.flush()
         return False
 
     def flush(self) -> None:
