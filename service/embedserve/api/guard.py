@@ -405,9 +405,9 @@ async def _abort(context: Any, reply: status.Reply, call: Call, *, within_s: flo
             async with asyncio.timeout(within_s):
                 await context.abort(reply.code, reply.message, trailers)
     except grpc.aio.AbortError as sent:
-        # Raised by grpc once the status is out, and kept with the call: with its traceback and the error that it answers
-        # it would hold every frame of the call, which hold the call. Some 60 objects in a cycle a refusal are what the
-        # collector would live on under overload. grpc raises it again when the handler has returned.
+        # Raised by grpc once the status is out, and kept with the call: with its traceback and the error that it
+        # answers it would hold every frame of the call, which hold the call. Under overload the collector would live
+        # on these cycles, some 60 objects a refusal. grpc raises it again when the handler has returned.
         sent.__traceback__ = sent.__context__ = None
     except TimeoutError as stalled:
         raise asyncio.CancelledError from stalled

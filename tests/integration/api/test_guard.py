@@ -5,7 +5,7 @@ import gc
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -72,6 +72,10 @@ async def read(rpc: Any) -> list[bytes]:
 
 async def nothing(context: Any) -> None:
     return None
+
+
+def overload() -> NoReturn:
+    raise errors.Overloaded("busy", reason="QUEUE_FULL", policy="queue", retry_after_ms=1000)
 
 
 def raising(error: BaseException) -> Callable[[Any], Any]:
@@ -213,7 +217,7 @@ class TestErrors:
 
         async def refuse(context: Any) -> None:
             try:
-                raise errors.Overloaded("busy", reason="QUEUE_FULL", policy="queue", retry_after_ms=1000)
+                overload()
             except errors.Overloaded as error:  # a name that outlived this block would be a cycle of its own
                 kept.append(weakref.ref(error))
                 raise
@@ -223,7 +227,7 @@ class TestErrors:
             _, rpc, _ = await call(serve, style, refuse)
             assert await rpc.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             async with asyncio.timeout(5):
-                while kept[0]() is not None:
+                while kept[0]() is not None:  # noqa: ASYNC110  # nothing tells when grpc lets go of a call
                     await asyncio.sleep(0)
         finally:
             gc.enable()
