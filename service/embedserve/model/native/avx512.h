@@ -118,30 +118,59 @@ inline __m512 gelu(__m512 x) {
   const __m512 edge = _mm512_set1_ps(4.5f);
   const __m512 within = _mm512_min_ps(edge, _mm512_max_ps(_mm512_set1_ps(-4.5f), x));  // a NaN is the second: it stays
   const __m512 u = _mm512_fmsub_ps(_mm512_mul_ps(within, _mm512_set1_ps(2.0f / 20.25f)), within, _mm512_set1_ps(1.0f));
-  __m512 y = _mm512_set1_ps(-9.411403444e-04f);
-  constexpr float COEFFICIENTS[] = {4.222919699e-03f, -7.797127590e-03f, 1.083106082e-02f, -1.751486771e-02f,
-                                    2.829001285e-02f, -4.042911902e-02f, 5.472138152e-02f, -7.717622817e-02f,
-                                    1.569042206e-01f};
-#pragma GCC unroll 16
-  for (const float coefficient : COEFFICIENTS) y = _mm512_fmadd_ps(y, u, _mm512_set1_ps(coefficient));
+  // Odd and even powers by themselves: half as long a chain.
+  const __m512 square = _mm512_mul_ps(u, u);
+  const auto next = [square](__m512 y, float coefficient) {
+    return _mm512_fmadd_ps(y, square, _mm512_set1_ps(coefficient));
+  };
+  __m512 odd = _mm512_set1_ps(-9.411403444e-04f);
+  odd = next(odd, -7.797127590e-03f);
+  odd = next(odd, -1.751486771e-02f);
+  odd = next(odd, -4.042911902e-02f);
+  odd = next(odd, -7.717622817e-02f);
+  __m512 even = _mm512_set1_ps(4.222919699e-03f);
+  even = next(even, 1.083106082e-02f);
+  even = next(even, 2.829001285e-02f);
+  even = next(even, 5.472138152e-02f);
+  even = next(even, 1.569042206e-01f);
+  const __m512 y = _mm512_fmadd_ps(odd, u, even);
   return _mm512_mul_ps(x, _mm512_fmadd_ps(within, y, _mm512_set1_ps(0.5f)));
 }
 
-// Writes a row of `n` floats plus a bias as bfloat16; n is a multiple of 32.
-inline void add_bias(const float* from, const float* bias, void* to, int64_t n) {
+// What follows a product, over [rows, n] floats of it that lie `n` apart; n is a multiple of 32. `work` gets the sums of
+// product and bias of 32 columns of a row, in two registers.
+template <typename F>
+inline void with_bias(const float* sums, int64_t rows, int64_t n, const float* bias, F&& work) {
   for (int64_t j = 0; j < n; j += TILE_WIDTH) {
-    store_rounded(static_cast<uint16_t*>(to) + j, _mm512_add_ps(_mm512_loadu_ps(from + j), _mm512_loadu_ps(bias + j)),
-                  _mm512_add_ps(_mm512_loadu_ps(from + j + LANES), _mm512_loadu_ps(bias + j + LANES)));
+    const __m512 low = _mm512_loadu_ps(bias + j), high = _mm512_loadu_ps(bias + j + LANES);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = sums + r * n + j;
+      work(r, j, _mm512_add_ps(_mm512_loadu_ps(from), low), _mm512_add_ps(_mm512_loadu_ps(from + LANES), high));
+    }
   }
 }
 
+// As bfloat16 to rows that lie `ld` apart.
+inline void add_bias(const float* sums, int64_t rows, int64_t n, const float* bias, uint16_t* to, int64_t ld) {
+  with_bias(sums, rows, n, bias, [=](int64_t r, int64_t j, __m512 low, __m512 high) {
+    store_rounded(to + r * ld + j, low, high);
+  });
+}
+
 // The same through GELU.
-inline void add_bias_gelu(const float* from, const float* bias, void* to, int64_t n) {
-  for (int64_t j = 0; j < n; j += TILE_WIDTH) {
-    const __m512 low = _mm512_add_ps(_mm512_loadu_ps(from + j), _mm512_loadu_ps(bias + j));
-    const __m512 high = _mm512_add_ps(_mm512_loadu_ps(from + j + LANES), _mm512_loadu_ps(bias + j + LANES));
-    store_rounded(static_cast<uint16_t*>(to) + j, gelu(low), gelu(high));
-  }
+inline void add_bias_gelu(const float* sums, int64_t rows, int64_t n, const float* bias, uint16_t* to, int64_t ld) {
+  with_bias(sums, rows, n, bias, [=](int64_t r, int64_t j, __m512 low, __m512 high) {
+    store_rounded(to + r * ld + j, gelu(low), gelu(high));
+  });
+}
+
+// Added to what rows of floats hold.
+inline void add_to(const float* sums, int64_t rows, int64_t n, const float* bias, float* to, int64_t ld) {
+  with_bias(sums, rows, n, bias, [=](int64_t r, int64_t j, __m512 low, __m512 high) {
+    float* place = to + r * ld + j;
+    _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), low));
+    _mm512_storeu_ps(place + LANES, _mm512_add_ps(_mm512_loadu_ps(place + LANES), high));
+  });
 }
 
 // Normalises a row in place and writes it as bfloat16, too; n is a multiple of 32.

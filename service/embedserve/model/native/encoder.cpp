@@ -198,15 +198,6 @@ constexpr bool takes_registers(int64_t n) {
   return AVX512 && IN_PAIRS<T> && n % 32 == 0;
 }
 
-template <typename T>
-void add_bias(const float* __restrict from, const float* __restrict bias, T* __restrict to, int64_t n) {
-#ifdef EMBEDSERVE_AVX512
-  if (takes_registers<T>(n)) return embedserve::avx512::add_bias(from, bias, to, n);
-#endif
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) store(to + j, from[j] + bias[j]);
-}
-
 template <Activation A, typename T>
 void activate(const float* __restrict from, const float* __restrict bias, T* __restrict to, int64_t n) {
 #pragma omp simd
@@ -215,9 +206,6 @@ void activate(const float* __restrict from, const float* __restrict bias, T* __r
 
 template <typename T>
 void activate_by(int64_t kind, const float* from, const float* bias, T* to, int64_t n) {
-#ifdef EMBEDSERVE_AVX512
-  if (kind == GELU && takes_registers<T>(n)) return embedserve::avx512::add_bias_gelu(from, bias, to, n);
-#endif
   switch (kind) {
     case GELU: return activate<GELU>(from, bias, to, n);
     case GELU_TANH: return activate<GELU_TANH>(from, bias, to, n);
@@ -225,6 +213,51 @@ void activate_by(int64_t kind, const float* from, const float* bias, T* to, int6
     default: return activate<SILU>(from, bias, to, n);
   }
 }
+
+// A block of a product without its bias, [rows, width], where it belongs in a result whose rows lie `ld` apart.
+struct Block {
+  const float* sums;
+  int64_t rows, width;
+  const float* bias;
+  int64_t first, column;
+
+  template <typename T>
+  T* place(T* result, int64_t ld) const {
+    return result + first * ld + column;
+  }
+
+  template <typename T>
+  void add_bias(T* result, int64_t ld) const {
+    T* to = place(result, ld);
+#ifdef EMBEDSERVE_AVX512
+    if (takes_registers<T>(width))
+      return embedserve::avx512::add_bias(sums, rows, width, bias, reinterpret_cast<uint16_t*>(to), ld);
+#endif
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < width; ++j) store(to + row * ld + j, sums[row * width + j] + bias[j]);
+    }
+  }
+
+  template <typename T>
+  void activate(int64_t kind, T* result, int64_t ld) const {
+    T* to = place(result, ld);
+#ifdef EMBEDSERVE_AVX512
+    if (kind == GELU && takes_registers<T>(width))
+      return embedserve::avx512::add_bias_gelu(sums, rows, width, bias, reinterpret_cast<uint16_t*>(to), ld);
+#endif
+    for (int64_t row = 0; row < rows; ++row) activate_by(kind, sums + row * width, bias, to + row * ld, width);
+  }
+
+  void add_to(float* result, int64_t ld) const {
+    float* to = place(result, ld);
+#ifdef EMBEDSERVE_AVX512
+    if (width % 32 == 0) return embedserve::avx512::add_to(sums, rows, width, bias, to, ld);
+#endif
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < width; ++j) to[row * ld + j] += sums[row * width + j] + bias[j];
+    }
+  }
+};
 
 struct Norm {
   const float* weight;
@@ -282,8 +315,8 @@ struct Linear {
     return outputs % 64 == 0 ? 64 : 16;
   }
 
-  // Products of all `rows` rows of x, without the bias: finish(first, count, column, y) gets them by blocks, `count` rows
-  // from row `first` and `width` columns from `column`, with y as [count, width]. brgemm reads more rows than it needs.
+  // Products of all `rows` rows of x, without the bias, block by block to `finish`; `y` is room for one. brgemm reads
+  // more rows than it needs.
   template <typename F>
   void multiply(int64_t rows, const T* x, float* y, F&& finish) const {
     for (int64_t column = 0; column < n; column += width) {
@@ -299,7 +332,7 @@ struct Linear {
           own::tile_of<2, true>(count)(k / 2, reinterpret_cast<const uint32_t*>(x + first * k), k / 2, 1,
                                        reinterpret_cast<const uint32_t*>(panel), y, width, ahead);
           ahead.first += bytes / 2 / tiles;
-          finish(first, count, column, y);
+          finish(Block{y, count, width, bias + column, first, column});
         });
         continue;
       }
@@ -308,7 +341,7 @@ struct Linear {
         const int64_t count = std::min(TOKENS_OF_BLOCK, rows - first);
         at::native::cpublas::brgemm(rows_rounded(count), width, k, k, width, width, false, x + first * k, panel, y,
                                     IN_PAIRS<T>);
-        finish(first, count, column, y);
+        finish(Block{y, count, width, bias + column, first, column});
       }
     }
   }
@@ -678,12 +711,7 @@ class EncoderOf final : public Encoder {
     const int64_t h = shape_.hidden, stride = 3 * h;
     const Linear<T>& linear = layer.attend;
     linear.multiply(chunk.tokens, own.inputs.get(), own.product.get(),
-                    [&](int64_t first, int64_t count, int64_t column, const float* y) {
-                      for (int64_t row = 0; row < count; ++row) {
-                        add_bias(y + row * linear.width, linear.bias + column,
-                                 own.attended.get() + (first + row) * stride + column, linear.width);
-                      }
-                    });
+                    [&](const Block& block) { block.add_bias(own.attended.get(), stride); });
     int64_t token = 0;
     for (const int64_t row : chunk.rows) {
       const int64_t count = pass.offsets[row + 1] - pass.offsets[row];
@@ -699,26 +727,14 @@ class EncoderOf final : public Encoder {
   void add_and_normalize(int64_t tokens, const Linear<T>& linear, const T* x, const Norm& norm, Scratch<T>& own) const {
     const int64_t h = shape_.hidden;
     float* states = own.states.get();
-    linear.multiply(tokens, x, own.product.get(), [&](int64_t first, int64_t count, int64_t column, const float* y) {
-      for (int64_t row = 0; row < count; ++row) {
-        float* __restrict state = states + (first + row) * h + column;
-        const float* __restrict from = y + row * linear.width;
-        const float* __restrict bias = linear.bias + column;
-#pragma omp simd
-        for (int64_t j = 0; j < linear.width; ++j) state[j] += from[j] + bias[j];
-      }
-    });
+    linear.multiply(tokens, x, own.product.get(), [&](const Block& block) { block.add_to(states, h); });
     for (int64_t row = 0; row < tokens; ++row) norm.apply(states + row * h, own.inputs.get() + row * h, h);
   }
 
   void widen(int64_t tokens, const Linear<T>& linear, Scratch<T>& own) const {
-    linear.multiply(tokens, own.inputs.get(), own.product.get(),
-                    [&](int64_t first, int64_t count, int64_t column, const float* y) {
-                      for (int64_t row = 0; row < count; ++row) {
-                        activate_by(shape_.activation, y + row * linear.width, linear.bias + column,
-                                    own.intermediate.get() + (first + row) * linear.n + column, linear.width);
-                      }
-                    });
+    linear.multiply(tokens, own.inputs.get(), own.product.get(), [&](const Block& block) {
+      block.activate(shape_.activation, own.intermediate.get(), linear.n);
+    });
   }
 
   void pool(const Pass& pass, const Chunk& chunk, const Scratch<T>& own) const {
