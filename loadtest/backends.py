@@ -1,9 +1,9 @@
 """Would another library compute faster than ours on this machine? ``python -m loadtest.backends``.
 
-Needs ``pip install openvino onnxruntime onnx`` beside embedserve; ``--engines`` chooses some of them. Every engine has a
-process of its own and takes turns with the others: all of them once a round, so that a machine that slows down does so
-for all. Vectors are compared with our float32 passes. The mark: a library that beats our default by more than 15 % in
-latency or throughput is worth a backend of its own.
+Needs ``pip install openvino onnxruntime onnx`` beside embedserve; ``--engines`` chooses some of them. Every engine has
+a process of its own and takes turns with the others: all of them once a round, so that a machine that slows down does
+so for all. Vectors are compared with our float32 passes. The mark: a library that beats our default by more than 15 %
+in latency or throughput is worth a backend of its own.
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ class Process:
         raise RuntimeError(f"{self.name} has ended with {self._process.wait()}")
 
 
-def rounds(processes: Sequence[Process], repeat: int, seconds: float) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def rounds(
+    processes: Sequence[Process], workloads: Sequence[str], repeat: int, seconds: float
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """What each engine gave for each workload, a turn each in every round."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {p.name: [] for p in processes} for name in WORKLOADS}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {p.name: [] for p in processes} for name in workloads}
     for number in range(repeat):
-        for workload, lengths in WORKLOADS.items():
+        for workload in workloads:
             for process in processes:
-                found[workload][process.name].append(process.ask(lengths, seconds))
+                found[workload][process.name].append(process.ask(WORKLOADS[workload], seconds))
         print(f"round {number + 1} of {repeat}", file=sys.stderr)
     return found
 
@@ -88,18 +90,19 @@ def show(
         cpu = statistics.median(turn["cpu_us_a_token"] for turn in given)
         cosine = np.min(np.sum(np.load(given[-1]["vectors"]) * reference, axis=1))
         ratio = medians[OURS] / medians[name]
-        print(
-            f"| {name} | {medians[name]:.2f} ({min(ms):.2f} to {max(ms):.2f}) | {sum(lengths) / medians[name] * 1e3:,.0f} "
-            f"| {ratio:.2f} | {cpu:.0f} | {given[-1]['batch']} | {cosine:.5f} |"
-        )
+        rate = sum(lengths) / medians[name] * 1e3
+        print(f"| {name} | {medians[name]:.2f} ({min(ms):.2f} to {max(ms):.2f}) | {rate:,.0f} | {ratio:.2f} "
+              f"| {cpu:.0f} | {given[-1]['batch']} | {cosine:.5f} |")  # fmt: skip
     return [name for name in turns if not name.startswith("ours") and medians[OURS] / medians[name] > MARK]
 
 
 def main() -> int:
     """Measure, print the tables and the verdict; 0 where no other engine passes the mark."""
     parser = argparse.ArgumentParser(description="Our CPU backend beside OpenVINO and ONNX Runtime.")
-    parser.add_argument("--engines", nargs="+", choices=[name for name in ENGINES if name != OURS], metavar="NAME",
-                        default=[name for name in ENGINES if not name.startswith("ours")], help=", ".join(ENGINES))  # fmt: skip
+    rivals = [name for name in ENGINES if not name.startswith("ours")]
+    others = [name for name in ENGINES if name != OURS]
+    parser.add_argument("--engines", nargs="+", choices=others, default=rivals, metavar="NAME", help=", ".join(others))
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each turn")
     parser.add_argument("--folder", type=Path, help="where graphs are kept; a fresh one by default")
@@ -108,13 +111,14 @@ def main() -> int:
         folder = options.folder or Path(fresh)
         folder.mkdir(parents=True, exist_ok=True)
         processes = [Process(name, folder) for name in [OURS, *options.engines]]
+        wanted = {name: WORKLOADS[name] for name in options.workloads}
         judge = Process(REFERENCE, folder)
-        known = {name: np.load(judge.ask(lengths, 0.0)["vectors"]) for name, lengths in WORKLOADS.items()}
+        known = {name: np.load(judge.ask(lengths, 0.0)["vectors"]) for name, lengths in wanted.items()}
         judge.end()
-        found = rounds(processes, options.repeat, options.seconds)
+        found = rounds(processes, options.workloads, options.repeat, options.seconds)
         for process in processes:
             process.end()
-        faster = [f"{name}: {workload}" for workload, lengths in WORKLOADS.items()
+        faster = [f"{name}: {workload}" for workload, lengths in wanted.items()
                   for name in show(workload, lengths, found[workload], known[workload])]  # fmt: skip
     print(f"\nfaster than ours by more than {MARK - 1:.0%}: {'; '.join(faster) or 'none'}")
     return 1 if faster else 0

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,9 @@ def in_padded_batches(infer: Callable[..., Vectors], at_once: int) -> Engine:
     """``infer(ids, mask, lane)`` over batches of texts of like length, ``at_once`` of them at a time."""
     pool = ThreadPoolExecutor(at_once)
 
+    def one_lane(given: Sequence[tuple[Any, Any]], lane: int) -> list[Vectors]:
+        return [infer(*one, lane) for one in given[lane::at_once]]
+
     def embed(rows: Rows, size: int) -> Vectors:
         order = sorted(range(len(rows)), key=lambda i: -rows[i].size)
         cuts = [order[at : at + size] for at in range(0, len(order), size)]
@@ -141,11 +145,7 @@ def in_padded_batches(infer: Callable[..., Vectors], at_once: int) -> Engine:
         if at_once == 1 or len(given) == 1:
             found = [infer(*one, 0) for one in given]
         else:
-            lanes = [list(range(lane, len(given), at_once)) for lane in range(at_once)]
-            work = [
-                pool.submit(lambda lane=lane: [infer(*given[i], lane) for i in lanes[lane]]) for lane in range(at_once)
-            ]
-            parts = [iter(each.result()) for each in work]
+            parts = [iter(part) for part in pool.map(partial(one_lane, given), range(at_once))]
             found = [next(parts[i % at_once]) for i in range(len(given))]
         vectors = np.empty((len(rows), found[0].shape[1]), np.float32)
         for cut, part in zip(cuts, found, strict=True):
@@ -264,7 +264,7 @@ class Turns:
         """Median milliseconds for all rows, and microseconds of CPU a token over all of the time."""
         if seconds > 0:
             self._engine(rows, size)
-        times = []
+        times: list[float] = []
         begun, cpu = time.perf_counter(), time.process_time()
         while not times or time.perf_counter() - begun < seconds:
             at = time.perf_counter()
