@@ -175,11 +175,40 @@ class TestVectors:
 
         assert all(np.array_equal(first, oracle.compiled(ids, lengths)) for _ in range(20))
 
-    def test_a_nan_weight_is_seen_in_every_row(self, library: Path) -> None:
+    @pytest.mark.parametrize("heads", [2, 4])
+    def test_borders_of_tiles_in_bfloat16(self, library: Path, heads: int) -> None:
+        """14 rows, 16 and 32 queries, pairs of keys: beside and over each border, alone and among neighbours."""
+        oracle = Oracle(library, torch.bfloat16, hidden_size=128, num_attention_heads=heads, intermediate_size=224)
+        lengths = [1, 2, 3, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 47, 48, 49, 127, 129, 257, 513]
+        ids = ids_of(lengths)
+        together = oracle.compiled(ids, lengths)
+        alone = [oracle.compiled(row, [row.size])[0] for row in np.split(ids, np.cumsum(lengths)[:-1])]
+        oracle.model.float()
+
+        assert cosines(together, oracle.reference(ids, lengths)) > 0.9998
+        assert cosines(together, np.stack(alone)) > 0.99999
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("activation", ["gelu", "relu"])
+    def test_far_from_zero_an_activation_is_a_line(self, library: Path, dtype: torch.dtype, activation: str) -> None:
+        """Beyond the range in which GELU is a polynomial."""
+        oracle = Oracle(library, dtype, hidden_act=activation, num_hidden_layers=1)
+        layer = oracle.model.encoder.layer[0]
+        signs = torch.where(torch.arange(128) % 2 == 0, 1.0, -1.0)
+        layer.intermediate.dense.bias.data.copy_(signs * torch.linspace(0, 60, 128))
+        oracle.encoder = NativeEncoder(library, plan_for(oracle.model, "bert", dtype), 2)
+        ids = ids_of(LENGTHS)
+        vectors = oracle.compiled(ids, LENGTHS)
+        oracle.model.float()
+
+        assert cosines(vectors, oracle.reference(ids, LENGTHS)) > (0.99999 if dtype is torch.float32 else 0.9998)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_nan_weight_is_seen_in_every_row(self, library: Path, dtype: torch.dtype) -> None:
         """The caller drops rows that are not finite: a NaN that got lost would be served."""
-        oracle = Oracle(library)
+        oracle = Oracle(library, dtype, num_attention_heads=2)
         oracle.model.encoder.layer[0].output.dense.weight.data[3, 5] = float("nan")
-        broken = NativeEncoder(library, plan_for(oracle.model, "bert", torch.float32), 2)
+        broken = NativeEncoder(library, plan_for(oracle.model, "bert", dtype), 2)
         ids = ids_of(LENGTHS)
         offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
         positions = np.concatenate([np.arange(n) for n in LENGTHS]).astype(np.int32)
@@ -187,11 +216,12 @@ class TestVectors:
 
         assert np.isnan(broken.run(ids, positions, offsets, weights)).any(axis=1).all()
 
-    def test_a_nan_row_leaves_its_neighbours_alone(self, library: Path) -> None:
-        oracle = Oracle(library)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_nan_row_leaves_its_neighbours_alone(self, library: Path, dtype: torch.dtype) -> None:
+        oracle = Oracle(library, dtype, num_attention_heads=2)
         oracle.model.embeddings.word_embeddings.weight.data[17] = float("nan")
         poisoned = Oracle.__new__(Oracle)
-        poisoned.encoder = NativeEncoder(library, plan_for(oracle.model, "bert", torch.float32), 2)
+        poisoned.encoder = NativeEncoder(library, plan_for(oracle.model, "bert", dtype), 2)
         lengths = [20, 9, 33, 3]
         ids = ids_of(lengths)
         ids[ids == 17] = 18

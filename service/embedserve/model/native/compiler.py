@@ -45,11 +45,11 @@ FLAGS = (
 X86_FLAGS = ("-mprefer-vector-width=512",)
 """Compilers prefer 256 bits for the sake of old processors that slowed down."""
 COMPILE_MAX_S = 120.0
-"""It takes 3 s; a machine that swaps must not wait for ever."""
+"""It takes 5 s; a machine that swaps must not wait for ever."""
 TELLING = ("error:", "No space left", "cannot ")
 """What the line of a compiler's output holds that says why it failed."""
 KEPT_MAX = 16
-"""Libraries in the cache, 60 KiB each: the oldest go."""
+"""Libraries in the cache, 200 KiB each: the oldest go."""
 
 
 class CannotCompile(Exception):
@@ -74,10 +74,11 @@ def default_cache() -> Path:
 def compile_library(source: Path, cache: Path, *, anew: bool = False) -> Compiled:
     """Build ``source`` against this torch, or take what ``cache`` has of it. Raises ``CannotCompile``.
 
-    The name of a kept library holds a digest of everything that its code depends on but for the compiler: source,
-    flags, processor and torch; so a machine without a compiler can use what another has built. A digest of the library
-    lies beside it: one that was cut short, as by a power failure, would end the process that loads it. ``anew`` builds
-    in the place of one that is there. Several processes may build at once: the last to finish wins.
+    The name of a kept library holds a digest of everything that its code depends on but for the compiler: source and
+    the headers beside it, flags, processor and torch; so a machine without a compiler can use what another has built.
+    A digest of the library lies beside it: one that was cut short, as by a power failure, would end the process that
+    loads it. ``anew`` builds in the place of one that is there. Several processes may build at once: the last to finish
+    wins.
     """
     flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())]
     kept = cache / f"{source.stem}-{_digest(source, flags)}.so"
@@ -124,7 +125,9 @@ def _compiler() -> list[str]:
 
 
 def _digest(source: Path, flags: Sequence[str]) -> str:
-    parts = [source.read_bytes(), " ".join(flags).encode(), _processor().encode()]
+    # A header that the source includes lies beside it.
+    parts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts += [" ".join(flags).encode(), _processor().encode()]
     parts += [torch.__version__.encode(), str(_torch_folder()).encode(), sys.platform.encode()]
     digest = hashlib.sha256()
     for part in parts:

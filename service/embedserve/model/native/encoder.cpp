@@ -1,9 +1,9 @@
 // The forward pass of a BERT-like encoder over packed rows, from token ids to pooled vectors, without Python's lock.
 //
 // Decides how a pass is cut into chunks of rows, which core takes which chunk, and how each layer is computed on one.
-// Must never know requests, buckets or Python. It is built on the machine that runs it (see compiler.py) and has no
-// headers but the standard library's: the one foreign thing is ATen's brgemm (ATen/native/CPUBlas.h), the oneDNN
-// micro-kernel that picks AMX, AVX-512 BF16 or AVX-512 by itself.
+// Must never know requests, buckets or Python. It is built on the machine that runs it (see compiler.py). Products are
+// ours in bfloat16 on AVX-512 (avx512.h); elsewhere they are ATen's brgemm (ATen/native/CPUBlas.h), the oneDNN
+// micro-kernel that picks AMX or AVX-512 by itself.
 //
 // Why not operation by operation: for 12 tokens of MiniLM 80 % of a pass was not arithmetic (4.8 ms, of which 0.6 are
 // matrix products at the machine's rate), and between two operations a thread needs Python's lock.
@@ -27,9 +27,12 @@
 #include <vector>
 
 #include <pthread.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "avx512.h"
 
 namespace c10 {
 struct BFloat16 {
@@ -58,6 +61,19 @@ constexpr int64_t QUERIES_OF_BLOCK = 32;  // Scores of 32 queries and 256 keys f
 constexpr int64_t KEYS_OF_BLOCK = 256;    // Longer rows go by blocks of keys with a running maximum (flash attention).
 constexpr int64_t SLACK = TOKENS_OF_BLOCK;  // Rows behind the last one that a rounded-up product may read.
 constexpr size_t CACHE_LINE = 64;
+constexpr size_t HUGE_PAGE = 2 << 20;
+constexpr int64_t ROW_OF_TILES = 128;     // Tokens of a text up to which tiles of AMX would not pay in attention.
+
+#ifdef EMBEDSERVE_AVX512
+constexpr bool AVX512 = true;
+#else
+constexpr bool AVX512 = false;
+#endif
+#ifdef __AMX_BF16__
+constexpr bool AMX = true;
+#else
+constexpr bool AMX = false;
+#endif
 
 enum Activation : int64_t { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
 
@@ -81,15 +97,21 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
 
-  // At least `size` elements, zeros when new; what it held before is lost.
+  // At least `size` elements, zeros when new; what it held before is lost. Large ones lie in huge pages where the system
+  // gives them: all weights are read in every pass, and in small pages they are more than a core has translations for.
   T* grow(int64_t size) {
     if (size > size_) {
       std::free(data_);
       data_ = nullptr;
       size_ = 0;
-      const size_t bytes = up_to(size * static_cast<int64_t>(sizeof(T)), CACHE_LINE);
-      void* fresh = std::aligned_alloc(CACHE_LINE, bytes);
+      const size_t wanted = static_cast<size_t>(size) * sizeof(T);
+      const size_t alignment = wanted < HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
+      const size_t bytes = up_to(wanted, alignment);
+      void* fresh = std::aligned_alloc(alignment, bytes);
       if (fresh == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (alignment == HUGE_PAGE) madvise(fresh, bytes, MADV_HUGEPAGE);  // where it is refused, small pages serve
+#endif
       std::memset(fresh, 0, bytes);
       data_ = static_cast<T*>(fresh);
       size_ = size;
@@ -167,6 +189,15 @@ inline float activated(float x) {
   if constexpr (A == SILU) return x / (1.0f + exponential(-x));
 }
 
+template <typename T>
+constexpr bool IN_PAIRS = std::is_same_v<T, BFloat16>;
+
+// Whether avx512.h computes it: rows of `n` in bfloat16.
+template <typename T>
+constexpr bool takes_registers(int64_t n) {
+  return AVX512 && IN_PAIRS<T> && n % 32 == 0;
+}
+
 template <Activation A, typename T>
 void activate(const float* __restrict from, const float* __restrict bias, T* __restrict to, int64_t n) {
 #pragma omp simd
@@ -183,6 +214,51 @@ void activate_by(int64_t kind, const float* from, const float* bias, T* to, int6
   }
 }
 
+// A block of a product without its bias, [rows, width], where it belongs in a result whose rows lie `ld` apart.
+struct Block {
+  const float* sums;
+  int64_t rows, width;
+  const float* bias;
+  int64_t first, column;
+
+  template <typename T>
+  T* place(T* result, int64_t ld) const {
+    return result + first * ld + column;
+  }
+
+  template <typename T>
+  void add_bias(T* result, int64_t ld) const {
+    T* to = place(result, ld);
+#ifdef EMBEDSERVE_AVX512
+    if (takes_registers<T>(width))
+      return embedserve::avx512::add_bias(sums, rows, width, bias, reinterpret_cast<uint16_t*>(to), ld);
+#endif
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < width; ++j) store(to + row * ld + j, sums[row * width + j] + bias[j]);
+    }
+  }
+
+  template <typename T>
+  void activate(int64_t kind, T* result, int64_t ld) const {
+    T* to = place(result, ld);
+#ifdef EMBEDSERVE_AVX512
+    if (kind == GELU && takes_registers<T>(width))
+      return embedserve::avx512::add_bias_gelu(sums, rows, width, bias, reinterpret_cast<uint16_t*>(to), ld);
+#endif
+    for (int64_t row = 0; row < rows; ++row) activate_by(kind, sums + row * width, bias, to + row * ld, width);
+  }
+
+  void add_to(float* result, int64_t ld) const {
+    float* to = place(result, ld);
+#ifdef EMBEDSERVE_AVX512
+    if (width % 32 == 0) return embedserve::avx512::add_to(sums, rows, width, bias, to, ld);
+#endif
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < width; ++j) to[row * ld + j] += sums[row * width + j] + bias[j];
+    }
+  }
+};
+
 struct Norm {
   const float* weight;
   const float* bias;
@@ -191,6 +267,9 @@ struct Norm {
   // Normalises one row in place, and writes it once more in the type of the next product.
   template <typename T>
   void apply(float* __restrict row, T* __restrict also, int64_t n) const {
+#ifdef EMBEDSERVE_AVX512
+    if (takes_registers<T>(n)) return embedserve::avx512::normalize(row, weight, bias, eps, also, n);
+#endif
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) sum += row[j];
@@ -210,20 +289,18 @@ struct Norm {
 
 // ------------------------------------------------------------------------------------------------------ products
 
-template <typename T>
-constexpr bool IN_PAIRS = std::is_same_v<T, BFloat16>;
-
 // y = x W^T + b, the weights cut into panels of `width` outputs, each [k, width] (bfloat16: [k / 2, width, 2]).
 template <typename T>
 struct Linear {
-  int64_t n = 0, k = 0, width = 0;
-  Buffer<T> panels;
-  const float* bias = nullptr;
+  int64_t n, k, width;
+  const T* panels;
+  const float* bias;
 
-  Linear(const T* weight, const float* bias_of, int64_t outputs, int64_t inputs)
-      : n(outputs), k(inputs), width(outputs % 64 == 0 ? 64 : 16), panels(outputs * inputs), bias(bias_of) {
+  // Writes n * k weights to `to`, which has to outlive this.
+  Linear(const T* weight, const float* bias_of, int64_t outputs, int64_t inputs, T* to)
+      : n(outputs), k(inputs), width(width_of(outputs)), panels(to), bias(bias_of) {
     for (int64_t row = 0; row < n; ++row) {
-      T* panel = panels.get() + row / width * k * width;
+      T* panel = to + row / width * k * width;
       const int64_t column = row % width;
       for (int64_t i = 0; i < k; ++i) {
         const int64_t place = IN_PAIRS<T> ? i / 2 * width * 2 + column * 2 + i % 2 : i * width + column;
@@ -232,10 +309,41 @@ struct Linear {
     }
   }
 
-  // Panel `p` for `rows` rows of x; rows are rounded up, and what the last of them hold is nobody's.
-  void product(int64_t p, int64_t rows, const T* x, float* result, int64_t ld_result) const {
-    at::native::cpublas::brgemm(rows_rounded(rows), width, k, k, width, ld_result, false, x,
-                                panels.get() + p * k * width, result, IN_PAIRS<T>);
+  // Our own product has panels of two registers; AMX's tiles are faster than it.
+  static int64_t width_of(int64_t outputs) {
+    if (!AMX && takes_registers<T>(outputs)) return 32;
+    return outputs % 64 == 0 ? 64 : 16;
+  }
+
+  // Products of all `rows` rows of x, without the bias, block by block to `finish`; `y` is room for one. brgemm reads
+  // more rows than it needs.
+  template <typename F>
+  void multiply(int64_t rows, const T* x, float* y, F&& finish) const {
+    for (int64_t column = 0; column < n; column += width) {
+      const T* panel = panels + column * k;
+#ifdef EMBEDSERVE_AVX512
+      if (width == 32) {
+        namespace own = embedserve::avx512;
+        // What this panel's tiles fetch meanwhile is the next one, of the next linear too: they lie in order of use.
+        const int64_t bytes = k * width * static_cast<int64_t>(sizeof(T));
+        const int64_t tiles = up_to(rows, own::TILE_ROWS) / own::TILE_ROWS;
+        own::Ahead ahead{reinterpret_cast<const char*>(panel) + bytes, bytes / 2, own::LINE / tiles};
+        own::in_tiles(rows, [&](int64_t first, int64_t count) {
+          own::tile_of<2, true>(count)(k / 2, reinterpret_cast<const uint32_t*>(x + first * k), k / 2, 1,
+                                       reinterpret_cast<const uint32_t*>(panel), y, width, ahead);
+          ahead.first += bytes / 2 / tiles;
+          finish(Block{y, count, width, bias + column, first, column});
+        });
+        continue;
+      }
+#endif
+      for (int64_t first = 0; first < rows; first += TOKENS_OF_BLOCK) {
+        const int64_t count = std::min(TOKENS_OF_BLOCK, rows - first);
+        at::native::cpublas::brgemm(rows_rounded(count), width, k, k, width, width, false, x + first * k, panel, y,
+                                    IN_PAIRS<T>);
+        finish(Block{y, count, width, bias + column, first, column});
+      }
+    }
   }
 };
 
@@ -256,8 +364,12 @@ struct Shape {
 // What one core needs for one chunk; kept from pass to pass.
 template <typename T>
 struct Scratch {
-  Buffer<float> states, wide, scores, summed, maxima, sums;
+  Buffer<float> states, product, scores, summed, maxima, sums;
   Buffer<T> inputs, attended, intermediate, mixed, weights, keys, values;
+#ifdef EMBEDSERVE_AVX512
+  Buffer<uint32_t> queries_across, values_in_pairs;
+  Buffer<float> scores_across;
+#endif
 
   void fit(const Shape& shape, int64_t tokens, int64_t longest) {
     const int64_t rows = tokens + SLACK;
@@ -267,7 +379,7 @@ struct Scratch {
     attended.grow(rows * 3 * shape.hidden);
     mixed.grow(rows * shape.hidden);
     intermediate.grow(rows * shape.intermediate);
-    wide.grow(TOKENS_OF_BLOCK * std::max<int64_t>(shape.hidden, 64));
+    product.grow(TOKENS_OF_BLOCK * 64);
     scores.grow(QUERIES_OF_BLOCK * KEYS_OF_BLOCK);
     weights.grow(QUERIES_OF_BLOCK * KEYS_OF_BLOCK);
     summed.grow(QUERIES_OF_BLOCK * shape.head());
@@ -275,6 +387,12 @@ struct Scratch {
     sums.grow(QUERIES_OF_BLOCK);
     keys.grow(keys_padded * shape.head());
     values.grow(keys_padded * shape.head());
+#ifdef EMBEDSERVE_AVX512
+    using embedserve::avx512::Room;
+    queries_across.grow(Room::queries_size(shape.head()));
+    scores_across.grow(Room::scores_size(longest));
+    values_in_pairs.grow(Room::values_size(longest, shape.head()));
+#endif
   }
 };
 
@@ -328,6 +446,15 @@ void lay_values(const T* from, int64_t stride, int64_t count, int64_t head, T* t
 template <typename T>
 void attend_row(const Shape& shape, const T* base, int64_t stride, int64_t count, T* to, Scratch<T>& own) {
   const int64_t head = shape.head();
+#ifdef EMBEDSERVE_AVX512
+  if (takes_registers<T>(head) && (!AMX || count <= ROW_OF_TILES)) {
+    const auto pairs = [](auto* of) { return reinterpret_cast<const uint32_t*>(of); };
+    return embedserve::avx512::attend(
+        pairs(base), pairs(base + shape.hidden), pairs(base + 2 * shape.hidden), stride / 2, count, head, shape.scale,
+        reinterpret_cast<uint32_t*>(to), shape.hidden / 2,
+        {own.queries_across.get(), own.scores_across.get(), own.values_in_pairs.get()});
+  }
+#endif
   T* keys = own.keys.get();
   T* values = own.values.get();
   lay_keys(base + shape.hidden, stride, count, head, keys);
@@ -432,15 +559,14 @@ class EncoderOf final : public Encoder {
     embedded_ = norm(tensors);
     const int64_t h = shape.hidden, wide = shape.intermediate;
     layers_.reserve(shape.layers);
+    T* panels = panels_.grow(shape.layers * (4 * h * h + 2 * wide * h));
     for (int64_t l = 0; l < shape.layers; ++l) {
-      Linear<T> attend = linear(tensors, 3 * h, h);
-      Linear<T> project = linear(tensors, h, h);
+      const Linear<T> attend = linear(tensors, 3 * h, h, panels);
+      const Linear<T> project = linear(tensors, h, h, panels);
       const Norm after_attention = norm(tensors);
-      Linear<T> widen = linear(tensors, wide, h);
-      Linear<T> narrow = linear(tensors, h, wide);
-      const Norm after_feed_forward = norm(tensors);
-      layers_.push_back({std::move(attend), std::move(project), std::move(widen), std::move(narrow), after_attention,
-                         after_feed_forward});
+      const Linear<T> widen = linear(tensors, wide, h, panels);
+      const Linear<T> narrow = linear(tensors, h, wide, panels);
+      layers_.push_back({attend, project, widen, narrow, after_attention, norm(tensors)});
     }
     try {
       for (int64_t lane = 0; lane < lanes; ++lane) threads_.emplace_back([this, nice] { serve(nice); });
@@ -469,9 +595,11 @@ class EncoderOf final : public Encoder {
     return {weight, static_cast<const float*>(*tensors++), shape_.eps};
   }
 
-  static Linear<T> linear(const void* const*& tensors, int64_t outputs, int64_t inputs) {
+  static Linear<T> linear(const void* const*& tensors, int64_t outputs, int64_t inputs, T*& panels) {
     const T* weight = static_cast<const T*>(*tensors++);
-    return Linear<T>(weight, static_cast<const float*>(*tensors++), outputs, inputs);
+    T* to = panels;
+    panels += outputs * inputs;
+    return Linear<T>(weight, static_cast<const float*>(*tensors++), outputs, inputs, to);
   }
 
   // Longest rows first, and smaller chunks towards the end, which decide how long one core waits for the others: each
@@ -582,20 +710,8 @@ class EncoderOf final : public Encoder {
   void attend(const Pass& pass, const Chunk& chunk, const Layer<T>& layer, Scratch<T>& own) const {
     const int64_t h = shape_.hidden, stride = 3 * h;
     const Linear<T>& linear = layer.attend;
-    float* wide = own.wide.get();
-    for (int64_t p = 0; p < linear.n / linear.width; ++p) {
-      for (int64_t t = 0; t < chunk.tokens; t += TOKENS_OF_BLOCK) {
-        const int64_t rows = std::min(TOKENS_OF_BLOCK, chunk.tokens - t);
-        linear.product(p, rows, own.inputs.get() + t * h, wide, linear.width);
-        for (int64_t row = 0; row < rows; ++row) {
-          T* __restrict to = own.attended.get() + (t + row) * stride + p * linear.width;
-          const float* __restrict from = wide + row * linear.width;
-          const float* __restrict bias = linear.bias + p * linear.width;
-#pragma omp simd
-          for (int64_t j = 0; j < linear.width; ++j) store(to + j, from[j] + bias[j]);
-        }
-      }
-    }
+    linear.multiply(chunk.tokens, own.inputs.get(), own.product.get(),
+                    [&](const Block& block) { block.add_bias(own.attended.get(), stride); });
     int64_t token = 0;
     for (const int64_t row : chunk.rows) {
       const int64_t count = pass.offsets[row + 1] - pass.offsets[row];
@@ -610,33 +726,15 @@ class EncoderOf final : public Encoder {
   // states = norm(states + linear(x)), and inputs the same in the type of the next product.
   void add_and_normalize(int64_t tokens, const Linear<T>& linear, const T* x, const Norm& norm, Scratch<T>& own) const {
     const int64_t h = shape_.hidden;
-    float* wide = own.wide.get();
-    for (int64_t t = 0; t < tokens; t += TOKENS_OF_BLOCK) {
-      const int64_t rows = std::min(TOKENS_OF_BLOCK, tokens - t);
-      for (int64_t p = 0; p < h / linear.width; ++p)
-        linear.product(p, rows, x + t * linear.k, wide + p * linear.width, h);
-      for (int64_t row = 0; row < rows; ++row) {
-        float* __restrict state = own.states.get() + (t + row) * h;
-        const float* __restrict from = wide + row * h;
-#pragma omp simd
-        for (int64_t j = 0; j < h; ++j) state[j] += from[j] + linear.bias[j];
-        norm.apply(state, own.inputs.get() + (t + row) * h, h);
-      }
-    }
+    float* states = own.states.get();
+    linear.multiply(tokens, x, own.product.get(), [&](const Block& block) { block.add_to(states, h); });
+    for (int64_t row = 0; row < tokens; ++row) norm.apply(states + row * h, own.inputs.get() + row * h, h);
   }
 
   void widen(int64_t tokens, const Linear<T>& linear, Scratch<T>& own) const {
-    float* wide = own.wide.get();
-    for (int64_t p = 0; p < linear.n / linear.width; ++p) {
-      for (int64_t t = 0; t < tokens; t += TOKENS_OF_BLOCK) {
-        const int64_t rows = std::min(TOKENS_OF_BLOCK, tokens - t);
-        linear.product(p, rows, own.inputs.get() + t * linear.k, wide, linear.width);
-        for (int64_t row = 0; row < rows; ++row) {
-          activate_by(shape_.activation, wide + row * linear.width, linear.bias + p * linear.width,
-                      own.intermediate.get() + (t + row) * linear.n + p * linear.width, linear.width);
-        }
-      }
-    }
+    linear.multiply(tokens, own.inputs.get(), own.product.get(), [&](const Block& block) {
+      block.activate(shape_.activation, own.intermediate.get(), linear.n);
+    });
   }
 
   void pool(const Pass& pass, const Chunk& chunk, const Scratch<T>& own) const {
@@ -664,6 +762,7 @@ class EncoderOf final : public Encoder {
   const T* words_;
   const float* positions_;
   Norm embedded_;
+  Buffer<T> panels_;  // all linear weights, in the order of their use
   std::vector<Layer<T>> layers_;
 
   std::mutex mutex_;  // guards what follows
