@@ -49,13 +49,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The cost of telemetry.")
     parser.add_argument("--repetitions", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0.8, help="of load, in each repetition of each mode")
+    parser.add_argument("--loads", nargs="+", choices=("null", "model"), default=("null", "model"))
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     run = Run("telemetry_cost")
     loads = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder) / "null-1024")
-        for load, request in (("null", NULL_REQUEST), ("model", MODEL_REQUEST)):
+        for load in options.loads:
+            request = {"null": NULL_REQUEST, "model": MODEL_REQUEST}[load]
             with sink() as (endpoint, spans):
                 loads[load] = compare(load, request, checkpoint, endpoint, options.repetitions, options.seconds)
             loads[load]["spans_exported"] = spans[0]

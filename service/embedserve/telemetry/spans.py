@@ -33,7 +33,7 @@ from opentelemetry.trace import SpanContext
 from embedserve.engine.observer import BatchRecord, Member
 from embedserve.engine.stages import Boarding, Stages
 from embedserve.telemetry import semconv
-from embedserve.telemetry.segments import ADMIT_EXACT, Segment
+from embedserve.telemetry.segments import ADMIT_EXACT, Marks, segments_between
 from embedserve.telemetry.span_data import SERVER, LinkData, SpanData, SpanFactory, Value
 
 __all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "CompileTrace", "SpanName", "error_kind"]
@@ -102,7 +102,8 @@ class CallRecord(NamedTuple):
     status: str
     error_type: str | None
     attributes: Mapping[str, str | int | float | bool]
-    segments: Sequence[Segment]
+    marks: Marks | None
+    """Of ``stages``, when the call ended."""
     stages: Stages | None
     forced: bool = False
     """The caller has asked for this trace."""
@@ -110,7 +111,7 @@ class CallRecord(NamedTuple):
     @property
     def span_count(self) -> int:
         """Spans that it will be, about."""
-        return 1 + len(self.segments)
+        return 1 if self.marks is None else 1 + sum(map(bool, self.marks))
 
     def spans(self, factory: SpanFactory) -> list[SpanData]:
         """The SERVER span and its children."""
@@ -129,9 +130,10 @@ class CallRecord(NamedTuple):
         return [server, *self._children(factory)]
 
     def _children(self, factory: SpanFactory) -> list[SpanData]:
-        context, parts, stages = self.context, self.segments, self.stages
-        if stages is None or not parts:
+        context, stages = self.context, self.stages
+        if stages is None or self.marks is None:
             return []
+        parts = segments_between(self.marks, self.ended_ns, answered=self.status == "OK")
         spans: list[SpanData] = []
         if parts[0][1] > self.arrived_ns:
             spans.append(factory.child(context, "receive", self.arrived_ns, parts[0][1]))
