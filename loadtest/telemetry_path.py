@@ -27,8 +27,10 @@ from embedserve.scheduling.item import Batch, Shape, Slice, Verdict
 from embedserve.telemetry.settings import TelemetrySettings
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from loadtest.result import Run
-from loadtest.telemetry_cost import MODES, sink
+from loadtest.telemetry_cost import MODES as SERVER_MODES
+from loadtest.telemetry_cost import sink
 
+MODES: Final = SERVER_MODES[:4]
 METHOD: Final = "embedserve.v1.EmbeddingService/Embed"
 METADATA: Final = (("user-agent", "grpc-python-asyncio/1.85.1 grpc-c/53.0.0 (linux; chttp2)"),)
 PEER: Final = "ipv4:127.0.0.1:40312"

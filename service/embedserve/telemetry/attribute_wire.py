@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, Value
+from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, SharedAttributes, Value
 
 __all__ = ["CACHED_MAX", "AttributeEncoder", "field", "varint"]
 
@@ -35,6 +35,9 @@ class AttributeEncoder:
 
     def write(self, attributes: Mapping[str, Value], parts: list[bytes]) -> None:
         """Add ``attributes`` to ``parts``."""
+        if type(attributes) is SharedAttributes:
+            parts.append(attributes.written.get(self._tag) or self._shared(attributes))
+            return
         for key, value in attributes.items():
             # The commonest first, and exactly: a bool is an int too.
             kind = type(value)
@@ -48,6 +51,12 @@ class AttributeEncoder:
                 parts += (double, _DOUBLE.pack(value))
             else:
                 parts.append(_sized(self._tag, name + _sized(b"\x12", _any(value))))
+
+    def _shared(self, attributes: SharedAttributes) -> bytes:
+        parts: list[bytes] = []
+        self.write(dict(attributes), parts)
+        raw = attributes.written[self._tag] = b"".join(parts)
+        return raw
 
     def _string(self, key: str, value: str) -> bytes:
         raw = _sized(self._tag, field(1, key.encode()) + _sized(b"\x12", _any(value)))

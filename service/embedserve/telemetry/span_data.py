@@ -14,7 +14,18 @@ from typing import Final, NamedTuple
 
 from opentelemetry.trace import SpanContext, TraceState
 
-__all__ = ["INTERNAL", "NO_ATTRIBUTES", "SERVER", "Child", "LinkData", "SpanData", "SpanFactory", "SpanTree", "Value"]
+__all__ = [
+    "INTERNAL",
+    "NO_ATTRIBUTES",
+    "SERVER",
+    "Child",
+    "LinkData",
+    "SharedAttributes",
+    "SpanData",
+    "SpanFactory",
+    "SpanTree",
+    "Value",
+]
 
 ATTRIBUTE_CHARS_MAX: Final = 256
 """Of a string in a span; a caller names the model, and could name it with a megabyte."""
@@ -26,6 +37,20 @@ SERVER: Final = 2
 Value = str | bool | int | float | list[str]
 
 NO_ATTRIBUTES: Final[Mapping[str, Value]] = {}
+
+
+class SharedAttributes(dict[str, Value]):
+    """Attributes that many spans share, the same object each time: whoever writes them down may keep that here."""
+
+    __slots__ = ("written",)
+
+    def __init__(self, attributes: Mapping[str, Value]) -> None:
+        """Must not be changed any more."""
+        super().__init__(attributes)
+        self.written: dict[bytes, bytes] = {}
+
+
+_NONE_SHARED: Final = SharedAttributes({})
 
 
 class LinkData(NamedTuple):
@@ -53,6 +78,8 @@ class SpanData(NamedTuple):
     dropped_links: int
     error: str | None
     """What makes it an error; ``None`` where it is none."""
+    shared: SharedAttributes = _NONE_SHARED
+    """More attributes, with names of their own."""
 
 
 Child = tuple[str, int, int, Mapping[str, Value], Sequence[LinkData]]
@@ -120,6 +147,7 @@ class SpanFactory:
         attributes: Mapping[str, Value] = NO_ATTRIBUTES,
         links: Sequence[LinkData] = (),
         error: str | None = None,
+        shared: SharedAttributes = _NONE_SHARED,
     ) -> SpanData:
         """A finished span; times are monotonic nanoseconds."""
         dropped = max(0, len(links) - self.links_max)
@@ -127,5 +155,5 @@ class SpanFactory:
         offset = self.offset_ns
         return SpanData(
             context.trace_id, context.span_id, parent_id, remote, context.trace_state, name, kind, begin_ns + offset,
-            end_ns + offset, attributes, links[: self.links_max] if dropped else links, dropped, error,
+            end_ns + offset, attributes, links[: self.links_max] if dropped else links, dropped, error, shared,
         )  # fmt: skip

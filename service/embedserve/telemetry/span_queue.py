@@ -30,7 +30,7 @@ LINKS_PER_EXPORT_MAX: Final = 8192
 """Links in one request, about 0.8 MB encoded: collectors refuse messages over 4 MiB by default."""
 
 
-BREATH_SPANS: Final = 64
+BREATH_SPANS: Final = 128
 """Spans that are built and encoded at a stretch: a third of a millisecond..."""
 BREATH_S: Final = 0.0002
 """... and the sleep after them, in which whoever waits for the interpreter gets it."""

@@ -98,7 +98,7 @@ class ReadableSender:
         parent = None
         if span.parent_id:
             parent = SpanContext(span.trace_id, span.parent_id, span.parent_is_remote, _SAMPLED, span.trace_state)
-        attributes = BoundedAttributes(attributes=dict(span.attributes), max_value_len=ATTRIBUTE_CHARS_MAX)
+        attributes = BoundedAttributes(attributes={**span.shared, **span.attributes}, max_value_len=ATTRIBUTE_CHARS_MAX)
         return ReadableSpan(
             name=span.name,
             context=SpanContext(span.trace_id, span.span_id, False, _SAMPLED, span.trace_state),

@@ -95,6 +95,8 @@ class SpanEncoder:
             parts += (b"\x22\x08", span.parent_id.to_bytes(8))
         if span.trace_state:
             parts.append(field(3, _state(span.trace_state)))
+        if span.shared:
+            self._own.write(span.shared, parts)
         if span.attributes:
             self._own.write(span.attributes, parts)
         self._links(span.links, len(span.links), parts)

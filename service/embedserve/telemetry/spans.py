@@ -35,14 +35,23 @@ from embedserve.engine.observer import BatchRecord, Member
 from embedserve.engine.stages import Boarding, Stages
 from embedserve.telemetry import semconv
 from embedserve.telemetry.segments import ADMIT_EXACT, Marks, Segment, segments_between
-from embedserve.telemetry.span_data import NO_ATTRIBUTES, SERVER, Child, LinkData, SpanFactory, SpanTree, Value
+from embedserve.telemetry.span_data import (
+    NO_ATTRIBUTES,
+    SERVER,
+    Child,
+    LinkData,
+    SharedAttributes,
+    SpanFactory,
+    SpanTree,
+    Value,
+)
 
 __all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "CompileTrace", "SpanName", "error_kind"]
 
 _NS_PER_MS: Final = 1e6
 
 _KEPT_MAX: Final = 256
-"""Peers, and pairs of method and status, whose attributes are kept: calls of one connection share them."""
+"""Sets of attributes that are kept written down: calls of one connection, or of one batch, share them."""
 
 BATCH_SPAN: Final = "batch"
 COMPILE_SPAN: Final = "compile"
@@ -129,6 +138,7 @@ class CallRecord(NamedTuple):
             self.ended_ns,
             kind=SERVER,
             attributes=self._server_attributes(kind),
+            shared=_of_calls(self.method, self.status, self.peer),
             error=(self.error_type or self.status) if is_error else None,
         )
         return factory.tree(server, self._children(factory.offset_ns))
@@ -151,7 +161,7 @@ class CallRecord(NamedTuple):
         return children
 
     def _server_attributes(self, kind: str | None) -> dict[str, Value]:
-        attributes = {**_of_method(self.method, self.status), **_of_peer(self.peer)}
+        attributes: dict[str, Value] = {}
         if self.stages is not None and self.stages.tokens:
             attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] = self.stages.tokens
         for key, value in self.attributes.items():
@@ -219,8 +229,8 @@ def _stretches(parts: Sequence[Segment], stages: Stages, ended_ns: int) -> Itera
 
 _IN_WORKER: Final = ("assemble", "forward")
 _ADMIT: Final[Mapping[str, Mapping[str, Value]]] = {
-    "admit": {semconv.ADMISSION_STAGE: "estimate"},
-    ADMIT_EXACT: {semconv.ADMISSION_STAGE: "exact"},
+    "admit": SharedAttributes({semconv.ADMISSION_STAGE: "estimate"}),
+    ADMIT_EXACT: SharedAttributes({semconv.ADMISSION_STAGE: "exact"}),
 }
 _KNOWN: Final = {
     "model": semconv.GEN_AI_REQUEST_MODEL,
@@ -334,26 +344,24 @@ class CompileTrace(NamedTuple):
 
 def _member_link(member: Member) -> LinkData:
     assert isinstance(member.trace, SpanContext)
-    return LinkData(
-        member.trace,
-        {
-            semconv.LINK_FIRST_INDEX: member.first_index,
-            semconv.LINK_ROWS: member.rows,
-            semconv.LINK_TOKENS: member.tokens,
-        },
+    return LinkData(member.trace, _of_member(member.first_index, member.rows, member.tokens))
+
+
+@lru_cache(_KEPT_MAX)
+def _of_member(first_index: int, rows: int, tokens: int) -> SharedAttributes:
+    return SharedAttributes(
+        {semconv.LINK_FIRST_INDEX: first_index, semconv.LINK_ROWS: rows, semconv.LINK_TOKENS: tokens}
     )
 
 
 def _batch_link(boarding: Boarding) -> LinkData:
     assert isinstance(boarding.trace, SpanContext)
-    return LinkData(
-        boarding.trace,
-        {
-            semconv.BATCH_ID: boarding.batch_id,
-            semconv.BATCH_ROWS: boarding.batch_rows,
-            semconv.LINK_ROWS: boarding.rows,
-        },
-    )
+    return LinkData(boarding.trace, _of_batch(boarding.batch_id, boarding.batch_rows, boarding.rows))
+
+
+@lru_cache(_KEPT_MAX)
+def _of_batch(batch_id: int, batch_rows: int, rows: int) -> SharedAttributes:
+    return SharedAttributes({semconv.BATCH_ID: batch_id, semconv.BATCH_ROWS: batch_rows, semconv.LINK_ROWS: rows})
 
 
 def _queue_attributes(stages: Stages) -> dict[str, Value]:
@@ -368,20 +376,21 @@ def _queue_attributes(stages: Stages) -> dict[str, Value]:
 
 
 @lru_cache(_KEPT_MAX)
-def _of_method(method: str, status: str) -> Mapping[str, Value]:
+def _of_calls(method: str, status: str, peer: str) -> SharedAttributes:
+    """What all calls of a connection share."""
     found: dict[str, Value] = {
         semconv.RPC_SYSTEM_NAME: semconv.GRPC,
         semconv.RPC_METHOD: method,
         semconv.RPC_STATUS_CODE: status,
+        **_peer(peer),
     }
     if method in semconv.EMBEDDING_METHODS:
         found[semconv.GEN_AI_OPERATION_NAME] = semconv.EMBEDDINGS
         found[semconv.GEN_AI_PROVIDER_NAME] = semconv.PROVIDER
-    return found
+    return SharedAttributes(found)
 
 
-@lru_cache(_KEPT_MAX)
-def _of_peer(peer: str) -> Mapping[str, Value]:
+def _peer(peer: str) -> dict[str, Value]:
     # grpc writes "ipv4:10.0.0.1:50051", "ipv6:%5B::1%5D:50051" or "unix:path".
     family, _, rest = peer.partition(":")
     if family == "unix":

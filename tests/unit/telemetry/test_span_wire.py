@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
-from embedserve.telemetry.span_data import Child, LinkData, SpanData, SpanTree
+from embedserve.telemetry.span_data import Child, LinkData, SharedAttributes, SpanData, SpanTree
 from embedserve.telemetry.span_senders import ReadableSender
 from embedserve.telemetry.span_wire import SpanEncoder
 
@@ -29,11 +29,12 @@ attributes = st.dictionaries(
     st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1), values, max_size=6
 )
 ids = st.integers(1, (1 << 64) - 1)
+shared_attributes = st.dictionaries(st.sampled_from(["A", "B", "C"]), values)
 contexts = st.builds(
     lambda trace_id, span_id, remote: SpanContext(trace_id, span_id, remote, TraceFlags(1)),
     st.integers(1, (1 << 128) - 1), ids, st.booleans(),
 )  # fmt: skip
-links = st.builds(LinkData, contexts, attributes)
+links = st.builds(LinkData, contexts, attributes | st.builds(SharedAttributes, attributes))
 spans = st.builds(
     SpanData,
     trace_id=st.integers(1, (1 << 128) - 1),
@@ -49,6 +50,7 @@ spans = st.builds(
     links=st.lists(links, max_size=3),
     dropped_links=st.integers(0, 1 << 20),
     error=st.none() | texts,
+    shared=st.builds(SharedAttributes, shared_attributes),
 )
 
 
