@@ -43,7 +43,8 @@ class GrpcSpans(OTLPSpanExporter):
         return result is SpanExportResult.SUCCESS
 
     def _initialize_channel_and_stub(self) -> None:
-        super()._initialize_channel_and_stub()
+        super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
+        assert self._channel is not None
         self._client = _RawStub(self._channel)  # type: ignore[assignment]
 
     def _translate_data(self, data: bytes) -> bytes:  # type: ignore[override]
