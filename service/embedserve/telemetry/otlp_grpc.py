@@ -6,7 +6,7 @@ say. Must never know what is sent.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -44,8 +44,7 @@ class GrpcSpans(OTLPSpanExporter):
 
     def _initialize_channel_and_stub(self) -> None:
         super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
-        assert self._channel is not None
-        self._client = _RawStub(self._channel)  # type: ignore[assignment]
+        self._client = _RawStub(cast("grpc.Channel", self._channel))  # type: ignore[assignment]
 
     def _translate_data(self, data: bytes) -> bytes:  # type: ignore[override]
         return data
