@@ -112,8 +112,8 @@ class Driver:
         """Let the submission join its buckets, or say why not."""
         now = time.monotonic_ns()
         stages = pending.call.stages
-        # Only a span shows what was waiting, and counting it by bucket costs 3 us.
-        depth = self._scheduler.depth if pending.call.trace is not None else None
+        # Only a span shows what was waiting.
+        waiting = self._scheduler.waiting if pending.call.trace is not None else None
         try:
             answer = self._scheduler.submit(pending.submission, now)
         except AssertionError as broken:
@@ -125,9 +125,8 @@ class Driver:
         pending.queued_ns = now
         stages.queued_ns = now
         stages.predicted_ns = answer.predicted_wait_ns
-        if depth is not None:
-            stages.waiting_items = depth.waiting_items
-            stages.waiting_tokens = depth.waiting_tokens
+        if waiting is not None:
+            stages.waiting_items, stages.waiting_tokens = waiting
         self._waiting[pending.submission.id] = pending
         if not pending.probe:
             self._observer.admitted(len(pending.lengths), len(pending.ids))
@@ -180,7 +179,7 @@ class Driver:
         settlement = self._scheduler.complete(result.batch_id, outcome, now)
         # What was predicted when the next pass was prepared is out of date: the pass before it has ended just now.
         self._device_free_ns = now + sum(other.predicted_ns for other in self._flights.values())
-        if settlement.fatal is None and self._scheduler.waiting_items:
+        if settlement.fatal is None and self._scheduler.waiting[0]:
             self._pump()  # first the next pass, then the answers: the device must not wait for us
         if not flight.probe:  # told after the tasks that wait for the answers have run
             self._loop.call_soon(self._tell_walled, flight, result, now)
@@ -288,7 +287,7 @@ class Driver:
         one timer also tells those whose deadline comes while the device is at work on their texts.
         """
         wake = self._scheduler.wake_at(now)
-        if early and self._scheduler.waiting_items:
+        if early and self._scheduler.waiting[0]:
             ready = self._device_free_ns - self._prepare_ahead_ns()
             wake = ready if wake is None else min(wake, ready)
         if wake is None:

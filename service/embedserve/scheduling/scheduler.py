@@ -224,14 +224,14 @@ class Scheduler:
     # -- figures -------------------------------------------------------------------------------------------------------
 
     @property
-    def waiting_items(self) -> int:
-        """``depth.waiting_items``, without counting the rest."""
-        return self._queue.items + self._ladder.items
-
-    @property
     def depth(self) -> Depth:
         """What waits and what runs."""
         return take_depth(self._queue, self._ladder, self._flight, self._buckets)
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """Items and tokens of ``depth`` that wait, without counting the rest."""
+        return self._queue.items + self._ladder.items, self._queue.tokens + self._ladder.tokens
 
     def census(self, now_ns: int) -> Census:
         """Who waits where, and what failures have left behind: for metrics, in well under 1 ms."""

@@ -13,6 +13,7 @@ from typing import Final
 from embedserve.scheduling.item import Verdict
 from embedserve.telemetry import semconv
 from embedserve.telemetry.instrument import Instrument, Kind, Label, prometheus_label, prometheus_name
+from embedserve.telemetry.pending import Pending
 from embedserve.telemetry.settings import DURATION_BUCKETS_S
 from embedserve.telemetry.tally import CounterTally, HistogramTally
 
@@ -309,6 +310,8 @@ class Instruments:
         """``duration_buckets_s`` bound all durations but compiling; ``bucket_edges`` are the scheduler's."""
         self.counters: dict[str, CounterTally] = {}
         self.histograms: dict[str, HistogramTally] = {}
+        self.pending = Pending()
+        """What is measured and not counted yet; reading a histogram counts it."""
         for instrument in INSTRUMENTS:
             labels = [label.name for label in instrument.labels]
             declared = instrument.declared()
@@ -318,7 +321,9 @@ class Instruments:
                 self.counters[instrument.name] = CounterTally(labels, declared, dict(instrument.constant))
             elif instrument.kind is Kind.HISTOGRAM:
                 bounds = duration_buckets_s if instrument.buckets is DURATION_BUCKETS_S else instrument.buckets
-                self.histograms[instrument.name] = HistogramTally(labels, declared, dict(instrument.constant), bounds)
+                self.histograms[instrument.name] = HistogramTally(
+                    labels, declared, dict(instrument.constant), bounds, self.pending
+                )
 
     def counter(self, instrument: Instrument) -> CounterTally:
         """The tally of a counter of the table."""

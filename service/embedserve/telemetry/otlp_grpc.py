@@ -6,11 +6,26 @@ say. Must never know what is sent.
 
 from __future__ import annotations
 
+from typing import Any, Final, cast
+
+import grpc
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 __all__ = ["GrpcSpans"]
+
+
+_EXPORT: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+
+
+class _RawStub:
+    """``TraceServiceStub`` for requests that are bytes: to make a message of them and bytes again costs 4 us a call."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.Export: Any = channel.unary_unary(
+            _EXPORT, request_serializer=None, response_deserializer=ExportTraceServiceResponse.FromString
+        )
 
 
 class GrpcSpans(OTLPSpanExporter):
@@ -27,9 +42,12 @@ class GrpcSpans(OTLPSpanExporter):
         result: SpanExportResult = self._export(request)  # type: ignore[arg-type]
         return result is SpanExportResult.SUCCESS
 
-    def _translate_data(self, data: bytes) -> ExportTraceServiceRequest:  # type: ignore[override]
-        # The stub wants a message. Parsing is C: 0.2 us a span.
-        return ExportTraceServiceRequest.FromString(data)
+    def _initialize_channel_and_stub(self) -> None:
+        super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
+        self._client = _RawStub(cast("grpc.Channel", self._channel))  # type: ignore[assignment]
+
+    def _translate_data(self, data: bytes) -> bytes:  # type: ignore[override]
+        return data
 
     def _count_data(self, data: bytes) -> int:  # type: ignore[override]  # noqa: ARG002
         return self._count

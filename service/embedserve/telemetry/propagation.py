@@ -58,7 +58,10 @@ class Propagation:
     def extract(self, metadata: Sequence[tuple[str, str | bytes]]) -> SpanContext | None:
         """The caller's span, or ``None`` when there is none that can be believed."""
         fields = self._fields
-        if not any(pair[0] in fields for pair in metadata):
+        for pair in metadata:  # any() over a generator costs three times as much
+            if pair[0] in fields:
+                break
+        else:
             return None
         carrier: dict[str, list[str]] = {}
         for key, value in metadata:

@@ -5,7 +5,6 @@ Decides how spans become what an exporter takes. Must never know when they are s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from opentelemetry.attributes import BoundedAttributes
@@ -15,7 +14,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, SERVER, SpanData
+from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, SERVER, SpanData, SpanTree
 from embedserve.telemetry.span_wire import SpanEncoder
 
 __all__ = ["OtlpSender", "OtlpTransport", "ReadableSender", "SpanSender"]
@@ -26,8 +25,8 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 class SpanSender(Protocol):
     """Takes spans, and sends them when it is told to. For one thread, but for ``shutdown``."""
 
-    def add(self, spans: Sequence[SpanData]) -> None:
-        """Make ``spans`` ready for the next ``send``."""
+    def add(self, tree: SpanTree) -> None:
+        """Make the spans of ``tree`` ready for the next ``send``."""
 
     def send(self) -> bool:
         """Send all that is ready; whether it was taken. May take seconds; what was not taken is gone."""
@@ -54,16 +53,18 @@ class OtlpSender:
         self._transport = transport
         self._encoder = SpanEncoder(resource, scope)
         self._ready: list[bytes] = []
+        self._spans = 0
 
-    def add(self, spans: Sequence[SpanData]) -> None:
-        """Encode ``spans``."""
-        encode = self._encoder.span
-        self._ready += [encode(span) for span in spans]
+    def add(self, tree: SpanTree) -> None:
+        """Encode ``tree``."""
+        self._ready.append(self._encoder.tree(tree))
+        self._spans += 1 + len(tree.children)
 
     def send(self) -> bool:
         """See ``SpanSender``."""
-        ready, self._ready = self._ready, []
-        return self._transport.send(self._encoder.request(ready), len(ready))
+        ready, spans = self._ready, self._spans
+        self._ready, self._spans = [], 0
+        return self._transport.send(self._encoder.request(ready), spans)
 
     def shutdown(self) -> None:
         """See ``SpanSender``."""
@@ -80,9 +81,9 @@ class ReadableSender:
         self._scope = scope
         self._ready: list[ReadableSpan] = []
 
-    def add(self, spans: Sequence[SpanData]) -> None:
-        """Make OpenTelemetry's spans of ``spans``."""
-        self._ready += [self._readable(span) for span in spans]
+    def add(self, tree: SpanTree) -> None:
+        """Make OpenTelemetry's spans of ``tree``."""
+        self._ready += [self._readable(span) for span in tree.spans()]
 
     def send(self) -> bool:
         """See ``SpanSender``."""
@@ -97,7 +98,7 @@ class ReadableSender:
         parent = None
         if span.parent_id:
             parent = SpanContext(span.trace_id, span.parent_id, span.parent_is_remote, _SAMPLED, span.trace_state)
-        attributes = BoundedAttributes(attributes=dict(span.attributes), max_value_len=ATTRIBUTE_CHARS_MAX)
+        attributes = BoundedAttributes(attributes={**span.shared, **span.attributes}, max_value_len=ATTRIBUTE_CHARS_MAX)
         return ReadableSpan(
             name=span.name,
             context=SpanContext(span.trace_id, span.span_id, False, _SAMPLED, span.trace_state),

@@ -24,8 +24,9 @@ Children share their borders, so that their sum is the parent: exactly, not near
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from opentelemetry.trace import SpanContext
@@ -33,12 +34,24 @@ from opentelemetry.trace import SpanContext
 from embedserve.engine.observer import BatchRecord, Member
 from embedserve.engine.stages import Boarding, Stages
 from embedserve.telemetry import semconv
-from embedserve.telemetry.segments import ADMIT_EXACT, Segment
-from embedserve.telemetry.span_data import SERVER, LinkData, SpanData, SpanFactory, Value
+from embedserve.telemetry.segments import ADMIT_EXACT, Marks, Segment, segments_between
+from embedserve.telemetry.span_data import (
+    NO_ATTRIBUTES,
+    SERVER,
+    Child,
+    LinkData,
+    SharedAttributes,
+    SpanFactory,
+    SpanTree,
+    Value,
+)
 
 __all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "CompileTrace", "SpanName", "error_kind"]
 
 _NS_PER_MS: Final = 1e6
+
+_KEPT_MAX: Final = 256
+"""Sets of attributes that are kept written down: calls of one connection, or of one batch, share them."""
 
 BATCH_SPAN: Final = "batch"
 COMPILE_SPAN: Final = "compile"
@@ -102,7 +115,8 @@ class CallRecord(NamedTuple):
     status: str
     error_type: str | None
     attributes: Mapping[str, str | int | float | bool]
-    segments: Sequence[Segment]
+    marks: Marks | None
+    """Of ``stages``, when the call ended."""
     stages: Stages | None
     forced: bool = False
     """The caller has asked for this trace."""
@@ -110,9 +124,9 @@ class CallRecord(NamedTuple):
     @property
     def span_count(self) -> int:
         """Spans that it will be, about."""
-        return 1 + len(self.segments)
+        return 1 if self.marks is None else 1 + sum(map(bool, self.marks))
 
-    def spans(self, factory: SpanFactory) -> list[SpanData]:
+    def tree(self, factory: SpanFactory) -> SpanTree:
         """The SERVER span and its children."""
         kind = None if self.status == "OK" else error_kind(self.status, self.error_type, self.attributes)
         is_error = kind == semconv.UNEXPECTED or self.status in semconv.SERVER_FAULTS
@@ -124,51 +138,30 @@ class CallRecord(NamedTuple):
             self.ended_ns,
             kind=SERVER,
             attributes=self._server_attributes(kind),
+            shared=_of_calls(self.method, self.status, self.peer),
             error=(self.error_type or self.status) if is_error else None,
         )
-        return [server, *self._children(factory)]
+        return factory.tree(server, self._children(factory.offset_ns))
 
-    def _children(self, factory: SpanFactory) -> list[SpanData]:
-        context, parts, stages = self.context, self.segments, self.stages
-        if stages is None or not parts:
+    def _children(self, offset_ns: int) -> list[Child]:
+        stages, marks, ended_ns = self.stages, self.marks, self.ended_ns
+        if stages is None or marks is None:
             return []
-        spans: list[SpanData] = []
-        if parts[0][1] > self.arrived_ns:
-            spans.append(factory.child(context, "receive", self.arrived_ns, parts[0][1]))
-        begun_ns = 0
-        for stage, begin_ns, end_ns in parts:
-            if stage == "assemble" and parts[-1][0] != "assemble":
-                # The request's own view: one stretch in the worker, told apart in the batch's trace.
-                begun_ns = begin_ns
-            elif stage in _IN_WORKER:
-                links = [_batch_link(boarding) for boarding in stages.boardings]
-                spans.append(factory.child(context, "forward", begun_ns or begin_ns, end_ns, links=links))
-            elif stage == "queue":
-                # Its marks are set when a pass has ended: who expires while the device is at work has none, and yet
-                # it did not wait in the queue any more.
-                away_ns = end_ns
-                if end_ns == self.ended_ns and stages.boardings:
-                    away_ns = min(max(stages.boardings[-1].dispatched_ns, begin_ns), end_ns)
-                spans.append(factory.child(context, stage, begin_ns, away_ns, _queue_attributes(stages)))
-                if away_ns < end_ns:
-                    links = [_batch_link(boarding) for boarding in stages.boardings]
-                    spans.append(factory.child(context, "forward", away_ns, end_ns, links=links))
-            elif stage in _ADMIT:
-                spans.append(factory.child(context, "admit", begin_ns, end_ns, _ADMIT[stage]))
-            else:
-                spans.append(factory.child(context, stage, begin_ns, end_ns))
-        return spans
+        answered = self.status == "OK"
+        children: list[Child] = []
+        if marks[0] > self.arrived_ns:
+            receive: Child = ("receive", self.arrived_ns + offset_ns, marks[0] + offset_ns, NO_ATTRIBUTES, ())
+            children.append(receive)
+        if answered and 0 not in marks and _ascends(marks, ended_ns):
+            children += _answered(marks, ended_ns, stages, offset_ns)
+        else:
+            parts = segments_between(marks, ended_ns, answered=answered)
+            for name, begin_ns, end_ns, attributes, links in _stretches(parts, stages, ended_ns):
+                children.append((name, begin_ns + offset_ns, end_ns + offset_ns, attributes, links))
+        return children
 
     def _server_attributes(self, kind: str | None) -> dict[str, Value]:
-        attributes: dict[str, Value] = {
-            semconv.RPC_SYSTEM_NAME: semconv.GRPC,
-            semconv.RPC_METHOD: self.method,
-            semconv.RPC_STATUS_CODE: self.status,
-            **_peer(self.peer),
-        }
-        if self.method in semconv.EMBEDDING_METHODS:
-            attributes[semconv.GEN_AI_OPERATION_NAME] = semconv.EMBEDDINGS
-            attributes[semconv.GEN_AI_PROVIDER_NAME] = semconv.PROVIDER
+        attributes: dict[str, Value] = {}
         if self.stages is not None and self.stages.tokens:
             attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] = self.stages.tokens
         for key, value in self.attributes.items():
@@ -189,10 +182,55 @@ class CallRecord(NamedTuple):
         return attributes
 
 
+def _ascends(marks: Marks, ended_ns: int) -> bool:
+    arrived, validated, admitted, tokenized, queued, dequeued, assembled, computed = marks
+    return arrived <= validated <= admitted <= tokenized <= queued <= dequeued <= assembled <= computed <= ended_ns
+
+
+def _answered(marks: Marks, ended_ns: int, stages: Stages, offset_ns: int) -> tuple[Child, ...]:
+    """The children of most calls, without a look at each: what ``_stretches`` makes of marks that are all set."""
+    arrived, validated, admitted, tokenized, queued, dequeued, _, computed = [mark + offset_ns for mark in marks]
+    return (
+        ("validate", arrived, validated, NO_ATTRIBUTES, ()),
+        ("admit", validated, admitted, _ADMIT["admit"], ()),
+        ("tokenize", admitted, tokenized, NO_ATTRIBUTES, ()),
+        ("admit", tokenized, queued, _ADMIT[ADMIT_EXACT], ()),
+        ("queue", queued, dequeued, _queue_attributes(stages), ()),
+        ("forward", dequeued, computed, NO_ATTRIBUTES, [_batch_link(boarding) for boarding in stages.boardings]),
+        ("respond", computed, ended_ns + offset_ns, NO_ATTRIBUTES, ()),
+    )
+
+
+def _stretches(parts: Sequence[Segment], stages: Stages, ended_ns: int) -> Iterator[Child]:
+    """The children of a call that went through ``parts``, on the monotonic clock."""
+    begun_ns = 0
+    for stage, begin_ns, end_ns in parts:
+        if stage == "assemble" and parts[-1][0] != "assemble":
+            # The request's own view: one stretch in the worker, told apart in the batch's trace.
+            begun_ns = begin_ns
+        elif stage in _IN_WORKER:
+            links = [_batch_link(boarding) for boarding in stages.boardings]
+            yield "forward", begun_ns or begin_ns, end_ns, NO_ATTRIBUTES, links
+        elif stage == "queue":
+            # Its marks are set when a pass has ended: who expires while the device is at work has none, and yet
+            # it did not wait in the queue any more.
+            away_ns = end_ns
+            if end_ns == ended_ns and stages.boardings:
+                away_ns = min(max(stages.boardings[-1].dispatched_ns, begin_ns), end_ns)
+            yield stage, begin_ns, away_ns, _queue_attributes(stages), ()
+            if away_ns < end_ns:
+                links = [_batch_link(boarding) for boarding in stages.boardings]
+                yield "forward", away_ns, end_ns, NO_ATTRIBUTES, links
+        elif stage in _ADMIT:
+            yield "admit", begin_ns, end_ns, _ADMIT[stage], ()
+        else:
+            yield stage, begin_ns, end_ns, NO_ATTRIBUTES, ()
+
+
 _IN_WORKER: Final = ("assemble", "forward")
 _ADMIT: Final[Mapping[str, Mapping[str, Value]]] = {
-    "admit": {semconv.ADMISSION_STAGE: "estimate"},
-    ADMIT_EXACT: {semconv.ADMISSION_STAGE: "exact"},
+    "admit": SharedAttributes({semconv.ADMISSION_STAGE: "estimate"}),
+    ADMIT_EXACT: SharedAttributes({semconv.ADMISSION_STAGE: "exact"}),
 }
 _KNOWN: Final = {
     "model": semconv.GEN_AI_REQUEST_MODEL,
@@ -226,7 +264,7 @@ class BatchTrace(NamedTuple):
         """Spans that it will be."""
         return 1 if self.record.times is None else 8
 
-    def spans(self, factory: SpanFactory) -> list[SpanData]:
+    def tree(self, factory: SpanFactory) -> SpanTree:
         """The batch span and its children."""
         record, times = self.record, self.record.times
         root = factory.span(
@@ -240,18 +278,19 @@ class BatchTrace(NamedTuple):
             error=None if record.outcome in _WELL else record.outcome,
         )
         if times is None:
-            return [root]
+            return factory.tree(root, ())
         borders = (
             ("dispatch", times.start_ns), ("assemble", times.assembled_ns), ("copy_in", times.copied_in_ns),
             ("forward", times.forward_ns), ("pool", times.pooled_ns), ("copy_out", times.copied_out_ns),
             ("return", record.returned_ns),
         )  # fmt: skip
-        spans, at = [root], record.dispatched_ns
+        children: list[Child] = []
+        at = record.dispatched_ns
         for name, mark in borders:
             end = min(max(mark, at), record.returned_ns)
-            spans.append(factory.child(self.context, name, at, end))
+            children.append((name, at + factory.offset_ns, end + factory.offset_ns, NO_ATTRIBUTES, ()))
             at = end
-        return spans
+        return factory.tree(root, children)
 
     def _attributes(self) -> dict[str, Value]:
         batch = self.record.batch
@@ -290,40 +329,39 @@ class CompileTrace(NamedTuple):
         """It is one."""
         return 1
 
-    def spans(self, factory: SpanFactory) -> list[SpanData]:
+    def tree(self, factory: SpanFactory) -> SpanTree:
         """The span, which ends when passes began to run through the compiled model."""
         attributes: dict[str, Value] = {semconv.COMPILE_OUTCOME: self.outcome}
         begun_ns = self.ended_ns - self.took_ns
         error = "COMPILE_FAILED" if self.outcome == "failed" else None
         if error is not None:
             attributes[semconv.ERROR_TYPE] = error
-        return [
-            factory.span(self.context, None, COMPILE_SPAN, begun_ns, self.ended_ns, attributes=attributes, error=error)
-        ]
+        root = factory.span(
+            self.context, None, COMPILE_SPAN, begun_ns, self.ended_ns, attributes=attributes, error=error
+        )
+        return factory.tree(root, ())
 
 
 def _member_link(member: Member) -> LinkData:
     assert isinstance(member.trace, SpanContext)
-    return LinkData(
-        member.trace,
-        {
-            semconv.LINK_FIRST_INDEX: member.first_index,
-            semconv.LINK_ROWS: member.rows,
-            semconv.LINK_TOKENS: member.tokens,
-        },
+    return LinkData(member.trace, _of_member(member.first_index, member.rows, member.tokens))
+
+
+@lru_cache(_KEPT_MAX)
+def _of_member(first_index: int, rows: int, tokens: int) -> SharedAttributes:
+    return SharedAttributes(
+        {semconv.LINK_FIRST_INDEX: first_index, semconv.LINK_ROWS: rows, semconv.LINK_TOKENS: tokens}
     )
 
 
 def _batch_link(boarding: Boarding) -> LinkData:
     assert isinstance(boarding.trace, SpanContext)
-    return LinkData(
-        boarding.trace,
-        {
-            semconv.BATCH_ID: boarding.batch_id,
-            semconv.BATCH_ROWS: boarding.batch_rows,
-            semconv.LINK_ROWS: boarding.rows,
-        },
-    )
+    return LinkData(boarding.trace, _of_batch(boarding.batch_id, boarding.batch_rows, boarding.rows))
+
+
+@lru_cache(_KEPT_MAX)
+def _of_batch(batch_id: int, batch_rows: int, rows: int) -> SharedAttributes:
+    return SharedAttributes({semconv.BATCH_ID: batch_id, semconv.BATCH_ROWS: batch_rows, semconv.LINK_ROWS: rows})
 
 
 def _queue_attributes(stages: Stages) -> dict[str, Value]:
@@ -335,6 +373,21 @@ def _queue_attributes(stages: Stages) -> dict[str, Value]:
         semconv.QUEUE_TOKENS: stages.waiting_tokens,
         semconv.PREDICTED_MS: stages.predicted_ns / _NS_PER_MS,
     }
+
+
+@lru_cache(_KEPT_MAX)
+def _of_calls(method: str, status: str, peer: str) -> SharedAttributes:
+    """What all calls of a connection share."""
+    found: dict[str, Value] = {
+        semconv.RPC_SYSTEM_NAME: semconv.GRPC,
+        semconv.RPC_METHOD: method,
+        semconv.RPC_STATUS_CODE: status,
+        **_peer(peer),
+    }
+    if method in semconv.EMBEDDING_METHODS:
+        found[semconv.GEN_AI_OPERATION_NAME] = semconv.EMBEDDINGS
+        found[semconv.GEN_AI_PROVIDER_NAME] = semconv.PROVIDER
+    return SharedAttributes(found)
 
 
 def _peer(peer: str) -> dict[str, Value]:

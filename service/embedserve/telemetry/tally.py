@@ -6,8 +6,12 @@ is a tenth of what a whole call may cost; a cell here is found once and then cos
 are handed to OpenTelemetry as observable counters, histograms as data points beside the SDK's own (``exporters``,
 ``prometheus``).
 
-One thread writes (the event loop), any thread reads: a reader copies the bucket list in one step, so that counts are
-exact and only ``sum`` may be one measurement ahead or behind.
+What every call measures is not even counted at once: it waits in ``Pending`` until a few hundred are counted together,
+or until somebody reads, so that a reader sees all that was measured before.
+
+One thread measures (the event loop), any thread reads: a reader copies the bucket list in one step, so that counts are
+exact and only ``sum`` may be one measurement ahead or behind. What is counted together is kept apart from what is
+counted one by one, because any thread may do it, under a lock.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import HistogramDataPoint
 from opentelemetry.trace import SpanContext
 
+from embedserve.telemetry.pending import Pending
 from embedserve.telemetry.semconv import OTHER
 
 __all__ = ["CounterCell", "CounterTally", "HistogramCell", "HistogramTally", "observe"]
@@ -43,40 +48,56 @@ class CounterCell:
 class HistogramCell:
     """One series of a histogram."""
 
-    __slots__ = ("_bounds", "_counts", "_exemplars", "_since_ns", "_sum", "attributes")
+    __slots__ = (
+        "_bulk_counts", "_bulk_sum", "_counts", "_exemplars", "_pending", "_since_ns", "_sum", "attributes", "bounds",
+    )  # fmt: skip
 
-    def __init__(self, attributes: Mapping[str, str], bounds: Sequence[float]) -> None:
-        """``bounds`` are upper, inclusive and ascending, in the instrument's unit."""
+    def __init__(self, attributes: Mapping[str, str], bounds: Sequence[float], pending: Pending | None = None) -> None:
+        """``bounds`` are upper, inclusive and ascending, in the instrument's unit; a read asks ``pending`` first."""
         self.attributes = dict(attributes)
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
+        self.bounds = tuple(bounds)
+        self._counts = [0] * (len(self.bounds) + 1)
+        self._bulk_counts = self._counts.copy()
         self._exemplars: list[tuple[float, SpanContext, int] | None] = [None] * len(self._counts)
         self._sum = 0.0
+        self._bulk_sum = 0.0
+        self._pending = pending or Pending()
         self._since_ns = time.time_ns()
 
     def observe(self, value: float) -> None:
         """Count ``value``, in the instrument's unit."""
-        self._counts[bisect_left(self._bounds, value)] += 1
+        self._counts[bisect_left(self.bounds, value)] += 1
         self._sum += value
 
     def observe_traced(self, value: float, context: SpanContext, now_ns: int) -> None:
         """Count ``value``; its bucket remembers the sampled trace that it belongs to. ``now_ns`` is wall clock."""
-        index = bisect_left(self._bounds, value)
+        index = bisect_left(self.bounds, value)
         self._counts[index] += 1
         self._sum += value
         self._exemplars[index] = (value, context, now_ns)
 
+    def add_bulk(self, counts: Sequence[int], total: float) -> None:
+        """Count what was counted together: so many in each bucket. The lock of ``pending`` is held."""
+        self._bulk_counts = [a + b for a, b in zip(self._bulk_counts, counts, strict=True)]
+        self._bulk_sum += total
+
+    def remember(self, bucket: int, value: float, context: SpanContext, now_ns: int) -> None:
+        """The last of its bucket that belongs to a sampled trace, as ``observe_traced`` does."""
+        self._exemplars[bucket] = (value, context, now_ns)
+
     def point(self, now_ns: int) -> HistogramDataPoint:
         """Everything since the start, as OpenTelemetry's cumulative data point."""
-        counts = self._counts.copy()
+        with self._pending.counted():
+            counts = [a + b for a, b in zip(self._counts.copy(), self._bulk_counts, strict=True)]
+            total = self._sum + self._bulk_sum
         return HistogramDataPoint(
             attributes=self.attributes,
             start_time_unix_nano=self._since_ns,
             time_unix_nano=now_ns,
             count=sum(counts),
-            sum=self._sum,
+            sum=total,
             bucket_counts=counts,
-            explicit_bounds=self._bounds,
+            explicit_bounds=self.bounds,
             # Extremes of a whole life are of no use to anyone; the protocol makes both optional, the SDK's type not.
             min=None,  # type: ignore[arg-type]
             max=None,  # type: ignore[arg-type]
@@ -144,10 +165,12 @@ class HistogramTally(_Tally[HistogramCell]):
         declared: Iterable[tuple[str, ...]],
         constant: Mapping[str, str],
         bounds: Sequence[float],
+        pending: Pending | None = None,
     ) -> None:
-        """``bounds`` as in ``HistogramCell``."""
+        """``bounds`` and ``pending`` as in ``HistogramCell``."""
         self._bounds = tuple(bounds)
+        self._pending = pending
         super().__init__(labels, declared, constant)
 
     def _new(self, attributes: dict[str, str]) -> HistogramCell:
-        return HistogramCell(attributes, self._bounds)
+        return HistogramCell(attributes, self._bounds, self._pending)

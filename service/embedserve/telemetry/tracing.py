@@ -16,30 +16,24 @@ stock patch off ``grpc.aio.server`` before the server is made, and says so in th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Final
+from typing import NamedTuple
 
-from opentelemetry.context import Context
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import Decision, Sampler
-from opentelemetry.trace import (
-    NonRecordingSpan,
-    SpanContext,
-    SpanKind,
-    TraceFlags,
-    set_span_in_context,
-)
+from opentelemetry.sdk.trace.sampling import Sampler
+from opentelemetry.trace import SpanContext
 
 from embedserve.api.observer import Metadata
 from embedserve.engine.stages import Stages
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry import semconv
+from embedserve.telemetry.bulk_count import S_PER_NS
+from embedserve.telemetry.call_figures import StageFigures, answered_calls
+from embedserve.telemetry.head_sampling import HeadSampling
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.loop_lag import LoopLag
 from embedserve.telemetry.propagation import Propagation, asks_for_a_trace
-from embedserve.telemetry.segments import ADMIT_EXACT, Segment, segments
+from embedserve.telemetry.segments import Marks, marks_of
 from embedserve.telemetry.span_queue import SpanQueue
 from embedserve.telemetry.spans import CallRecord, error_kind
 from embedserve.telemetry.tally import CounterCell, HistogramCell, observe
@@ -49,15 +43,10 @@ __all__ = ["CallEnd", "RequestTracer", "current_span_context"]
 current_span_context: ContextVar[SpanContext | None] = ContextVar("embedserve_span_context", default=None)
 """The call that this task serves, for log lines. Each RPC is a task of its own, so that it is only ever set."""
 
-_ROOT: Final = Context()
-_S_PER_NS: Final = 1e-9
-_ADMITS: Final = ("admit", ADMIT_EXACT)
-
 LogCall = Callable[["CallEnd"], None]
 
 
-@dataclass(frozen=True, slots=True)
-class CallEnd:
+class CallEnd(NamedTuple):
     """What an access log may say of a call."""
 
     method: str
@@ -73,7 +62,7 @@ class CallEnd:
 class _Method:
     """All series of one method, found once."""
 
-    __slots__ = ("active", "durations", "name", "sampling_attributes")
+    __slots__ = ("active", "answered", "durations", "name")
 
     def __init__(self, name: str, instruments: Instruments) -> None:
         self.name = name
@@ -81,7 +70,7 @@ class _Method:
         duration = instruments.histogram(table.RPC_DURATION)
         declared = {status for method, status in table.RPC_DURATION.declared() if method == name}
         self.durations: dict[str, HistogramCell] = {status: duration.cell(name, status) for status in declared}
-        self.sampling_attributes = {semconv.RPC_SYSTEM_NAME: semconv.GRPC, semconv.RPC_METHOD: name}
+        self.answered = answered_calls(instruments, duration.cell(name, "OK"))
 
 
 class RequestTracer:
@@ -102,17 +91,15 @@ class RequestTracer:
         ``force_trace`` lets a caller have one of its calls traced whatever the sampler says.
         """
         self._instruments = instruments
-        self._sampler = sampler
+        self._sampling = None if sampler is None else HeadSampling(sampler)
         self._spans = spans
         self._exemplars = exemplars
         self._log_call = log_call
         self._force = force_trace and spans is not None
         self._propagation = Propagation()
-        self._ids = RandomIdGenerator()
         self._methods = {name: _Method(name, instruments) for name in semconv.METHODS}
         self._other: _Method | None = None
-        stage = instruments.histogram(table.STAGE_DURATION)
-        self._stages = {name: stage.cell(name) for name in table.STAGES}
+        self._stages = StageFigures(instruments)
         retries = instruments.counter(table.RETRIES)
         self._retries = {attempt: retries.cell(str(attempt)) for attempt in range(2, 6)}
         self._active = 0
@@ -126,33 +113,13 @@ class RequestTracer:
         if not self.lag.armed:
             self.lag.arm()
         parent = self._propagation.extract(metadata)
-        context = self._sampled(known, parent) if self._sampler is not None else None
+        sampling = self._sampling
+        context = sampling.sampled(known.name, parent) if sampling is not None else None
         forced = self._force and asks_for_a_trace(metadata)
-        if forced and context is None:
-            context = self._forced(parent)
+        if forced and context is None and sampling is not None:
+            context = sampling.forced(parent)
         current_span_context.set(context or parent)
         return _Call(self, known, context, parent, arrived_ns, peer, forced=forced)
-
-    def _forced(self, parent: SpanContext | None) -> SpanContext:
-        """The context of the span of a call that the sampler has left out."""
-        trace_id = self._ids.generate_trace_id() if parent is None else parent.trace_id
-        state = None if parent is None else parent.trace_state
-        return SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), state)
-
-    def _sampled(self, method: _Method, parent: SpanContext | None) -> SpanContext | None:
-        """The context of the call's span; ``None`` when it is not sampled."""
-        assert self._sampler is not None
-        if parent is None:
-            trace_id, parent_context = self._ids.generate_trace_id(), _ROOT
-        else:
-            trace_id, parent_context = parent.trace_id, set_span_in_context(NonRecordingSpan(parent), _ROOT)
-        result = self._sampler.should_sample(
-            parent_context, trace_id, method.name, SpanKind.SERVER, method.sampling_attributes, ()
-        )
-        if result.decision is not Decision.RECORD_AND_SAMPLE:
-            return None
-        flags = TraceFlags(TraceFlags.SAMPLED)
-        return SpanContext(trace_id, self._ids.generate_span_id(), False, flags, result.trace_state)
 
     def _unknown(self) -> _Method:
         """What the conventions call a method that the server does not have."""
@@ -174,26 +141,20 @@ class RequestTracer:
         method.active.value -= 1
         self._active -= 1
         traced = context if self._exemplars else None
-        duration = method.durations.get(status)
-        if duration is None:
-            name = status if status in semconv.STATUSES else "UNKNOWN"
-            duration = self._instruments.histogram(table.RPC_DURATION).cell(method.name, name)
-            method.durations[name] = duration
-        now_ns = 0 if traced is None else time.time_ns()
-        observe(duration, (ended_ns - call.arrived_ns) * _S_PER_NS, traced, now_ns)
+        marks = None if stages is None else marks_of(stages)
+        if status == "OK" and marks is not None and 0 not in marks:
+            method.answered.add((call.arrived_ns, *marks, ended_ns, traced))
+        else:
+            self._count_one(call, status, marks, ended_ns, traced)
         if "attempt" in attributes:
             self._retries[int(attributes["attempt"])].value += 1
         if status != "OK":
             self._count_error(method, status, error_type, attributes)
-        parts: list[Segment] = []
-        if stages is not None:
-            parts = segments(stages, ended_ns, answered=status == "OK")
-            self._observe_stages(parts, stages.arrived_ns - call.arrived_ns, traced, now_ns)
         if context is not None and self._spans is not None:
             self._spans.put(
                 CallRecord(
                     context, call.parent, method.name, call.peer, call.arrived_ns, ended_ns, status, error_type,
-                    attributes, parts, stages, call.forced,
+                    attributes, marks, stages, call.forced,
                 )
             )  # fmt: skip
         if self._log_call is not None:
@@ -201,21 +162,19 @@ class RequestTracer:
             took_ns = ended_ns - call.arrived_ns
             self._log_call(CallEnd(method.name, status, took_ns, error_type, call.peer, attributes, tokens))
 
-    def _observe_stages(
-        self, parts: Sequence[Segment], received_ns: int, traced: SpanContext | None, now_ns: int
+    def _count_one(
+        self, call: _Call, status: str, marks: Marks | None, ended_ns: int, traced: SpanContext | None
     ) -> None:
-        """Each stage once: both halves of admission are one."""
-        cells = self._stages
-        observe(cells["receive"], received_ns * _S_PER_NS, traced, now_ns)
-        admitted_ns, was_judged = 0, False
-        for stage, begin_ns, end_ns in parts:
-            if stage in _ADMITS:
-                admitted_ns += end_ns - begin_ns
-                was_judged = True
-            else:
-                observe(cells[stage], (end_ns - begin_ns) * _S_PER_NS, traced, now_ns)
-        if was_judged:
-            observe(cells["admit"], admitted_ns * _S_PER_NS, traced, now_ns)
+        """A call that was not answered, or that did not go through all stages."""
+        durations = call.method.durations
+        duration = durations.get(status)
+        if duration is None:
+            name = status if status in semconv.STATUSES else "UNKNOWN"
+            duration = durations[name] = self._instruments.histogram(table.RPC_DURATION).cell(call.method.name, name)
+        now_ns = 0 if traced is None else time.time_ns()
+        observe(duration, (ended_ns - call.arrived_ns) * S_PER_NS, traced, now_ns)
+        if marks is not None:
+            self._stages.count(call.arrived_ns, marks, ended_ns, traced, now_ns, answered=status == "OK")
 
     def _count_error(
         self, method: _Method, status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]

@@ -64,7 +64,7 @@ class TestOff:
 
         assert type(telemetry.engine_observer) is TelemetryEngineObserver
         assert type(telemetry.call_observer) is RequestTracer
-        assert telemetry.call_observer._sampler is None
+        assert telemetry.call_observer._sampling is None
         telemetry.shutdown(5)
 
 

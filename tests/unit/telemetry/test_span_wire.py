@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, TraceFlags, TraceState
 
-from embedserve.telemetry.span_data import LinkData, SpanData
+from embedserve.telemetry.span_data import Child, LinkData, SharedAttributes, SpanData, SpanTree
 from embedserve.telemetry.span_senders import ReadableSender
 from embedserve.telemetry.span_wire import SpanEncoder
 
@@ -29,11 +29,12 @@ attributes = st.dictionaries(
     st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1), values, max_size=6
 )
 ids = st.integers(1, (1 << 64) - 1)
+shared_attributes = st.dictionaries(st.sampled_from(["A", "B", "C"]), values)
 contexts = st.builds(
     lambda trace_id, span_id, remote: SpanContext(trace_id, span_id, remote, TraceFlags(1)),
     st.integers(1, (1 << 128) - 1), ids, st.booleans(),
 )  # fmt: skip
-links = st.builds(LinkData, contexts, attributes)
+links = st.builds(LinkData, contexts, attributes | st.builds(SharedAttributes, attributes))
 spans = st.builds(
     SpanData,
     trace_id=st.integers(1, (1 << 128) - 1),
@@ -49,14 +50,25 @@ spans = st.builds(
     links=st.lists(links, max_size=3),
     dropped_links=st.integers(0, 1 << 20),
     error=st.none() | texts,
+    shared=st.builds(SharedAttributes, shared_attributes),
 )
+
+
+children = st.tuples(
+    texts, st.integers(0, (1 << 63) - 1), st.integers(0, (1 << 63) - 1), attributes, st.lists(links, max_size=3)
+)
+
+
+def alone(span: SpanData) -> SpanTree:
+    """A tree that is one span."""
+    return SpanTree(span, (), b"", 9)
 
 
 def stock(span: SpanData) -> ExportTraceServiceRequest:
     """What OpenTelemetry's encoder makes of the same span."""
     exporter = InMemorySpanExporter()
     sender = ReadableSender(exporter, RESOURCE, SCOPE)
-    sender.add([span])
+    sender.add(alone(span))
     assert sender.send()
     (readable,) = exporter.get_finished_spans()
     assert isinstance(readable, ReadableSpan)
@@ -67,7 +79,7 @@ class TestSpanEncoder:
     @given(spans)
     def test_it_writes_what_the_library_would(self, span: SpanData) -> None:
         encoder = SpanEncoder(RESOURCE, SCOPE)
-        request = ExportTraceServiceRequest.FromString(encoder.request([encoder.span(span)]))
+        request = ExportTraceServiceRequest.FromString(encoder.request([encoder.tree(alone(span))]))
 
         expected = stock(span)
         (theirs,) = expected.resource_spans[0].scope_spans[0].spans
@@ -76,12 +88,26 @@ class TestSpanEncoder:
         theirs.dropped_links_count = span.dropped_links  # the SDK counts what it has dropped itself
         assert request == expected
 
+    @given(spans, st.lists(children, max_size=4), st.integers(0, 2))
+    def test_spans_below_another_are_what_they_are_one_by_one(
+        self, root: SpanData, below: list[Child], links_max: int
+    ) -> None:
+        encoder = SpanEncoder(RESOURCE, SCOPE)
+        tree = SpanTree(root, below, bytes(range(1, 8 * len(below) + 1)), links_max)
+        each = tree.spans()
+
+        together = ExportTraceServiceRequest.FromString(encoder.request([encoder.tree(tree)]))
+        one_by_one = ExportTraceServiceRequest.FromString(encoder.request([encoder.tree(alone(span)) for span in each]))
+        assert together == one_by_one
+        assert [span.parent_id for span in each[1:]] == [root.span_id] * len(below)
+        assert all(len(span.links) <= links_max for span in each[1:])
+
     def test_a_text_that_is_no_unicode_costs_its_own_characters_only(self) -> None:
         encoder = SpanEncoder(RESOURCE, SCOPE)
         span = SpanData(1, 2, 0, False, None, "n", 1, 0, 0, {"peer": "a\ud800b"}, [], 0, None)
 
         (written,) = (
-            ExportTraceServiceRequest.FromString(encoder.request([encoder.span(span)]))
+            ExportTraceServiceRequest.FromString(encoder.request([encoder.tree(alone(span))]))
             .resource_spans[0].scope_spans[0].spans
         )  # fmt: skip
         assert written.attributes[0].value.string_value == "a?b"
@@ -91,13 +117,13 @@ class TestSpanEncoder:
         for number in range(10_000):
             encoder.span(SpanData(1, 2, 0, False, None, f"n{number}", 1, 0, 0, {"tenant": f"t{number}"}, [], 0, None))
 
-        assert len(encoder._strings) <= 2048
+        assert len(encoder._own._strings) <= 2048
         assert len(encoder._heads) <= 2048
 
     def test_a_request_holds_all_of_its_spans(self) -> None:
         encoder = SpanEncoder(RESOURCE, SCOPE)
         encoded = [
-            encoder.span(SpanData(1, number + 1, 0, False, None, "n" * number, 1, 0, 0, {}, [], 0, None))
+            encoder.tree(alone(SpanData(1, number + 1, 0, False, None, "n" * number, 1, 0, 0, {}, [], 0, None)))
             for number in range(300)
         ]
 
@@ -111,5 +137,5 @@ def test_an_exporter_that_refuses_is_heard() -> None:
             return SpanExportResult.FAILURE
 
     sender = ReadableSender(Refusing(), RESOURCE, SCOPE)
-    sender.add([])
+    sender.add(SpanTree(SpanData(1, 2, 0, False, None, "n", 1, 0, 0, {}, [], 0, None), (), b"", 9))
     assert not sender.send()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
 from embedserve.engine.stages import Boarding, Stages
-from embedserve.telemetry.segments import segments
-from embedserve.telemetry.spans import SPANS
+from embedserve.telemetry.segments import marks_of, segments
+from embedserve.telemetry.spans import SPANS, _answered, _stretches
 from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, finish_pass, record_of, stages_of
 
 ATTRIBUTES = {"texts": 2, "model": "m", "dimensions": 4, "encoding": "float"}
@@ -393,3 +393,22 @@ class TestCompiling:
         assert [round((span.end_time - span.start_time) / 1e9, 3) for span in spans] == [3.0, 0.5, 1.0]
         assert [span.status.is_ok for span in spans] == [True, True, False]
         assert len({span.context.trace_id for span in spans}) == 3
+
+
+class TestMostCalls:
+    @given(st.lists(st.integers(1, 99), min_size=8, max_size=8), st.integers(0, 5), st.integers(0, 2))
+    def test_have_the_children_that_a_look_at_each_stage_gives(
+        self, steps: list[int], last: int, boardings: int
+    ) -> None:
+        *marks, ended = accumulate([*steps, last])
+        names = (
+            "arrived_ns", "validated_ns", "admitted_ns", "tokenized_ns", "queued_ns", "dequeued_ns", "assembled_ns",
+            "computed_ns",
+        )  # fmt: skip
+        stages = Stages(**dict(zip(names, marks, strict=True)), texts=1, tokens=5, bucket=8)
+        stages.boardings = [Boarding(n, 3, 1, 40, SpanContext(7, n + 1, is_remote=False)) for n in range(boardings)]
+        one_by_one = _stretches(segments(stages, ended, answered=True), stages, ended)
+        together = _answered(marks_of(stages), ended, stages, 1000)
+        assert [(name, begin - 1000, end - 1000, a, list(links)) for name, begin, end, a, links in together] == [
+            (*child, list(links)) for *child, links in one_by_one
+        ]
