@@ -38,10 +38,13 @@ from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.model.cores import core_count
 from embedserve.part import WHOLE, Part
 from embedserve.status import Status
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.logs import configure_logs, flush_lines
+from embedserve.telemetry.memory import pack_memory
+from embedserve.telemetry.recent import Recent, RecentCalls, RecentEngine
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.telemetry.withholding import without_messages
 from embedserve.wiring import (
@@ -173,9 +176,15 @@ class App:
         health = self._health = HealthService((SERVICE,))
         call_observer, engine_observer, status = telemetry.call_observer, telemetry.engine_observer, None
         operations_here = config.operations.enabled and self._part.has_device
-        if operations_here and config.operations.statusz:
-            status = Status(config, checkpoint, lifecycle, lambda: self.addresses)
-            call_observer, engine_observer = status.watch(call_observer, engine_observer)
+        remembered = None
+        if config.operations.enabled and config.operations.statusz:
+            if self._part.remember is not None:
+                remembered = Recent(config.tokenizer.thread_count(core_count()))
+                call_observer = RecentCalls(remembered, call_observer)
+                engine_observer = RecentEngine(remembered, engine_observer)
+            elif operations_here:
+                status = Status(config, checkpoint, lifecycle, self._shown_addresses, self._part.recall)
+                call_observer, engine_observer = status.watch(call_observer, engine_observer)
         guard = self.guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
@@ -202,7 +211,9 @@ class App:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
         loop = asyncio.get_running_loop()
-        telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
+        telemetry.register_load(
+            lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value, self._part.silent()))
+        )
         render_metrics = self._part.metrics(telemetry.render_metrics)
         operations = OperationsPort(
             alive=lambda: lifecycle.alive,
@@ -210,8 +221,10 @@ class App:
             load=engine.load,
             render_metrics=render_metrics if config.telemetry.prometheus else None,
             lifecycle_state=lambda: lifecycle.state.value,
-            snapshot=status.snapshot if status is not None else None,
+            snapshot=status.take if status is not None else None,
         )
+        if remembered is not None and self._part.remember is not None:
+            self._part.remember(lambda: pack_memory(remembered, engine.tokenizer_use.pending))
         if status is not None and isinstance(engine, Engine):
             status.attach(engine)
         try:
@@ -246,6 +259,9 @@ class App:
         stop.cancel()
         if start.done():
             start.result()
+
+    def _shown_addresses(self) -> tuple[str, ...]:
+        return self.addresses if self._part.listens else self._config.server.addresses
 
     def _announce(self, ready_line: Callable[[bytes], None], engine: EngineSurface, started: int) -> None:
         identity = engine.identity

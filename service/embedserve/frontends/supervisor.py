@@ -120,9 +120,13 @@ class Supervisor:
         front_config = _changed(
             config,
             server={"address": ",".join(addresses), "so_reuseport": True, "frontends": 1},
-            operations={"statusz": False},
         )
-        engine_config = _changed(config, server={"frontends": 1}, tokenizer={"threads": 1}, shutdown={"settle_ms": 0})
+        engine_config = _changed(
+            config,
+            server={"address": ",".join(addresses), "frontends": 1},
+            tokenizer={"threads": 1},
+            shutdown={"settle_ms": 0},
+        )
         size = memory_bytes(config)
         theirs: list[int] = []
         links = []
