@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-from embedserve.app import App, run_app
+from embedserve.app import App
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
 from embedserve.engine.observer import EngineObserver
@@ -26,6 +26,7 @@ from embedserve.frontends import frames
 from embedserve.frontends.host import ASK_S, Ends, EngineHost
 from embedserve.frontends.remote import RemoteEngine, RemoteSettings
 from embedserve.lifecycle import ExitCode, State
+from embedserve.main_loop import run_app
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.part import Memories, Part, Render

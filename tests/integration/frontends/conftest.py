@@ -10,7 +10,9 @@ import pytest
 
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.integration.server.process import FAKE, QUICK, ServerProcess, running
+from tests.integration.telemetry.collector import Collector, collecting, rotel_agent
 
+AGENT = rotel_agent()
 TWO = (*QUICK, "--server.frontends", "2", "--admission.policies", "none")
 COMMON = (
     *TWO, "--server.stream_window_items", "8", "--limits.max_texts", "100", "--scheduling.max_queue_items", "100",
@@ -36,16 +38,30 @@ class Servers:
         return kept
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     with ExitStack() as stack:
         yield Servers(stack)
 
 
+@pytest.fixture(scope="session")
+def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector | None]:
+    """Takes the spans of the shared server; ``None`` where there is no collector."""
+    if AGENT is None:
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("collector")
+    with collecting(AGENT, folder, traces=folder / "traces.jsonl") as made:
+        yield made
+
+
 @pytest.fixture
-def two(servers: Servers) -> ServerProcess:
+def two(servers: Servers, collector: Collector | None) -> ServerProcess:
     """The server that most tests share; whoever looks at its figures looks at what has become more."""
-    return servers.get(*COMMON)
+    if collector is None:
+        return servers.get(*COMMON)
+    exporting = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint, "OTEL_METRICS_EXPORTER": "none"}
+    return servers.get(*COMMON, OTEL_BSP_SCHEDULE_DELAY="200", **exporting)
 
 
 @contextmanager

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from embedserve.v1 import embedding_pb2 as pb
-from tests.integration.frontends.conftest import LIMIT_S, TWO, stubs
-from tests.integration.server.process import FAKE, running
-from tests.integration.telemetry.collector import collecting, rotel_agent
+from tests.integration.frontends.conftest import AGENT, LIMIT_S, stubs
+from tests.integration.server.process import ServerProcess
+from tests.integration.telemetry.collector import Collector
 from tests.integration.telemetry.trace_file import ExportedSpan, TraceFile
 
-AGENT = rotel_agent()
 pytestmark = [pytest.mark.process, pytest.mark.skipif(AGENT is None, reason="rotel is not installed")]
 
 Story = tuple[TraceFile, set[str], str]
 FRONT_ENDS = {"frontend-0", "frontend-1"}
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+@pytest.fixture
+def story(collector: Collector, two: ServerProcess) -> Story:
     """What was exported, the traces of the calls, and that of a stream."""
-    assert AGENT is not None
-    folder = tmp_path_factory.mktemp("traces")
-    path, rng = folder / "traces.jsonl", random.Random(3)
+    rng = random.Random(two.pid)
 
     def traced() -> tuple[str, tuple[tuple[str, str]]]:
         trace = rng.randbytes(16).hex()
         return trace, (("traceparent", f"00-{trace}-{rng.randbytes(8).hex()}-01"),)
 
-    with collecting(AGENT, folder, traces=path) as collector:
-        exporting = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint, "OTEL_METRICS_EXPORTER": "none"}
-        flags = (*TWO, "--server.stream_window_items", "4")
-        with running(*flags, command=FAKE, **exporting) as server, stubs(server, 16) as many:
-            sent: set[str] = set()
-            calls = []
-            for stub in many:
-                trace, metadata = traced()
-                sent.add(trace)
-                calls.append(stub.Embed.future(pb.EmbedRequest(texts=["hello"]), metadata=metadata, timeout=LIMIT_S))
-            told = [dict(call.trailing_metadata())["x-trace-id"] for call in calls if call.result()]
-            assert set(told) == sent
-            stream, metadata = traced()
-            list(many[0].EmbedStream(pb.EmbedStreamRequest(texts=["hello"] * 12), metadata=metadata, timeout=LIMIT_S))
-            assert server.stop() == 0  # which flushes all of it to the collector
-        collector.sink.wait_for(lambda: _whole(collector.sink.spans, sent | {stream}))
-        yield TraceFile(path), sent, stream
+    with stubs(two, 16) as many:
+        sent: set[str] = set()
+        calls = []
+        for stub in many:
+            trace, metadata = traced()
+            sent.add(trace)
+            calls.append(stub.Embed.future(pb.EmbedRequest(texts=["hello"]), metadata=metadata, timeout=LIMIT_S))
+        told = [dict(call.trailing_metadata())["x-trace-id"] for call in calls if call.result()]
+        assert set(told) == sent
+        stream, metadata = traced()
+        list(many[0].EmbedStream(pb.EmbedStreamRequest(texts=["hello"] * 24), metadata=metadata, timeout=LIMIT_S))
+    collector.sink.wait_for(lambda: _whole(collector.sink.spans, sent | {stream}))
+    return TraceFile(collector.trace_file), sent, stream
 
 
 def _whole(spans: list[Any], sent: set[str]) -> bool:
@@ -87,7 +79,7 @@ class TestOneTrace:
         request = request_of(file, trace)
         assert request.process in FRONT_ENDS
         batches = file.batches(request)
-        assert len(batches) > 1, "a window of four of twelve"
+        assert len(batches) > 1, "a window of eight of twenty-four"
         for batch in batches:
             assert batch.process == "engine"
             assert request in file.members(batch)
