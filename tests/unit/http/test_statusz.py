@@ -319,7 +319,7 @@ class TestPage:
         calls = Requests((ended(process="frontend-0"),), (ended(process="frontend-1"),), ())
         process = dataclasses.replace(PROCESS, front_ends=("frontend-0", "frontend-1"), silent=("frontend-2",))
         page = Elements(render(snapshot(process=process, requests=calls)))
-        assert page.text.count("process") == 3, "a head of each table of calls"
+        assert page.text.count("process") == 2, "a head of each table that has calls"
         assert {"frontend-0", "frontend-1", "frontend-0, frontend-1"} <= set(page.text)
         assert " frontend-2 did not answer: its calls are missing here" in page.text
         alone = Elements(render(snapshot(requests=Requests((ended(),), (ended(),), ()))))
