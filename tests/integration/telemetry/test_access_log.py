@@ -15,8 +15,8 @@ import pytest
 from embedserve.config import load_config
 from embedserve.telemetry.logs import flush_lines
 from embedserve.telemetry.setup import setup_telemetry
-from embedserve.testing import FakeBackend, fake_checkpoint, serving
-from embedserve.testing.server import TEST_SETTINGS
+from embedserve.testing import FakeBackend, fake_checkpoint
+from embedserve.testing.server import TEST_SETTINGS, serving
 from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from embedserve.wiring import telemetry_settings
