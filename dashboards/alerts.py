@@ -92,7 +92,9 @@ def _month(objective: Objective) -> Record:
 BUSY: Final = Record("job_instance:embedserve_device_busy:ratio_rate5m", EACH.rate(m.DEVICE_BUSY))
 TOKENIZING: Final = Record(
     "job_instance:embedserve_tokenizer_busy:ratio_rate5m",
-    share(EACH.rate(m.TOKENIZER_DURATION, part="_sum"), EACH.gauge(m.TOKENIZER_THREADS)),
+    RULE.worst(
+        lambda each: share(each.rate(m.TOKENIZER_DURATION, part="_sum"), each.gauge(m.TOKENIZER_THREADS)), ("instance",)
+    ),
 )
 SHED_SHARE: Final = Record(
     "job:embedserve_calls_shed:ratio_rate5m",
@@ -140,7 +142,8 @@ def _burn(objective: Objective, severity: str, speed: str, spent: str) -> Alert:
 
 
 def _symptoms() -> tuple[Alert, ...]:
-    serving = RULE.gauge(m.LIFECYCLE, where={"state": "serving"})
+    # An instance serves where all its processes do: its calls come to front ends, and need the engine.
+    serving = f"sum by (job) ({EACH.gauge(m.LIFECYCLE, 'min', where={'state': 'serving'})})"
     known = f"count by (job) (count_over_time({RULE.series(m.ACCEPTING)}[1d]))"
     return (
         *(
@@ -267,9 +270,16 @@ def _process_causes() -> tuple[Alert, ...]:
         ),
         Alert(
             "EmbedserveCrashLoop", "ticket",
-            [[Condition(f"changes({EACH.series(m.PROCESS_START)}[30m])", ">=", 3)]], "0m",
+            [[Condition(f"max by (job, instance) (changes({EACH.series(m.PROCESS_START)}[30m]))", ">=", 3)]], "0m",
             "{{ $labels.instance }} starts again and again", "{{ $value | humanize }} starts in 30 minutes.",
             "Restarts", "service",
+        ),
+        Alert(
+            "EmbedserveFrontEndSilent", "ticket",
+            [[Condition(EACH.gauge(m.FRONT_END_SILENT, "max", ("frontend",)), ">", 0)]], "2m",
+            "{{ $labels.frontend }} of {{ $labels.instance }} does not answer",
+            "Its calls are missing in all other figures. It is stopped, or its event loop stands still.",
+            "Front end silent", "service",
         ),
         Alert(
             "EmbedserveTelemetryLost", "ticket", [[Condition(f"({lost})", ">", 0)]], "15m",

@@ -113,8 +113,9 @@ def _annotations() -> list[builder.AnnotationQuery]:
     models, before = (
         f"count by (job, name, revision) ({BOARD.series(m.MODEL_INFO)}{offset})" for offset in ("", " offset 2m")
     )
+    started = BOARD.gauge(m.PROCESS_START, "max", ("job", "instance"))
     return [
-        _annotation("Restarts", f"{BOARD.series(m.PROCESS_START)} * 1000", "restarted", "{{instance}}", "purple")
+        _annotation("Restarts", f"{started} * 1000", "restarted", "{{instance}}", "purple")
         .use_value_for_time(True),
         _annotation(
             "Model", f"{models} unless {before}", "model", "{{name}} {{revision}}", "blue"

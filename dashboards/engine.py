@@ -19,10 +19,15 @@ EACH: Final = ("instance",)
 OK: Final = {"outcome": "ok"}
 TOKENS_PER_S: Final = "si:tok/s"
 BUSY: Final = BOARD.rate(m.DEVICE_BUSY, EACH)
-TOKENIZING: Final = share(
-    BOARD.rate(m.TOKENIZER_DURATION, EACH, part="_sum"), BOARD.gauge(m.TOKENIZER_THREADS, "sum", EACH)
+TOKENIZING: Final = BOARD.worst(
+    lambda each: share(each.rate(m.TOKENIZER_DURATION, part="_sum"), each.gauge(m.TOKENIZER_THREADS)), EACH
 )
-"""Share of the tokenizer threads that work: over a window, as the device's is, and not at the instant of a scrape."""
+"""Share of the tokenizer threads that work, in the busiest process: over a window, as the device's is, and not at the
+instant of a scrape."""
+
+
+def _lag(q: float) -> str:
+    return BOARD.worst(lambda each: each.quantile(q, m.LOOP_LAG))
 
 
 def _glance() -> Row:
@@ -39,8 +44,8 @@ def _glance() -> Row:
                 "Tokenizer", "Is the tokenizer the limit: which share of its threads work, in the busiest process?",
                 Target(f"max ({TOKENIZING})", "busiest"), unit="percentunit", limits=Limits(0.8, 0.95),
             ),
-            figure("Event loop", "Is the process itself too slow: how late is its event loop, P95?",
-                   Target(BOARD.quantile(0.95, m.LOOP_LAG), "P95"), unit="s", limits=Limits(0.01, 0.1), none="idle"),
+            figure("Event loop", "Is a process itself too slow: how late is the latest event loop, P95?",
+                   Target(_lag(0.95), "P95"), unit="s", limits=Limits(0.01, 0.1), none="idle"),
             figure("Form", "How many processes run compiled, how many eager?",
                    Target(f"{BOARD.gauge(m.MODEL_VARIANT, 'sum', ('variant',))} > 0", "{{variant}}"), unit="short",
                    none="none loaded", named=True),
@@ -89,8 +94,8 @@ def _bottleneck() -> Row:
                 unit="cps",
             ),
             lines(
-                "Event loop lag", "Is the process too busy to serve, whatever the device does?",
-                *(Target(BOARD.quantile(q, m.LOOP_LAG), f"P{q * 100:g}") for q in (0.5, 0.95, 0.99)), unit="s",
+                "Event loop lag", "Is a process too busy to serve, whatever the device does? That of the latest one.",
+                *(Target(_lag(q), f"P{q * 100:g}") for q in (0.5, 0.95, 0.99)), unit="s",
             ),
         ),
     )  # fmt: skip
@@ -173,8 +178,8 @@ def _memory() -> Row:
                 Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", EACH), "{{instance}}"), unit="si:tok",
             ),
             lines(
-                "Process memory", "Does the process grow?",
-                Target(BOARD.gauge(m.PROCESS_MEMORY, "max", EACH), "{{instance}}"), unit="bytes",
+                "Process memory", "Does an instance grow? Its processes together; what they share counts in each.",
+                Target(BOARD.gauge(m.PROCESS_MEMORY, "sum", EACH), "{{instance}}"), unit="bytes",
             ),
         ),
     )  # fmt: skip
@@ -215,13 +220,13 @@ def _process() -> Row:
         "Process",
         (
             lines(
-                "Cores", "How many cores does a process keep busy?",
+                "Cores", "How many cores does an instance keep busy, all its processes together?",
                 Target(BOARD.rate(m.PROCESS_CPU, ("instance", "cpu_mode")), "{{instance}} {{cpu_mode}}"), unit="none",
                 stacked=True, width=12,
             ),
             lines(
                 "File descriptors", "Do connections pile up?",
-                Target(BOARD.gauge(m.PROCESS_FDS, "max", EACH), "{{instance}}"), unit="short", width=12,
+                Target(BOARD.gauge(m.PROCESS_FDS, "sum", EACH), "{{instance}}"), unit="short", width=12,
             ),
         ),
     )  # fmt: skip

@@ -7,10 +7,11 @@ refused here, when the dashboards are made, rather than shown as an empty panel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from embedserve.telemetry.exposition import LABEL
 from embedserve.telemetry.instruments import Instrument, Kind, prometheus_label, prometheus_name
 
 __all__ = ["BOARD", "RULE", "Scope", "metric", "share", "short_method"]
@@ -112,6 +113,13 @@ class Scope:
     ) -> str:
         """A gauge, over the processes: ``how`` is an aggregation such as ``sum`` or ``max``."""
         return f"{how}{self._by(by)} ({self.series(instrument, '', where)})"
+
+    def worst(self, ask: Callable[[Scope], str], by: Sequence[str] = ()) -> str:
+        """The largest of what ``ask`` gives of each process: a late one is not made up for by its neighbours.
+
+        Where front ends are processes of their own, an instance has several, told apart by a label; else one without.
+        """
+        return f"max{self._by(by)} ({ask(self.each('instance', LABEL))})"
 
     def _sum(self, inner: str, by: Sequence[str]) -> str:
         return f"sum{self._by(by)} ({inner})"

@@ -13,6 +13,7 @@ from dashboards.objectives import EMBED, EMBEDDING, FAILED, LATENCY_BOUND_S, OBJ
 from dashboards.panels import Limits, Target, facts, figure, heat, lines, timeline
 from dashboards.query import BOARD, share, short_method
 from embedserve.telemetry import instruments as m
+from embedserve.telemetry.instruments import prometheus_label
 
 __all__ = ["SERVICE"]
 
@@ -221,12 +222,19 @@ def _shed() -> Row:
     )  # fmt: skip
 
 
+def _models() -> str:
+    """One row for each instance and model, however many processes tell of it."""
+    return BOARD.gauge(
+        m.MODEL_INFO, "max", ("instance", *(prometheus_label(label.name) for label in m.MODEL_INFO.labels))
+    )
+
+
 def _blind() -> Row:
     return Row(
         "What runs, and are we blind?",
         (
             facts(
-                "Models", "Which model does each process serve?", Target(BOARD.series(m.MODEL_INFO)),
+                "Models", "Which model does each process serve?", Target(_models()),
                 columns=("instance", "name", "revision", "dtype", "device", "pooling", "dimension", "weights_digest"),
             ),
             lines(
@@ -235,11 +243,16 @@ def _blind() -> Row:
                 Target(BOARD.rate(m.LOG_RECORDS, ("outcome",), where={"outcome": LOST}), "log records {{outcome}}"),
                 Target(BOARD.rate(m.METRIC_EXPORTS, where={"outcome": "failed"}), "pushes of metrics failed"),
                 Target(BOARD.rate(m.LOG_LINES, where={"outcome": "dropped"}), "log lines dropped"), unit="cps",
-                width=6,
+                width=4,
             ),
             lines(
                 "Uptime", "Which process is new? A fall is a restart.",
-                Target(BOARD.gauge(m.PROCESS_UPTIME, "min", ("instance",)), "{{instance}}"), unit="s", width=6,
+                Target(BOARD.gauge(m.PROCESS_UPTIME, "min", ("instance",)), "{{instance}}"), unit="s", width=4,
+            ),
+            lines(
+                "Silent front ends", "Which front end does not answer a scrape, so that its calls are missing here?",
+                Target(BOARD.gauge(m.FRONT_END_SILENT, "max", ("instance", "frontend")), "{{instance}} {{frontend}}"),
+                unit="none", high=1, width=4,
             ),
         ),
     )  # fmt: skip

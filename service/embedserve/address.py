@@ -6,7 +6,9 @@ or bound here.
 
 from __future__ import annotations
 
-__all__ = ["addresses_collide", "listens", "listens_once", "split_address", "split_addresses"]
+from collections.abc import Sequence
+
+__all__ = ["addresses_collide", "bound_addresses", "listens", "listens_once", "split_address", "split_addresses"]
 
 PORT_MAX = 65535
 WILDCARDS = frozenset({"0.0.0.0", "[::]"})  # noqa: S104 (compared with, never bound)
@@ -59,3 +61,11 @@ def addresses_collide(one: str, other: str) -> bool:
         return host == other_host
     same_host = host == other_host or not WILDCARDS.isdisjoint({host, other_host})
     return same_host and port == other_port != 0
+
+
+def bound_addresses(asked: tuple[str, ...], ports: Sequence[int]) -> tuple[str, ...]:
+    """The addresses as they are: port 0 replaced by what the system chose."""
+    return tuple(
+        address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        for address, port in zip(asked, ports, strict=True)
+    )

@@ -13,35 +13,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import grpc.aio
 import orjson
 import structlog
 
+from embedserve.address import bound_addresses
 from embedserve.api.embedding import SERVICE, EmbeddingServicer
 from embedserve.api.guard import Guard
 from embedserve.api.health import HealthService
 from embedserve.api.reflection import add_reflection
 from embedserve.api.server import bind, build_server
 from embedserve.config import Config
-from embedserve.engine.engine import Engine
+from embedserve.drain import drain_calls
 from embedserve.engine.surface import EngineSurface
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
+from embedserve.main_loop import read_on_loop, run_app
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.page import Page
 from embedserve.part import WHOLE, Part
-from embedserve.status import Status
+from embedserve.ready_line import ready_facts, write_ready_line
 from embedserve.telemetry.load import LoadSnapshot
-from embedserve.telemetry.logs import configure_logs, flush_lines
+from embedserve.telemetry.logs import flush_lines
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
 from embedserve.telemetry.withholding import without_messages
 from embedserve.wiring import (
@@ -49,29 +51,29 @@ from embedserve.wiring import (
     bucket_edges,
     build_engine,
     load_snapshot,
-    prepare_environment,
     read_checkpoint,
     server_options,
     servicer_settings,
     telemetry_settings,
 )
 
-__all__ = ["App", "run", "run_app"]
+__all__ = ["App", "run"]
 
 FATAL_ANSWER_S = 1.0
 """After a broken invariant: time for those in flight to be told INTERNAL before the process ends."""
 WORKER_STOP_S = 5.0
 """Time for the pass that runs to end when the process stops. A pass takes milliseconds."""
-CATCH_UP_S = 0.002
-"""No call for so long means that gRPC holds none: handing one over takes 0.1 ms."""
-CATCH_UP_MAX_S = 0.25
-"""Under a load without pauses, this much longer is served and then it must end."""
-STRAGGLERS_S = 1.0
-"""After the last call has ended: time for one that gRPC has taken and no handler has begun. It needs milliseconds."""
-COLLECTOR_THRESHOLDS = (10_000, 20, 20)
-LOAD_READ_S = 2.0
-"""A scrape waits for the event loop no longer than this; a loop that is stuck for longer fails the scrape, which says
-so."""
+
+
+class _Parts(NamedTuple):
+    """What a life is led with."""
+
+    server: grpc.aio.Server
+    servicer: EmbeddingServicer
+    health: HealthService
+    guard: Guard
+    engine: EngineSurface
+    operations: OperationsPort
 
 
 class App:
@@ -169,13 +171,38 @@ class App:
         config, lifecycle = self._config, self.lifecycle
         for note in checkpoint.notes:
             self._log.info("checkpoint_note", note=note)
+        try:
+            parts = self._build(telemetry, checkpoint)
+        except StartupError as error:
+            self._log.critical("start_failed", reason=str(error))
+            return ExitCode.START_FAILED
+        try:
+            await self._open(parts)
+            lifecycle.to(State.WARMING)
+            await self._start_engine(parts.engine)
+        except StartupError as error:
+            self._log.critical("start_failed", reason=str(error))
+            lifecycle.to(State.FAILED)
+            await parts.server.stop(None)
+            self.worker_ended = await parts.engine.stop(0.0)
+            await parts.operations.stop()
+            return lifecycle.exit_code
+        if not self._stop.is_set():
+            parts.servicer.attach(parts.engine, bucket_edges(config, checkpoint))
+            telemetry.register_model(parts.engine.identity)
+            lifecycle.to(State.SERVING)
+            parts.health.set_serving(True)
+            self._announce(ready_line, parts.engine, started)
+        await self._stop.wait()
+        return await self._shut_down(parts)
+
+    def _build(self, telemetry: Telemetry, checkpoint: Checkpoint) -> _Parts:
+        """Every part, none of which has begun. Raises ``StartupError``."""
+        config, lifecycle = self._config, self.lifecycle
+        page = Page(config, checkpoint, lifecycle, self._part, lambda: self.addresses)
+        call_observer, engine_observer = page.watch(telemetry.call_observer, telemetry.engine_observer)
         servicer = EmbeddingServicer(servicer_settings(config), self._internal_error)
         health = self._health = HealthService((SERVICE,))
-        call_observer, engine_observer, status = telemetry.call_observer, telemetry.engine_observer, None
-        operations_here = config.operations.enabled and self._part.has_device
-        if operations_here and config.operations.statusz:
-            status = Status(config, checkpoint, lifecycle, lambda: self.addresses)
-            call_observer, engine_observer = status.watch(call_observer, engine_observer)
         guard = self.guard = Guard(
             on_internal_error=self._internal_error,
             on_fatal=lambda error: self._die(f"{type(error).__name__}: {error}"),
@@ -188,55 +215,44 @@ class App:
         health.add_to(server)
         if config.server.reflection:
             add_reflection(server, (SERVICE, "grpc.health.v1.Health"))
-        try:
-            engine = self.engine = self._make_engine(
-                config,
-                checkpoint,
-                engine_observer,
-                self._die,
-                on_stall=self._stall,
-                on_recovery=self._recover,
-                on_compilation=self._log_compilation,
-            )
-        except StartupError as error:
-            self._log.critical("start_failed", reason=str(error))
-            return ExitCode.START_FAILED
-        loop = asyncio.get_running_loop()
-        telemetry.register_load(lambda: _on_loop(loop, lambda: load_snapshot(engine, lifecycle.state.value)))
+        engine = self.engine = self._make_engine(
+            config,
+            checkpoint,
+            engine_observer,
+            self._die,
+            on_stall=self._stall,
+            on_recovery=self._recover,
+            on_compilation=self._log_compilation,
+        )
+        page.attach(engine)
+        operations = self._build_operations(telemetry, engine, page)
+        return _Parts(server, servicer, health, guard, engine, operations)
+
+    def _build_operations(self, telemetry: Telemetry, engine: EngineSurface, page: Page) -> OperationsPort:
+        """What is asked over HTTP; where it is not opened, its metrics are shown by another process."""
+        lifecycle, loop = self.lifecycle, asyncio.get_running_loop()
+
+        def read() -> LoadSnapshot:
+            return load_snapshot(engine, lifecycle.state.value, self._part.silent())
+
+        telemetry.register_load(lambda: read_on_loop(loop, read))
         render_metrics = self._part.metrics(telemetry.render_metrics)
-        operations = OperationsPort(
+        return OperationsPort(
             alive=lambda: lifecycle.alive,
             ready=lambda: lifecycle.accepting,
             load=engine.load,
-            render_metrics=render_metrics if config.telemetry.prometheus else None,
+            render_metrics=render_metrics if self._config.telemetry.prometheus else None,
             lifecycle_state=lambda: lifecycle.state.value,
-            snapshot=status.snapshot if status is not None else None,
+            snapshot=page.snapshot,
         )
-        if status is not None and isinstance(engine, Engine):
-            status.attach(engine)
-        try:
-            ports = bind(server, self._listens)
-            await server.start()
-            self.addresses = _addresses(self._listens, ports)
-            if operations_here:
-                self.operations_address = await operations.start(config.operations.address)
-            lifecycle.to(State.WARMING)
-            await self._start_engine(engine)
-        except StartupError as error:
-            self._log.critical("start_failed", reason=str(error))
-            lifecycle.to(State.FAILED)
-            await server.stop(None)
-            self.worker_ended = await engine.stop(0.0)
-            await operations.stop()
-            return lifecycle.exit_code
-        if not self._stop.is_set():
-            servicer.attach(engine, bucket_edges(config, checkpoint))
-            telemetry.register_model(engine.identity)
-            lifecycle.to(State.SERVING)
-            health.set_serving(True)
-            self._announce(ready_line, engine, started)
-        await self._stop.wait()
-        return await self._shut_down(server, health, guard, operations, engine)
+
+    async def _open(self, parts: _Parts) -> None:
+        """Listen: probes must meet a server that loads. Raises ``StartupError``."""
+        ports = bind(parts.server, self._listens)
+        await parts.server.start()
+        self.addresses = bound_addresses(self._listens, ports)
+        if self._config.operations.enabled and self._part.has_device:
+            self.operations_address = await parts.operations.start(self._config.operations.address)
 
     async def _start_engine(self, engine: EngineSurface) -> None:
         """Load and warm up, unless a signal comes first: a load cannot be interrupted, but need not be waited for."""
@@ -248,38 +264,18 @@ class App:
             start.result()
 
     def _announce(self, ready_line: Callable[[bytes], None], engine: EngineSurface, started: int) -> None:
-        identity = engine.identity
-        facts = {
-            "type": "ready",
-            "address": self.addresses[0] if self.addresses else None,
-            "addresses": self.addresses,
-            "operations": self.operations_address,
-            "model": identity.name,
-            "revision": identity.revision,
-            "dimension": identity.dimension,
-            "max_input_length": identity.max_input_length,
-            "dtype": identity.dtype,
-            "device": identity.device,
-            "startup_ms": round((time.monotonic_ns() - started) / 1e6),
-            "pid": os.getpid(),
-        }
+        facts = ready_facts(engine.identity, self.addresses, self.operations_address, started)
         self._log.info("serving", **{k: v for k, v in facts.items() if k != "type"})
         ready_line(orjson.dumps(facts))
 
     # ------------------------------------------------------------------------------------------------------ shutdown
 
-    async def _shut_down(
-        self,
-        server: grpc.aio.Server,
-        health: HealthService,
-        guard: Guard,
-        operations: OperationsPort,
-        engine: EngineSurface,
-    ) -> int:
+    async def _shut_down(self, parts: _Parts) -> int:
+        health, guard, engine = parts.health, parts.guard, parts.engine
         config, lifecycle = self._config.shutdown, self.lifecycle
         health.enter_graceful_shutdown()
         if self._broken():
-            return await self._end_broken(guard, operations, engine)
+            return await self._end_broken(parts)
         served = lifecycle.state in (State.SERVING, State.STALLED, State.DRAINING)
         self.begin_drain()
         if not served:
@@ -288,17 +284,18 @@ class App:
         if served:
             await asyncio.sleep(config.settle_ms / 1000)
         health.close()
-        cut_off = await self._drain(server, guard, engine)
+        cut_off = await drain_calls(parts.server, parts.guard, lambda: self._calls, config.grace_ms)
+        engine.drain()
         if self._broken():
-            return await self._end_broken(guard, operations, engine)
+            return await self._end_broken(parts)
         # A load cannot be interrupted and holds nobody's answer, nor does a device that is silent: not waited for.
         self.worker_ended = await engine.stop(WORKER_STOP_S if served and not engine.stalled else 0.0)
-        await operations.stop()
+        await parts.operations.stop()
         lifecycle.to(State.STOPPED)
         self._log.info("stopped", cut_off=cut_off)
         return ExitCode.GRACE_EXCEEDED if cut_off else lifecycle.exit_code
 
-    async def _end_broken(self, guard: Guard, operations: OperationsPort, engine: EngineSurface) -> int:
+    async def _end_broken(self, parts: _Parts) -> int:
         """Nothing more will run: those in flight are told, and that is all.
 
         The gRPC server is not stopped: a stop says CANCELLED to the calls that it holds and no handler has seen
@@ -307,12 +304,12 @@ class App:
         lifecycle = self.lifecycle
         if lifecycle.state is not State.FAILED:
             lifecycle.to(State.FAILED)
-        self._log.critical("failed", reason=self._fatal, in_flight=guard.in_flight)
+        self._log.critical("failed", reason=self._fatal, in_flight=parts.guard.in_flight)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FATAL_ANSWER_S):
-                await guard.wait_idle()
-        self.worker_ended = await engine.stop(0.0)
-        await operations.stop()
+                await parts.guard.wait_idle()
+        self.worker_ended = await parts.engine.stop(0.0)
+        await parts.operations.stop()
         return lifecycle.exit_code
 
     def _take_call(self) -> bool:
@@ -322,36 +319,6 @@ class App:
         """
         self._calls += 1
         return self.lifecycle.state in (State.SERVING, State.STALLED, State.DRAINING)
-
-    async def _caught_up(self) -> None:
-        """Wait for a moment in which gRPC holds no call that no handler has seen: a stop ends those with CANCELLED.
-
-        grpc#41785. There is no such moment under a load that never pauses; then the wait is bounded.
-        """
-        ends = time.monotonic() + CATCH_UP_MAX_S
-        seen = -1
-        while seen != self._calls and time.monotonic() < ends:
-            seen = self._calls
-            await asyncio.sleep(CATCH_UP_S)
-
-    async def _drain(self, server: grpc.aio.Server, guard: Guard, engine: EngineSurface) -> int:
-        """Let calls in flight end within the grace; returns how many were cut off."""
-        grace_s = self._config.shutdown.grace_ms / 1000
-        await self._caught_up()
-        stopping = asyncio.ensure_future(server.stop(grace_s))
-        cut_off = 0
-        try:
-            async with asyncio.timeout(grace_s):
-                await guard.wait_idle()
-        except TimeoutError:
-            cut_off = guard.in_flight
-            self._log.error("grace_exceeded", cut_off=cut_off, grace_ms=self._config.shutdown.grace_ms)
-        # The engine takes calls until the server has none: gRPC may hold one that no handler has seen yet. Streams of
-        # reflection have nothing to lose, and must not hold the exit for the whole grace.
-        await server.stop(min(grace_s, STRAGGLERS_S))
-        await stopping
-        engine.drain()
-        return cut_off
 
     def _internal_error(self, error_id: str, error: BaseException) -> None:
         """The client has the id; the log has the rest."""
@@ -408,25 +375,6 @@ class App:
         self._stop.set()
 
 
-def _addresses(asked: tuple[str, ...], ports: list[int]) -> tuple[str, ...]:
-    """The addresses as they are: port 0 replaced by what the system chose."""
-    return tuple(
-        address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
-        for address, port in zip(asked, ports, strict=True)
-    )
-
-
-def _on_loop(loop: asyncio.AbstractEventLoop, read: Callable[[], LoadSnapshot]) -> LoadSnapshot:
-    """Read on the loop's own thread: reading prunes windows, which must not happen beside an append (coral's D15)."""
-
-    async def on_loop() -> LoadSnapshot:
-        return read()
-
-    if loop.is_closed():
-        return LoadSnapshot(lifecycle_state=State.STOPPED.value)
-    return asyncio.run_coroutine_threadsafe(on_loop(), loop).result(LOAD_READ_S)
-
-
 def run(
     config: Config,
     *,
@@ -439,63 +387,9 @@ def run(
 
         return run_processes(config, make_backend=make_backend, checkpoint=checkpoint)
 
-    def ready_line(line: bytes) -> None:
-        # Not through the interpreter's buffer: what cannot be written would fail its end, and the exit code with it.
-        try:
-            os.write(sys.stdout.fileno(), line + b"\n")
-        except (OSError, AttributeError) as error:  # a full disk, a reader that has gone, a closed standard output
-            structlog.get_logger("embedserve.app").warning("ready_line_lost", reason=str(error))
-
     def make_app() -> App:
         app = App(config, make_backend=make_backend, checkpoint=checkpoint)
         app.handle_signals()
         return app
 
-    return run_app(config, make_app, ready_line)
-
-
-def run_app(config: Config, make_app: Callable[[], App], ready_line: Callable[[bytes], None]) -> int:
-    """Live the life of the app that ``make_app`` makes in a new event loop, which runs then; its exit code."""
-    prepare_environment()
-    telemetry = config.telemetry
-    # Before anything can fail: until then structlog writes to standard output, which belongs to the ready line.
-    configure_logs(level=telemetry.log_level, levels=telemetry.log_levels, form=telemetry.log_format)
-
-    def ready(line: bytes) -> None:
-        _settle_collector()
-        ready_line(line)
-
-    async def live() -> tuple[int, bool]:
-        app = make_app()
-        code = await app.live(ready)
-        if code == ExitCode.BROKEN:
-            flush_lines()
-            os._exit(code)  # with connections still open, so that who is on the way is not told CANCELLED
-        return code, app.worker_ended
-
-    with asyncio.Runner(loop_factory=_loop_factory(config)) as runner:
-        code, worker_ended = runner.run(live())
-    if not worker_ended:
-        # A thread that is stuck in native code, or still imports torch, would hold the interpreter's end for seconds.
-        os._exit(code)
-    return code
-
-
-def _settle_collector() -> None:
-    """Let the collector of cycles look at what requests leave, and not at the modules and the model again and again.
-
-    Modules and model live as long as the process does. Python looks at the young objects after each 700; a request
-    makes some hundred, and 64 callers more than that between two answers.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECTOR_THRESHOLDS)
-
-
-def _loop_factory(config: Config) -> Callable[[], asyncio.AbstractEventLoop]:
-    if not config.server.uvloop:
-        return asyncio.new_event_loop
-    import uvloop  # noqa: PLC0415 - an option
-
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+    return run_app(config, make_app, partial(write_ready_line, logger="embedserve.app"))

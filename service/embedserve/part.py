@@ -6,15 +6,25 @@ Decides nothing: it says what ``app.App`` leaves out or takes from elsewhere whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from embedserve.wiring import EngineMaker
 
-__all__ = ["WHOLE", "Part", "Render"]
+__all__ = ["WHOLE", "Memories", "Part", "Render"]
 
 Render = Callable[[str], tuple[str, bytes]] | None
 """``(accept_header) -> (content_type, body)``, in any thread; ``None`` where metrics are off."""
+
+
+class Memories(NamedTuple):
+    """What front ends remember of their calls."""
+
+    given: Sequence[tuple[str, bytes]]
+    """Name, and what ``telemetry.memory.pack_memory`` made."""
+    silent: Sequence[str]
+    """Who did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,12 @@ class Part:
     """Whether the queue and the device are here, and with them the operations port."""
     metrics: Callable[[Render], Render] = lambda render: render
     """What the operations port shows, of what this process would."""
+    silent: Callable[[], Mapping[str, bool]] = dict
+    """Each front end, and whether it did not answer when it was last asked."""
+    recall: Callable[[], Awaitable[Memories]] | None = None
+    """Asks the front ends what they remember, for the page; ``None`` where calls come here."""
+    remember: Callable[[Callable[[], bytes]], None] | None = None
+    """Is given what answers such a question here; ``None`` where nobody asks."""
 
 
 WHOLE = Part()

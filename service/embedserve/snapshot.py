@@ -60,6 +60,10 @@ class Process:
     """Where gRPC listens."""
     changes: tuple[Change, ...]
     """The latest steps of the lifecycle, oldest first."""
+    front_ends: tuple[str, ...] = ()
+    """Processes whose calls are shown; none where calls come to this one."""
+    silent: tuple[str, ...] = ()
+    """Those that did not answer in time, so that their calls are missing here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +294,8 @@ class Ended:
     longest_stage: str | None
     longest_s: float | None
     trace_id: str | None
+    process: str = ""
+    """Which front end took it; empty where there is one process."""
 
 
 @dataclass(frozen=True, slots=True)

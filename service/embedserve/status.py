@@ -11,7 +11,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from copy import copy
 
 from embedserve import __version__
 from embedserve.api.observer import CallObserver
@@ -22,6 +23,7 @@ from embedserve.engine.observer import EngineObserver
 from embedserve.lifecycle import Lifecycle, State
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.cores import core_count
+from embedserve.part import Memories
 from embedserve.scheduling.admission import LoadState
 from embedserve.scheduling.item import Depth, Rejection
 from embedserve.snapshot import (
@@ -42,6 +44,7 @@ from embedserve.snapshot import (
     Traffic,
 )
 from embedserve.telemetry.ended_calls import SLOWEST, WINDOW_S, latency_of
+from embedserve.telemetry.memory import Merged, merge_memories
 from embedserve.telemetry.recent import NOW_S, Recent, RecentCalls, RecentEngine
 from embedserve.telemetry.seconds import NS, RECENT_S, STEP_S, Slot
 from embedserve.wiring import bucket_edges
@@ -56,9 +59,14 @@ class Status:
     """What is known of this process, for people."""
 
     def __init__(
-        self, config: Config, checkpoint: Checkpoint, lifecycle: Lifecycle, addresses: Callable[[], tuple[str, ...]]
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        lifecycle: Lifecycle,
+        addresses: Callable[[], tuple[str, ...]],
+        recall: Callable[[], Awaitable[Memories]] | None = None,
     ) -> None:
-        """Begin to remember; ``addresses`` says where gRPC listens."""
+        """Begin to remember; ``addresses`` says where gRPC listens, ``recall`` asks the front ends where there are."""
         self._config = config
         self._checkpoint = checkpoint
         self._lifecycle = lifecycle
@@ -66,6 +74,9 @@ class Status:
         self._edges = bucket_edges(config, checkpoint)
         self._threads = config.tokenizer.thread_count(core_count())
         self._engine: Engine | None = None
+        self._recall = recall
+        self._merged: Merged | None = None
+        self._memories: Memories | None = None
         self._changes = deque([Change(lifecycle.state.value, time.time())], maxlen=CHANGES)
         self._started_s = time.time()
         self.recent = Recent(self._threads)
@@ -79,8 +90,26 @@ class Status:
         """Ask ``engine`` from now on."""
         self._engine = engine
 
+    async def take(self) -> Snapshot:
+        """Everything, now, with what front ends remember where there are some. Only once an engine is attached."""
+        if self._recall is None:
+            return self.snapshot()
+        memories = await self._recall()
+        everywhere = copy(self)
+        everywhere.see(memories)
+        return everywhere.snapshot()
+
+    def see(self, memories: Memories) -> None:
+        """Answer from now on of what all processes remember: for a copy that is asked once."""
+        assert self._engine is not None
+        now = time.monotonic_ns()
+        self.recent.update_full(now, self.recent.busy(now, self._engine.pass_age_ns))
+        self._memories, self._merged = memories, merge_memories(self.recent, memories.given)
+        self.recent = self._merged.recent
+        self._threads = self.recent.threads
+
     def snapshot(self) -> Snapshot:
-        """Everything, now. Only once an engine is attached."""
+        """Everything, now, of this process alone. Only once an engine is attached."""
         engine = self._engine
         assert engine is not None
         scheduler, recent = engine.scheduler, self.recent
@@ -129,6 +158,8 @@ class Status:
             host=socket.gethostname(),
             addresses=self._addresses(),
             changes=tuple(self._changes),
+            front_ends=tuple(name for name, _ in self._memories.given) if self._memories else (),
+            silent=tuple(self._memories.silent) if self._memories else (),
         )
 
     def _model(self, engine: Engine) -> Model:
@@ -159,6 +190,9 @@ class Status:
             since = self.recent.full_since[name]
             history = tuple(None if point is None else min(point, 1.0) for point in histories[name])
             found.append(Resource(name, share, history, None if since is None else (since + offset) / NS))
+        for loop in self._merged.loops if self._merged else ():
+            full_s = None if loop.full_since_ns is None else (loop.full_since_ns + offset) / NS
+            found.append(Resource(f"event loop of {loop.process}", loop.busy, loop.history, full_s))
         return tuple(found)
 
     def _traffic(self, now: int, offset: int) -> Traffic:
@@ -242,8 +276,9 @@ class Status:
 
     def _limits(self, engine: Engine) -> tuple[Policy, ...]:
         """What refuses before any policy is asked."""
-        use, calls = engine.tokenizer_use, float(engine.requests)
-        pending, most = self._config.tokenizer.max_pending, self._config.limits.max_requests_in_flight
+        calls = float(engine.requests)
+        most = self._config.limits.max_requests_in_flight
+        used, pending = self._tokenizer_use(engine)
         return (
             Policy(
                 "in_flight",
@@ -252,10 +287,17 @@ class Status:
             ),
             Policy(
                 "tokenizer",
-                "TOKENIZER_QUEUE_FULL" if use.pending >= pending else None,
-                (Figure("waiting or at work", use.pending, "calls", pending),),
+                "TOKENIZER_QUEUE_FULL" if used >= pending else None,
+                (Figure("waiting or at work", used, "calls", pending),),
             ),
         )
+
+    def _tokenizer_use(self, engine: Engine) -> tuple[int, int]:
+        """Calls that wait for a tokenizer thread or have one, and how many may, in all processes that have calls."""
+        most = self._config.tokenizer.max_pending
+        if self._merged is None:
+            return engine.tokenizer_use.pending, most
+        return self._merged.tokenizer_pending, most * max(1, len(self._merged.loops))
 
     def _device(self, engine: Engine, now: int, offset: int) -> Device:
         recent, memory = self.recent, engine.device if engine.loaded else None
@@ -278,11 +320,12 @@ class Status:
 
     def _tokenizer(self, engine: Engine, now: int) -> Tokenizer:
         recent = self.recent
+        pending, max_pending = self._tokenizer_use(engine)
         pieces = sum(slot.tokenized for slot in recent.seconds.last(NOW_S, now))
         return Tokenizer(
             threads=self._threads,
-            pending=engine.tokenizer_use.pending,
-            max_pending=self._config.tokenizer.max_pending,
+            pending=pending,
+            max_pending=max_pending,
             wait=latency_of(waited for at, waited in recent.waits if now - at < WINDOW_S * NS),
             pieces_per_s=pieces / recent.seconds.length_s(NOW_S, now),
         )

@@ -344,7 +344,9 @@ def telemetry_settings(
     )
 
 
-def load_snapshot(engine: EngineSurface, lifecycle_state: str) -> LoadSnapshot:
+def load_snapshot(
+    engine: EngineSurface, lifecycle_state: str, silent_front_ends: Mapping[str, bool] | None = None
+) -> LoadSnapshot:
     """What metrics show of the engine now. Called from a scraper's thread: it only reads."""
     if not isinstance(engine, Engine):  # it is in another process, which shows the rest
         use = engine.tokenizer_use
@@ -392,4 +394,5 @@ def load_snapshot(engine: EngineSurface, lifecycle_state: str) -> LoadSnapshot:
         device_memory_total_bytes=device.memory_total_bytes if device else 0,
         variant="" if device is None else "compiled" if device.compiled else "eager",
         warm_up_s=engine.warm_up_ns / 1e9 if engine.loaded else 0.0,
+        silent_front_ends=dict(silent_front_ends or {}),
     )

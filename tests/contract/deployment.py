@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from embedserve import app
+from embedserve import app, drain
 from embedserve.config import Config, load_config
 from embedserve.http import operations
 from embedserve.settings import CONFIG_FILE_ENV, settings_of
@@ -39,7 +39,7 @@ def longest_stop_s(config: Config) -> float:
     """Seconds from SIGTERM until the process has ended, at most."""
     shutdown = config.shutdown
     steps_ms = shutdown.settle_ms + shutdown.grace_ms + shutdown.telemetry_flush_ms
-    fixed_s = app.CATCH_UP_MAX_S + app.STRAGGLERS_S + app.WORKER_STOP_S + operations.SHUTDOWN_S
+    fixed_s = drain.CATCH_UP_MAX_S + drain.STRAGGLERS_S + app.WORKER_STOP_S + operations.SHUTDOWN_S
     return steps_ms / 1000 + fixed_s + INTERPRETER_END_S
 
 

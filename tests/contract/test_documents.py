@@ -12,7 +12,7 @@ import pytest
 from opentelemetry import environment_variables as otel_api
 from opentelemetry.sdk import environment_variables as otel_sdk
 
-from embedserve import app
+from embedserve import app, drain
 from embedserve.api.encoding import Encoding, encode
 from embedserve.api.status import _SPELLINGS
 from embedserve.config import Config
@@ -208,7 +208,7 @@ class TestNames:
     def test_the_longest_stop_is_the_sum_of_its_steps(self, page: str) -> None:
         shutdown = Config().shutdown
         steps_s = (shutdown.settle_ms + shutdown.grace_ms + shutdown.telemetry_flush_ms) / 1000
-        steps_s += app.CATCH_UP_MAX_S + app.STRAGGLERS_S + app.WORKER_STOP_S + operations.SHUTDOWN_S
+        steps_s += drain.CATCH_UP_MAX_S + drain.STRAGGLERS_S + app.WORKER_STOP_S + operations.SHUTDOWN_S
         (said,) = re.findall(r"worst\s+case of the defaults is ([\d.]+) s", page)
         (pod,) = re.findall(r"terminationGracePeriodSeconds: (\d+)", page)
         assert float(said) == steps_s < int(pod)

@@ -5,7 +5,7 @@ frame. Both sides run one build: nothing here is a contract with another version
 
     front end                        engine process
                   ◀── WELCOME        the model is ready: identity and device
-                  ◀── LOAD           the load, while there is work
+                  ◀── LOAD           the load, often while there is work, and now and then without
     JUDGE         ──▶                would so many tokens be admitted? asked before much is tokenised
                   ◀── JUDGED         (or FAILED)
     EMBED         ──▶                token ids lie in a slot
@@ -20,6 +20,8 @@ frame. Both sides run one build: nothing here is a contract with another version
                   ◀── ENDED
                   ◀── SCRAPE         wants the metrics of this process
     SCRAPED       ──▶
+                  ◀── RECALL         wants what this process remembers of its calls
+    RECALLED      ──▶
                   ◀── BROKEN         nothing more will run
 """
 
@@ -41,8 +43,8 @@ __all__ = ["Order", "Piece", "pack_order", "pack_portion", "unpack_order", "unpa
 
 (
     WELCOME, LOAD, EMBED, DONE, FAILED, CANCEL, STREAM, FEED, PIECE, UNFED, PORTION, TAKEN, ENDED, BROKEN, JUDGE,
-    JUDGED, SCRAPE, SCRAPED,
-) = range(18)  # fmt: skip
+    JUDGED, SCRAPE, SCRAPED, RECALL, RECALLED,
+) = range(20)  # fmt: skip
 NO_SLOT: Final = Slot(0, 0)
 
 FEED_BODY: Final = Struct("<II")

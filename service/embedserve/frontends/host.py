@@ -28,14 +28,25 @@ from embedserve.frontends.marks import Traces, pack_marks
 from embedserve.frontends.memory import SharedMemory
 from embedserve.model.tokenizer import TokenizedTexts
 
-__all__ = ["Ends", "EngineHost"]
+__all__ = ["ASK_S", "Answers", "Ends", "EngineHost"]
 
 LOAD_EVERY_S: Final = 0.05
 """How often front ends are told the load while there is work: a balancer asks less often than that."""
+BEAT_S: Final = 1.0
+"""How often they are told it without work, so that they notice an engine process that is stopped..."""
+BEATS: Final = 4
+"""... and at least so often in ``health.stall_ms``, after which silence counts as a stall."""
+ASK_S: Final = 1.0
+"""What is asked of front ends waits no longer for any of them: who is silent is named, and the others are shown."""
 
 
-SCRAPE_S: Final = 1.0
-"""A scrape waits no longer for a front end, and fails then: a text without its series would look like a restart."""
+class Answers(NamedTuple):
+    """What front ends have answered."""
+
+    given: list[tuple[str, bytes]]
+    """Name and answer."""
+    silent: list[str]
+    """Who has not answered."""
 
 
 class Ends(NamedTuple):
@@ -50,9 +61,12 @@ class EngineHost:
     """Every front end's work in the engine. Lives on the engine's event loop."""
 
     def __init__(
-        self, engine: Engine, traces: Traces, ends: Sequence[Ends], *, on_fatal: Callable[[str], None]
+        self, engine: Engine, traces: Traces, ends: Sequence[Ends], *, on_fatal: Callable[[str], None], stall_ns: int
     ) -> None:
-        """No front end is heard before ``open``. ``on_fatal`` is told once when front ends cannot be heard."""
+        """No front end is heard before ``open``. ``on_fatal`` is told once when front ends cannot be heard.
+
+        ``stall_ns``: how long this process may say nothing before front ends take it for stalled.
+        """
         self.engine = engine
         self.traces = traces
         self._ends = ends
@@ -60,9 +74,13 @@ class EngineHost:
         self._front_ends: list[_FrontEnd] = []
         self._opening: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._busy = False
-        self._scrapes = itertools.count(1)
-        self._scraping: dict[int, dict[int, asyncio.Future[bytes]]] = {}
+        self._soon = False
+        """Whether the timer is one of those while there is work."""
+        self._beat_s = min(BEAT_S, stall_ns / 1e9 / BEATS)
+        self._questions = itertools.count(1)
+        self._asked: dict[int, dict[int, asyncio.Future[bytes]]] = {}
+        self.silent = dict.fromkeys((end.name for end in ends), False)
+        """Front ends that did not answer what they were asked last."""
 
     def open(self) -> None:
         """The model is ready: hear every front end, and tell it which model. Once."""
@@ -83,18 +101,21 @@ class EngineHost:
         """Tell every front end what is served."""
         facts = {"identity": dataclasses.asdict(self.engine.identity), "load": dataclasses.asdict(self.engine.load())}
         self._tell(frames.WELCOME, orjson.dumps(facts))
+        self.tell_load()
 
     def tell_load(self) -> None:
-        """Tell every front end the load, now and while there is work."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
+        """Tell every front end the load, now and from time to time."""
         if self.engine.loaded:
             facts = {"load": dataclasses.asdict(self.engine.load()), "stalled_ns": self._stalled_ns}
             self._tell(frames.LOAD, orjson.dumps(facts))
-        if self._busy or self.engine.requests:
-            self._busy = False
-            self._timer = asyncio.get_running_loop().call_later(LOAD_EVERY_S, self.tell_load)
+        self._arm(soon=self.engine.requests > 0)
+
+    def _arm(self, *, soon: bool) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._soon = soon
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(min(LOAD_EVERY_S, self._beat_s) if soon else self._beat_s, self.tell_load)
 
     @property
     def _stalled_ns(self) -> int:
@@ -103,9 +124,8 @@ class EngineHost:
 
     def tell_soon(self) -> None:
         """There is work: the load changes."""
-        self._busy = True
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(LOAD_EVERY_S, self.tell_load)
+        if not self._soon:
+            self._arm(soon=True)
 
     def tell_broken(self, why: str) -> None:
         """Nothing more will run. Front ends answer their callers, whatever becomes of this process."""
@@ -113,24 +133,29 @@ class EngineHost:
         for front_end in self._front_ends:
             front_end.flush()
 
-    async def scrape(self, accept_header: str) -> list[tuple[str, bytes]]:
-        """Name and metrics of each front end that is there. Raises ``TimeoutError`` when one does not answer."""
-        scrape = next(self._scrapes)
+    async def ask(self, kind: int, body: bytes = b"") -> Answers:
+        """What each front end answers to a SCRAPE or a RECALL, within ``ASK_S``."""
+        question = next(self._questions)
         front_ends = list(self._front_ends)
-        waiting = self._scraping[scrape] = {id(one): asyncio.get_running_loop().create_future() for one in front_ends}
+        waiting = self._asked[question] = {id(one): asyncio.get_running_loop().create_future() for one in front_ends}
         try:
-            self._tell(frames.SCRAPE, accept_header.encode(), scrape)
-            async with asyncio.timeout(SCRAPE_S):
-                texts = await asyncio.gather(*waiting.values())
+            self._tell(kind, body, question)
+            if waiting:
+                await asyncio.wait(waiting.values(), timeout=ASK_S)
         finally:
-            del self._scraping[scrape]
-        return [(one.name, text) for one, text in zip(front_ends, texts, strict=True)]
+            del self._asked[question]
+        given: list[tuple[str, bytes]] = []
+        for one, future in zip(front_ends, waiting.values(), strict=True):
+            self.silent[one.name] = not future.done()
+            if future.done():
+                given.append((one.name, future.result()))
+        return Answers(given, [name for name, silent in self.silent.items() if silent])
 
-    def scraped(self, front_end: _FrontEnd, scrape: int, text: bytes) -> None:
-        """A front end's metrics."""
-        future = self._scraping.get(scrape, {}).get(id(front_end))
+    def answered(self, front_end: _FrontEnd, question: int, answer: bytes) -> None:
+        """A front end has answered, in time or not."""
+        future = self._asked.get(question, {}).get(id(front_end))
         if future is not None and not future.done():
-            future.set_result(text)
+            future.set_result(answer)
 
     def lost(self, front_end: _FrontEnd) -> None:
         """A front end has gone."""
@@ -209,8 +234,8 @@ class _FrontEnd:
             self._begin(call_id, self._stream(call_id, order, stream))
         elif kind == frames.JUDGE:
             self._judge(call_id, unpack_order(body, self._host.traces))
-        elif kind == frames.SCRAPED:
-            self._host.scraped(self, call_id, body)
+        elif kind in (frames.SCRAPED, frames.RECALLED):
+            self._host.answered(self, call_id, body)
         elif kind == frames.CANCEL:
             if (task := self._tasks.get(call_id)) is not None:
                 task.cancel()

@@ -17,21 +17,22 @@ from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any
 
-import structlog
-
-from embedserve.app import App, run_app
+from embedserve.app import App
 from embedserve.config import Config
 from embedserve.engine.engine import Engine
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.stream import piece_items
-from embedserve.frontends.host import SCRAPE_S, Ends, EngineHost
+from embedserve.frontends import frames
+from embedserve.frontends.host import ASK_S, Ends, EngineHost
 from embedserve.frontends.remote import RemoteEngine, RemoteSettings
 from embedserve.lifecycle import ExitCode, State
+from embedserve.main_loop import run_app
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
-from embedserve.part import Part, Render
+from embedserve.part import Memories, Part, Render
 from embedserve.telemetry.exposition import merge_expositions
 from embedserve.telemetry.handles import SpanHandles
+from embedserve.telemetry.logs import name_process
 from embedserve.wiring import build_engine, stall_limits, tokenizer_settings
 
 __all__ = ["DRAIN", "STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "memory_bytes"]
@@ -87,7 +88,17 @@ class FrontEndProcess:
             made[0].render_metrics = render
             return render
 
-        part = Part(self.role, make_engine=partial(self._make_engine, made), has_device=False, metrics=keep)
+        def remember(recall: Callable[[], bytes]) -> None:
+            """It asks for them too."""
+            made[0].recall = recall
+
+        part = Part(
+            self.role,
+            make_engine=partial(self._make_engine, made),
+            has_device=False,
+            metrics=keep,
+            remember=remember,
+        )
         return App(self.config, checkpoint=self.checkpoint, part=part)
 
     def _make_engine(
@@ -144,7 +155,17 @@ class EngineProcess:
         def merge(render: Render) -> Render:
             return None if render is None else partial(_scrape, self.role, render, hosts[0], asyncio.get_running_loop())
 
-        part = Part(self.role, make_engine=partial(self._make_engine, hosts), listens=False, metrics=merge)
+        async def recall() -> Memories:
+            return Memories(*await hosts[0].ask(frames.RECALL))
+
+        part = Part(
+            self.role,
+            make_engine=partial(self._make_engine, hosts),
+            listens=False,
+            metrics=merge,
+            silent=lambda: hosts[0].silent,
+            recall=recall,
+        )
         app = App(self.config, checkpoint=self.checkpoint, part=part)
 
         def follow(state: State) -> None:
@@ -197,7 +218,8 @@ class EngineProcess:
             make_backend=self.make_backend,
         )
         ends = [Ends(name, _number(link), _number(memory)) for name, link, memory in self.links]
-        hosts.append(EngineHost(engine, SpanHandles(), ends, on_fatal=die))
+        stall_ns = stall_limits(config).stall_ns
+        hosts.append(EngineHost(engine, SpanHandles(), ends, on_fatal=die, stall_ns=stall_ns))
         return engine
 
 
@@ -208,9 +230,10 @@ def _scrape(
     loop: asyncio.AbstractEventLoop,
     accept_header: str,
 ) -> tuple[str, bytes]:
-    """The metrics of all processes, in a scraper's thread. Raises ``TimeoutError`` when one does not answer."""
+    """The metrics of all processes that answer, in a scraper's thread. This one's own, taken last, say who does not."""
+    asked = asyncio.run_coroutine_threadsafe(host.ask(frames.SCRAPE, accept_header.encode()), loop)
+    others = asked.result(2 * ASK_S).given
     content_type, own = render(accept_header)
-    others = asyncio.run_coroutine_threadsafe(host.scrape(accept_header), loop).result(2 * SCRAPE_S)
     return content_type, merge_expositions([(role, own), *others])
 
 
@@ -222,7 +245,7 @@ def _number(descriptor: Descriptor) -> int:
 
 def _live(config: Config, role: str, control: Descriptor, make_app: Callable[[], App]) -> None:
     """The life of one process, and its end with the exit code."""
-    structlog.contextvars.bind_contextvars(process=role)
+    name_process(role)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire = socket.socket(fileno=_number(control))

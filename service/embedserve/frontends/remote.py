@@ -40,7 +40,7 @@ from embedserve.scheduling.item import Rejection
 __all__ = ["RemoteEngine", "RemoteSettings"]
 
 LOOKS: Final = 4
-"""Times in ``stall.stall_ns`` that the engine process's silence is looked at, while there is work."""
+"""Times in ``stall.stall_ns`` that the engine process's silence is looked at."""
 LATE_NS: Final = 100_000_000
 """A look that comes later than this says that this process was stopped, or its loop was: it proves nothing."""
 ROOM_RETRY_MS: Final = 100
@@ -57,7 +57,7 @@ class RemoteSettings:
     """Texts that the engine asks of a stream at a time, at most."""
     memory_bytes: int
     stall: StallLimits
-    """How long the engine process may say nothing while it has work of ours."""
+    """How long the engine process may say nothing; it tells its load in ``host.BEATS`` parts of ``stall_ns``."""
 
 
 class RemoteEngine:
@@ -91,6 +91,8 @@ class RemoteEngine:
         self._calls = RemoteCalls(self.send, self._memory, self._slots, traces)
         self.render_metrics: Callable[[str], tuple[str, bytes]] | None = None
         """This process's metrics, for the engine process to show."""
+        self.recall: Callable[[], bytes] | None = None
+        """What this process remembers of its calls, for the page of the engine process."""
         self._scrapes: set[asyncio.Task[None]] = set()
         self._requests = 0
         self._draining = False
@@ -191,6 +193,8 @@ class RemoteEngine:
             task = asyncio.get_running_loop().create_task(self._scrape(call_id, body.decode()))
             self._scrapes.add(task)
             task.add_done_callback(self._scrapes.discard)
+        elif kind == frames.RECALL:
+            self.send(frames.RECALLED, call_id, b"" if self.recall is None else self.recall())
         elif kind == frames.WELCOME:
             self._be_welcome(orjson.loads(body))
         elif kind == frames.BROKEN:
@@ -204,6 +208,7 @@ class RemoteEngine:
         self._identity = ModelIdentity(**{**told, "prompts": prompts})  # type: ignore[arg-type]
         self._load = LoadReport(**facts["load"])  # type: ignore[arg-type]
         self._started_ns = time.monotonic_ns()
+        self._arm()
         assert self._welcome is not None
         if not self._welcome.done():
             self._welcome.set_result(self._identity)
@@ -222,20 +227,15 @@ class RemoteEngine:
         if self._link is not None:
             self._link.send(kind, call_id, body)
 
-    def _watch(self) -> None:
-        """There is work: the engine process tells its load every 50 ms from now on, or it is stopped or stuck."""
-        if self._look is None:
-            self._heard_ns = time.monotonic_ns()
-            self._arm()
-
     def _arm(self) -> None:
+        """The engine process tells its load again and again, or it is stopped or stuck."""
         pause_ns = self._settings.stall.stall_ns // LOOKS
         due_ns = time.monotonic_ns() + pause_ns
         self._look = asyncio.get_running_loop().call_later(pause_ns / 1e9, self._look_now, due_ns)
 
     def _look_now(self, due_ns: int) -> None:
         self._look = None
-        if self._failure is not None or not (self._requests or self.stalled):
+        if self._failure is not None:
             return
         now, stall = time.monotonic_ns(), self._settings.stall
         silent_ns = now - self._heard_ns
@@ -325,7 +325,6 @@ class RemoteEngine:
         if self.stalled:
             raise stalled()
         self._refuse_beyond_room()
-        self._watch()
         call.stages.texts = call.count
         call.stages.admitted_ns = time.monotonic_ns()
 

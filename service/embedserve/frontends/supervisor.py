@@ -18,10 +18,10 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ from embedserve.frontends.processes import DRAIN, STOP, Descriptor, EngineProces
 from embedserve.lifecycle import ExitCode
 from embedserve.model.backend import BackendFactory
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.ready_line import write_ready_line
 from embedserve.telemetry.logs import configure_logs
 from embedserve.wiring import prepare_environment, read_checkpoint
 
@@ -120,9 +121,13 @@ class Supervisor:
         front_config = _changed(
             config,
             server={"address": ",".join(addresses), "so_reuseport": True, "frontends": 1},
-            operations={"statusz": False},
         )
-        engine_config = _changed(config, server={"frontends": 1}, tokenizer={"threads": 1}, shutdown={"settle_ms": 0})
+        engine_config = _changed(
+            config,
+            server={"address": ",".join(addresses), "frontends": 1},
+            tokenizer={"threads": 1},
+            shutdown={"settle_ms": 0},
+        )
         size = memory_bytes(config)
         theirs: list[int] = []
         links = []
@@ -279,12 +284,6 @@ def run_processes(
     telemetry = config.telemetry
     configure_logs(level=telemetry.log_level, levels=telemetry.log_levels, form=telemetry.log_format)
 
-    def ready_line(line: bytes) -> None:
-        try:
-            os.write(sys.stdout.fileno(), line + b"\n")
-        except (OSError, AttributeError) as error:  # as in app.run
-            structlog.get_logger("embedserve.supervisor").warning("ready_line_lost", reason=str(error))
-
     supervisor = Supervisor(config, make_backend=make_backend, checkpoint=checkpoint)
     with asyncio.Runner() as runner:
-        return runner.run(supervisor.live(ready_line))
+        return runner.run(supervisor.live(partial(write_ready_line, logger="embedserve.supervisor")))

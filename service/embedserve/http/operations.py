@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import orjson
 from aiohttp import web
@@ -59,7 +59,7 @@ class OperationsPort:
         load: Callable[[], LoadReport],
         render_metrics: Callable[[str], tuple[str, bytes]] | None,
         lifecycle_state: Callable[[], str],
-        snapshot: Callable[[], Snapshot] | None = None,
+        snapshot: Callable[[], Awaitable[Snapshot]] | None = None,
     ) -> None:
         """``render_metrics(accept_header)`` gives content type and body, and may be called in another thread.
 
@@ -131,14 +131,15 @@ class OperationsPort:
         if self._snapshot is None:
             return _text(STATUSZ_OFF, 404)
         # Taken on the event loop, where nothing moves meanwhile; written in a thread, since that takes milliseconds.
-        page = await asyncio.get_running_loop().run_in_executor(None, render, self._snapshot())
+        shown = await self._snapshot()
+        page = await asyncio.get_running_loop().run_in_executor(None, render, shown)
         headers = {**GUARDED, "Content-Security-Policy": CONTENT_SECURITY_POLICY}
         return web.Response(text=page, content_type="text/html", headers=headers)
 
     async def _statusz_json(self, _request: web.Request) -> web.Response:
         if self._snapshot is None:
             return _text(STATUSZ_OFF, 404)
-        snapshot = self._snapshot()
+        snapshot = await self._snapshot()
         body = orjson.dumps({"verdict": judge(snapshot), **{f.name: getattr(snapshot, f.name) for f in _FACTS}})
         return web.Response(body=body, content_type="application/json", headers=GUARDED)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from random import Random
 from typing import Final, NamedTuple
@@ -48,6 +48,8 @@ class EndedCall(NamedTuple):
     duration_ns: int
     longest: tuple[str, int] | None
     trace_id: str | None
+    process: str = ""
+    """Which of several processes took it."""
 
     def shown(self, offset_ns: int) -> Ended:
         """On the wall clock, which is ``offset_ns`` ahead of the monotonic one."""
@@ -55,6 +57,7 @@ class EndedCall(NamedTuple):
         return Ended(
             (self.at_ns + offset_ns) / NS, self.method, self.status, self.reason, self.policy, self.tenant, self.texts,
             self.tokens, self.duration_ns / NS, name, None if length_ns is None else length_ns / NS, self.trace_id,
+            self.process,
         )  # fmt: skip
 
 
@@ -104,6 +107,25 @@ class Samples:
         if place >= 0:
             wait_ns = max(0, stages.dequeued_ns - stages.queued_ns)
             _keep(counted[1], place, (wait_ns, now_ns - arrived_ns))
+
+    def rows(self, now_ns: int) -> list[tuple[int, list[tuple[int, ...]], list[tuple[int, list[tuple[int, int]]]]]]:
+        """All that is kept: second, calls, and pairs of each bucket. For ``extend`` in another process."""
+        return [
+            (second.second, second.calls, [(bucket, pairs) for bucket, (_, pairs) in second.by_bucket.items()])
+            for second in self._recent(now_ns)
+        ]
+
+    def extend(
+        self, rows: Iterable[tuple[int, Sequence[Sequence[int]], Sequence[tuple[int, Sequence[Sequence[int]]]]]]
+    ) -> None:
+        """Keep ``rows`` of other processes too, all of them: there are as many reservoirs as processes."""
+        by_second = {second.second: second for second in self._seconds}
+        for number, calls, by_bucket in rows:
+            second = by_second.setdefault(number, _Second(number))
+            second.calls += map(tuple, calls)
+            for bucket, pairs in by_bucket:
+                second.by_bucket.setdefault(bucket, ([0], []))[1].extend((wait, whole) for wait, whole in pairs)
+        self._seconds = deque((by_second[number] for number in sorted(by_second)), maxlen=WINDOW_S)
 
     def stages(self, now_ns: int) -> tuple[Latency, tuple[Stage, ...]]:
         """Of the whole calls, and of each stage."""

@@ -63,6 +63,7 @@ _OF_DEVICE: Final = frozenset(
         table.QUEUE_OLDEST.name,
         table.ADMISSION_POLICY.name,
         table.MODEL_VARIANT.name,
+        table.FRONT_END_SILENT.name,
     }
 )
 """Gauges that only the process with the device has anything to say of."""
@@ -104,6 +105,7 @@ class Gauges:
             table.LIFECYCLE.name: self._lifecycle,
             table.MODEL_INFO.name: self._model_info,
             table.MODEL_VARIANT.name: self._variant,
+            table.FRONT_END_SILENT.name: self._silent,
             table.PROCESS_CPU.name: self._cpu,
             table.PROCESS_MEMORY.name: _memory,
             table.PROCESS_FDS.name: _file_descriptors,
@@ -148,6 +150,10 @@ class Gauges:
     def _variant(self) -> Iterable[Observation]:
         now = self._snapshot.read().variant
         return [Observation(int(variant == now), {"variant": variant}) for variant in table.VARIANTS]
+
+    def _silent(self) -> Iterable[Observation]:
+        told = self._snapshot.read().silent_front_ends
+        return [Observation(int(silent), {"frontend": name}) for name, silent in told.items()]
 
     def _cpu(self) -> Iterable[Observation]:
         times = os.times()

@@ -267,6 +267,11 @@ MODEL_INFO: Final = _gauge(
     Label("name"), Label("revision"), Label("weights_digest"), Label("dtype"), Label("device"), Label("pooling"),
     Label("dimension"),
 )  # fmt: skip
+FRONT_END_SILENT: Final = _gauge(
+    "embedserve.frontend.silent", "{process}",
+    "1 for each front end that did not answer the last scrape, which is without its series; none in one process.",
+    Label("frontend"),
+)  # fmt: skip
 LOOP_LAG: Final = _histogram(
     "embedserve.event_loop.lag", "s", "How late the event loop runs a timer, sampled while calls are active."
 )

@@ -53,6 +53,8 @@ class LoadSnapshot:
     variant: str = ""
     """``eager`` or ``compiled``; empty until a model is loaded."""
     warm_up_s: float = 0.0
+    silent_front_ends: Mapping[str, bool] = field(default_factory=dict)
+    """Each front end, and whether it did not answer when it was last asked; empty where there is one process."""
 
 
 LoadSource = Callable[[], LoadSnapshot]

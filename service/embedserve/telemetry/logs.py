@@ -29,7 +29,7 @@ from embedserve.telemetry.log_stream import LogStream
 from embedserve.telemetry.settings import LogFormat
 from embedserve.telemetry.tracing import current_span_context
 
-__all__ = ["REDACTED", "Forward", "LineLogger", "configure_logs", "flush_lines", "line_logger"]
+__all__ = ["REDACTED", "Forward", "LineLogger", "configure_logs", "flush_lines", "line_logger", "name_process"]
 
 Forward = Callable[[Mapping[str, Any]], None]
 
@@ -94,6 +94,7 @@ class LineLogger:
                 fields[key] = _safe(value)
         fields["event"] = event
         fields["logger"] = self._name
+        _add_process(None, level, fields)
         _add_trace(None, level, fields)
         fields["level"] = level
         fields["timestamp"] = datetime.now(UTC).isoformat()[:-6] + "Z"
@@ -122,6 +123,15 @@ class _Text:
 
 _line_target: tuple[LogStream | BinaryIO, _LevelByLogger] | None = None
 """Where ``LineLogger`` writes; ``None`` where lines have another form, or go somewhere else too."""
+
+
+_process: dict[str, str] = {}
+"""What every line says of this process. Not a context variable: threads of libraries have none of ours."""
+
+
+def name_process(role: str) -> None:
+    """Say in every line from now on which of several processes wrote it."""
+    _process["process"] = role
 
 
 def flush_lines() -> None:
@@ -160,6 +170,7 @@ def configure_logs(
     lowest = min(_number(level), *by_logger.values()) if by_logger else _number(level)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_process,
         _add_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -236,6 +247,11 @@ class _LevelByLogger:
                 return self._levels[name]
             name = name.rpartition(".")[0]
         return self._default
+
+
+def _add_process(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.update(_process)
+    return event
 
 
 def _add_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -69,6 +69,29 @@ class Seconds:
             self._loop.append((now_ns, self._cpu_clock()))
         return slot
 
+    def copy(self) -> Seconds:
+        """The same, to add to. Reads the processor time of the same thread."""
+        made = Seconds(self.begun_ns, self._cpu_clock)
+        made._loop = self._loop
+        for slot in self._ring:
+            if slot.second >= 0:
+                new = made._ring[slot.second % RECENT_S]
+                for name in Slot.__slots__:
+                    setattr(new, name, getattr(slot, name))
+                new.reasons = None if slot.reasons is None else dict(slot.reasons)
+        return made
+
+    def add(self, second: int, counts: Mapping[str, int], reasons: Mapping[tuple[str, str], int]) -> None:
+        """Add what another process has counted in ``second``, by the names of ``Slot``."""
+        slot = self._slot(second)
+        if slot is None:
+            return
+        for name, number in counts.items():
+            setattr(slot, name, getattr(slot, name) + number)
+        for key, number in reasons.items():
+            slot.reasons = slot.reasons or {}
+            slot.reasons[key] = slot.reasons.get(key, 0) + number
+
     def spread(self, field: str, begin_ns: int, end_ns: int) -> None:
         """Add the time from ``begin_ns`` to ``end_ns`` to ``field`` of the seconds that it lies in."""
         last = end_ns // NS

@@ -110,7 +110,11 @@ async def pair(memory: int = MEMORY, observer=None, traces=None, **settings: str
         on_fatal=fatal.append,
     )
     host = EngineHost(
-        engine, traces or NoTraces(), [Ends("frontend-0", theirs.detach(), shared)], on_fatal=fatal.append
+        engine,
+        traces or NoTraces(),
+        [Ends("frontend-0", theirs.detach(), shared)],
+        on_fatal=fatal.append,
+        stall_ns=stall_limits(config).stall_ns,
     )
     await engine.start()
     host.open()

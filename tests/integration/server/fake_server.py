@@ -1,7 +1,8 @@
 """``embedserve serve`` with a model that obeys: the same process from the settings to the exit code, without torch.
 
 Signs in a text are orders to the device: ``#`` ends the worker's thread, ``~`` takes 300 ms, ``poison`` raises.
-``WARM_UP`` in the environment is ``fail`` or a number of seconds to wait.
+``WARM_UP`` in the environment is ``fail`` or a number of seconds to wait, ``END_MARGIN`` the seconds that a process
+which hangs is given beyond its grace.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 
 from embedserve import app
 from embedserve.cli import main
+from embedserve.frontends import supervisor
 from embedserve.model.backend import BatchResult, TokenBatch, WarmPass
 from embedserve.model.tokenizer import Truncation
 from embedserve.testing import FaultPlan, FaultyBackend, fake_checkpoint, tiny_tokenizer
@@ -62,4 +64,5 @@ if __name__ == "__main__":
         return run(config, make_backend=obedient_backend, checkpoint=checkpoint)  # type: ignore[arg-type]
 
     app.run = run_fake  # type: ignore[assignment]
+    supervisor.END_MARGIN_S = float(os.environ.get("END_MARGIN", supervisor.END_MARGIN_S))  # type: ignore[misc]
     sys.exit(main(["serve", *sys.argv[1:]]))

@@ -168,7 +168,7 @@ class TestSignals:
         assert exceeded["cut_off"] >= 1
 
     def test_readyz_says_503_while_it_drains_and_livez_200(self) -> None:
-        with running("--shutdown.settle_ms", "1500", command=FAKE) as server:
+        with running("--shutdown.settle_ms", "800", command=FAKE) as server:
             server.process.send_signal(signal.SIGTERM)
             server.wait_log("draining")
             assert status_of(server.operations + "/readyz") == 503
@@ -266,7 +266,7 @@ class TestStart:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        with started([*FAKE, *QUICK, "--server.address", f"127.0.0.1:{port}"], WARM_UP="3") as server:
+        with started([*FAKE, *QUICK, "--server.address", f"127.0.0.1:{port}"], WARM_UP="1.5") as server:
             server.wait(lambda: _listens(server.pid), "a port")
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                 health = health_pb2_grpc.HealthStub(channel)

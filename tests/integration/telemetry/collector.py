@@ -135,6 +135,12 @@ class Collector:
     http_endpoint: str
     sink: Sink
 
+    @property
+    def trace_file(self) -> Path:
+        """Where spans are written to; only where that was asked for."""
+        assert self.sink.trace_file is not None
+        return self.sink.trace_file
+
 
 def rotel_agent() -> Path | None:
     """The collector's binary, if it is installed."""

@@ -1,17 +1,25 @@
-"""The line of each call, as a real process writes it and as a collector gets it."""
+"""The line of each call, as standard error and a collector get it."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 
+from embedserve.config import load_config
+from embedserve.telemetry.logs import flush_lines
+from embedserve.telemetry.setup import setup_telemetry
+from embedserve.testing import FakeBackend, fake_checkpoint
+from embedserve.testing.server import TEST_SETTINGS, serving
 from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from embedserve.wiring import telemetry_settings
 from tests.integration.server.process import FAKE, QUICK, running
 from tests.integration.telemetry.collector import collecting, rotel_agent
 
@@ -43,15 +51,23 @@ class TestAccessLog:
         ],
         ids=["all", "sampled, all of them", "sampled, none of them", "errors", "off"],
     )
-    def test_which_calls_have_a_line_is_a_setting(
-        self, flags: tuple[str, ...], expected: list[tuple[str, str]]
+    async def test_which_calls_have_a_line_is_a_setting(
+        self, flags: tuple[str, ...], expected: list[tuple[str, str]], capfd: pytest.CaptureFixture[str]
     ) -> None:
-        with running(*QUICK, "--telemetry.log_requests", *flags, command=FAKE) as server:
-            call(server.address, ["hello"])
-            call(server.address, [])
-            assert server.stop() == 0
+        which, *ratio = flags
+        settings = {**TEST_SETTINGS, "telemetry.log_requests": which, "telemetry.log_format": "json"}
+        settings |= {"telemetry.log_requests_ratio": ratio[-1]} if ratio else {}
+        config = load_config(settings, {}, on_this_machine=False).config
+        telemetry = setup_telemetry(telemetry_settings(config, fake_checkpoint(FakeBackend().identity)))
+        async with serving(telemetry=telemetry) as server:
+            await server.stub.Embed(pb.EmbedRequest(texts=["hello"]))
+            with pytest.raises(grpc.aio.AioRpcError):
+                await server.stub.Embed(pb.EmbedRequest(texts=[]))
+        flush_lines()
 
-        assert access_lines(server.log) == expected
+        lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+        assert [line["event"] for line in lines][-1] == "stopped"
+        assert access_lines(lines) == expected
 
     @pytest.mark.skipif(AGENT is None, reason="rotel is not installed")
     def test_a_line_leads_to_its_trace_and_reaches_a_collector_as_it_is(self, tmp_path: Path) -> None:

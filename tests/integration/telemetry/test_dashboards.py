@@ -7,7 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ RESTING = {
     ("Compiled models", "A"): 'embedserve_model_compile_duration_seconds_count{outcome="cached"}',  # the same
     ("Time to compile", "A"): 'embedserve_model_compile_duration_seconds_sum{outcome="compiled"}',  # the same
     ("Swaps", "A"): 'embedserve_model_swaps_total{variant="compiled"}',  # the same
+    ("Silent front ends", "A"): 'embedserve_frontend_silent{frontend="frontend-0"}',  # all answer
 }
 """Queries whose series are there and stay at 0 here, why, and a series from which promtool is to draw something."""
 BRIEF = {
@@ -76,6 +77,8 @@ class Grafana:
     begun: float
     ended: float
     chosen: dict[str, str]
+    several: dict[str, str] = field(default_factory=dict)
+    """The same choice, but for the instance: that of several processes alone."""
 
     def fill(self, text: str, rate: str = RATE) -> str:
         """``text`` with its variables."""
@@ -107,20 +110,23 @@ def label_values(url: str, query: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def grafana(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grafana]:
-    """A server under load, scraped, with each board's variables set to all that there is."""
+    """Two servers under load, one of a process and one of several, with the boards' variables at all that there is."""
     rules = sorted((HERE / "rules").glob("*.yml"))
     folder = tmp_path_factory.mktemp("prometheus")
     with (
-        running(*QUICK, *FLAGS, command=FAKE, **BLIND) as server,
-        scraping([server.ready["operations"]], folder, rules) as url,
+        running(*QUICK, *FLAGS, command=FAKE, **BLIND) as one,
+        running(*QUICK, *FLAGS, "--server.frontends", "2", command=FAKE, **BLIND) as several,
+        scraping([one.ready["operations"], several.ready["operations"]], folder, rules) as url,
     ):
-        ask(url, "/api/v1/query", query=f"count_over_time(up[1m]) >= {IDLE_S}")
+        ask(url, "/api/v1/query", query=f"min(sum_over_time(up[1m])) >= {IDLE_S}")
         begun = time.time()
-        with mixed_load(server.address):
-            ask(url, "/api/v1/query", query=f"count_over_time(up[1m]) >= {IDLE_S + LOADED_S}")
+        with mixed_load(one.address), mixed_load(several.address):
+            ask(url, "/api/v1/query", query=f"min(sum_over_time(up[1m])) >= {IDLE_S + LOADED_S}")
             ask(url, "/api/v1/query", query='ALERTS{alertname="EmbedserveAvailabilityBurn",alertstate="firing"}')
             ended = time.time()
-        yield Grafana(url, begun, ended, _choose(url))
+        chosen = _choose(url)
+        instance = re.escape(several.ready["operations"]).replace("\\", "\\\\")
+        yield Grafana(url, begun, ended, chosen, chosen | {"instance": instance})
 
 
 def _choose(url: str) -> dict[str, str]:
@@ -159,6 +165,19 @@ class TestPanels:
         key = (panel["title"], target["refId"])
         resting = key in RESTING
         assert key in BRIEF or any(points) is not resting, f"{'not ' if resting else ''}always 0: {target['expr']}"
+
+    @pytest.mark.parametrize(("panel", "target"), TARGETS)
+    def test_it_has_as_many_series_for_an_instance_of_several_processes(
+        self, grafana: Grafana, panel: dict[str, Any], target: dict[str, Any]
+    ) -> None:
+        """No series is drawn twice, once for each process, and none of them says which process it is of."""
+        several = replace(grafana, chosen=grafana.several)
+        found = several.now(target["expr"]) if target["instant"] else several.series(target["expr"])
+
+        assert [number for series in found for number in finite(series)], f"no data: {target['expr']}"
+        assert not [series for series in found if "process" in series["metric"]]
+        legends = [tuple(sorted(series["metric"].items())) for series in found]
+        assert len(set(legends)) == len(legends)
 
     @pytest.mark.parametrize(("panel", "target"), [param for param in TARGETS if param.values[1].get("exemplar")])
     def test_its_points_lead_to_traces(self, grafana: Grafana, panel: dict[str, Any], target: dict[str, Any]) -> None:
@@ -214,7 +233,8 @@ class TestFrame:
     def test_every_choice_has_values(self, grafana: Grafana) -> None:
         assert grafana.chosen["job"] == f"({JOB})"
         assert grafana.chosen["model"] == "(fake/model)"
-        assert re.fullmatch(r"\(127\\\\\.0\\\\\.0\\\\\.1:\d+\)", grafana.chosen["instance"])
+        here = r"127\\\\\.0\\\\\.0\\\\\.1:\d+"
+        assert re.fullmatch(rf"\({here}\|{here}\)", grafana.chosen["instance"])
 
     def test_an_instance_of_another_model_is_not_shown(self, grafana: Grafana) -> None:
         (query,) = (v["query"]["query"] for v in BOARDS["service"]["templating"]["list"] if v["name"] == "instance")
@@ -232,10 +252,12 @@ class TestFrame:
 
     def test_a_restart_is_marked_at_the_time_at_which_the_process_started(self, grafana: Grafana) -> None:
         (mark,) = (mark for mark in MARKS if mark.get("useValueForTime"))
-        (series,) = grafana.series(mark["expr"])
+        found = grafana.series(mark["expr"])
+        assert len(found) == 2
 
-        (at,) = set(finite(series))
-        assert grafana.begun - 60 < at / 1000 < grafana.begun
+        for series in found:
+            (at,) = set(finite(series))
+            assert grafana.begun - 60 < at / 1000 < grafana.begun
 
 
 class TestRules:

@@ -34,6 +34,12 @@ class ExportedSpan:
     attributes: Mapping[str, Any]
     links: tuple[Id, ...]
     is_error: bool
+    resource: Mapping[str, Any]
+
+    @property
+    def process(self) -> str:
+        """Which of several processes told of it; empty where there is one."""
+        return str(self.resource.get("process.role", ""))
 
     @property
     def id(self) -> Id:
@@ -95,11 +101,12 @@ class TraceFile:
 def _read(path: Path) -> Iterator[ExportedSpan]:
     for line in path.read_text(encoding="utf-8").splitlines():
         for resource in json.loads(line)["resourceSpans"]:
+            told = {a["key"]: _value(a["value"]) for a in resource["resource"]["attributes"]}
             for scope in resource["scopeSpans"]:
-                yield from map(_span, scope["spans"])
+                yield from (_span(span, told) for span in scope["spans"])
 
 
-def _span(raw: Mapping[str, Any]) -> ExportedSpan:
+def _span(raw: Mapping[str, Any], resource: Mapping[str, Any]) -> ExportedSpan:
     return ExportedSpan(
         trace_id=_hex(raw["traceId"]),
         span_id=_hex(raw["spanId"]),
@@ -111,6 +118,7 @@ def _span(raw: Mapping[str, Any]) -> ExportedSpan:
         attributes={a["key"]: _value(a["value"]) for a in raw.get("attributes", ())},
         links=tuple((_hex(link["traceId"]), _hex(link["spanId"])) for link in raw.get("links", ())),
         is_error=raw.get("status", {}).get("code") == "STATUS_CODE_ERROR",
+        resource=resource,
     )
 
 

@@ -13,6 +13,7 @@ from embedserve.engine.load import LoadReport
 from embedserve.errors import StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.http.statusz.page import CONTENT_SECURITY_POLICY
+from embedserve.snapshot import Snapshot
 from tests.unit.http.snapshots import SERVING, shedding
 
 HEALTHY = LoadReport("healthy", True, 12, 1500.0, 8.0, 20.5, 3, 60, 2, 40)
@@ -27,13 +28,17 @@ async def port() -> AsyncIterator[SimpleNamespace]:
         state.accepts.append(accept)
         return "text/plain; version=0.0.4; charset=utf-8", b"up 1\n"
 
+    async def snapshot() -> Snapshot:
+        shown: Snapshot = state.snapshot
+        return shown
+
     operations = OperationsPort(
         alive=lambda: state.alive,
         ready=lambda: state.ready,
         load=lambda: state.load,
         render_metrics=render,
         lifecycle_state=lambda: state.lifecycle,
-        snapshot=lambda: state.snapshot,
+        snapshot=snapshot,
     )
     address = await operations.start("127.0.0.1:0")
     async with httpx.AsyncClient(base_url=f"http://{address}") as client:

@@ -16,7 +16,7 @@ from embedserve.http.statusz.page import CONTENT_SECURITY_POLICY, render
 from embedserve.http.statusz.reasons import POLICIES, REASONS
 from embedserve.http.statusz.verdict import Verdict, judge
 from embedserve.http.statusz.words import amount, clock, duration, share, size
-from embedserve.snapshot import Change, Latency
+from embedserve.snapshot import Change, Latency, Requests
 from embedserve.telemetry.instruments import REFUSALS
 from tests.unit.http.snapshots import (
     BUCKETS,
@@ -209,6 +209,12 @@ class TestVerdict:
 
         assert told["What is refused, and why?"] == "Nothing now; 240 calls in the last 5\xa0min, until 11:58:30."
 
+    def test_a_front_end_that_is_silent_is_trouble(self) -> None:
+        process = dataclasses.replace(PROCESS, front_ends=("frontend-0",), silent=("frontend-1",))
+        verdict = judge(snapshot(process=process))
+        assert (verdict.level, verdict.headline) == ("warn", "Serving, a front end is silent")
+        assert "frontend-1 does not answer" in verdict.sentence
+
 
 class TestReasons:
     """Every reason and every policy of a refusal has its words."""
@@ -307,6 +313,18 @@ class TestPage:
             TRACE, "queue 400\xa0ms", "search",  # requests
         ):  # fmt: skip
             assert figure in said, figure
+
+    def test_with_several_front_ends_each_call_says_which_one_took_it(self) -> None:
+        """And who did not answer; one process alone has no such column."""
+        calls = Requests((ended(process="frontend-0"),), (ended(process="frontend-1"),), ())
+        process = dataclasses.replace(PROCESS, front_ends=("frontend-0", "frontend-1"), silent=("frontend-2",))
+        page = Elements(render(snapshot(process=process, requests=calls)))
+        assert page.text.count("process") == 2, "a head of each table that has calls"
+        assert {"frontend-0", "frontend-1", "frontend-0, frontend-1"} <= set(page.text)
+        assert " frontend-2 did not answer: its calls are missing here" in page.text
+        alone = Elements(render(snapshot(requests=Requests((ended(),), (ended(),), ()))))
+        assert "process" not in alone.text
+        assert "did not answer" not in " ".join(alone.text)
 
     def test_a_process_that_has_only_begun_can_be_shown(self) -> None:
         empty = Latency(0)

@@ -69,6 +69,7 @@ class TestEnds:
             process.send_signal(number)
 
         until(lambda: not any(map(is_alive, running)))
+        assert [pid for pid in running if is_alive(pid)] == []
 
     def test_the_compiler_with_a_server_that_is_killed(self, tmp_path: Path, pids: Callable[[], list[int]]) -> None:
         """cc1plus would go on for seconds, and keep a core from whoever starts next."""
@@ -81,9 +82,11 @@ class TestEnds:
         )
         with run_python(code, str(SOURCE), str(tmp_path / "kept"), CXX=str(compiler)) as process:
             running = pids()
+            assert all(map(is_alive, running))
             process.kill()
 
         until(lambda: not any(map(is_alive, running)))
+        assert [pid for pid in running if is_alive(pid)] == []
 
     def test_when_its_time_is_over(self, tmp_path: Path, pids: Callable[[], list[int]]) -> None:
         with pytest.raises(subprocess.TimeoutExpired):

@@ -168,11 +168,17 @@ class TestLogs:
         assert lost["lines"] + sum("event" in line["event"] for line in lines) == 4000
         assert (lost["level"], lost["logger"]) == ("warning", "embedserve.log")
 
-    def test_without_standard_error_logging_is_silent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_standard_error_logging_is_silent(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Neither an error, nor a line on the next best descriptor: standard output is the ready line's."""
         monkeypatch.setattr("sys.stderr", None)
-        configure_logs(level="info", levels={}, form="auto")
+        stream = configure_logs(level="info", levels={}, form="auto")
         structlog.get_logger("ours").info("event")
         logging.getLogger("foreign").warning("event")
+        assert stream is not None
+        assert (stream.lines_written, stream.lines_dropped) == (0, 0)
+        assert capfd.readouterr() == ("", "")
 
 
 class TestHeldLines:

@@ -9,6 +9,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ import structlog
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from embedserve.scheduling.item import Rejection
+from embedserve.telemetry import logs
 from embedserve.telemetry.call_log import SHED_INTERVAL_S, CallLog, ShedLog
 from embedserve.telemetry.logs import VALUE_CHARS_MAX, LineLogger, configure_logs, line_logger
 from embedserve.telemetry.settings import LogRequests
@@ -362,3 +364,30 @@ class TestLinesByTheThousand:
 
         assert [line["method"] for line in forwarded] == ["M/Embed"]
         assert b"M/Embed" in capture.raw.getvalue().splitlines()[0]
+
+
+class TestProcess:
+    """Which of several processes wrote a line."""
+
+    def test_every_way_of_writing_says_it(self, capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From any thread: a library's has no context of ours."""
+        monkeypatch.setattr(logs, "_process", {})
+        logs.name_process("frontend-1")
+        configure(capture)
+
+        def write() -> None:
+            line_logger("embedserve.access").info("rpc")
+            structlog.get_logger("embedserve.app").info("served")
+            logging.getLogger("foreign").warning("late")
+
+        write()
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        assert [line["event"] for line in capture.lines] == ["rpc", "served", "late"] * 2
+        assert {line["process"] for line in capture.lines} == {"frontend-1"}
+
+    def test_one_process_alone_says_nothing(self, capture: Capture) -> None:
+        configure(capture)
+        line_logger("embedserve.access").info("rpc")
+        assert "process" not in capture.lines[0]

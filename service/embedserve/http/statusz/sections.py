@@ -268,6 +268,7 @@ def process(shown: Snapshot) -> Html:
             ("up for", duration(it.uptime_s)),
             ("embedserve", it.version),
             ("host and process", [foreign(it.host), f", pid {it.pid}"]),
+            *((("front ends", _front_ends(shown)),) if it.front_ends or it.silent else ()),
             ("gRPC listens on", [foreign(", ".join(it.addresses) or NONE)]),
             ("latest states", steps[:-1]),
         ),
@@ -281,6 +282,14 @@ def process(shown: Snapshot) -> Html:
             ("tokenizer", tag("code", model.tokenizer_digest or NONE)),
         ),
     )
+
+
+def _front_ends(shown: Snapshot) -> list[Part]:
+    told: list[Part] = [", ".join(shown.process.front_ends)]
+    if shown.process.silent:
+        silent = ", ".join(shown.process.silent)
+        told += [tag("strong", f" {silent} did not answer: its calls are missing here", class_="bad")]
+    return told
 
 
 def _quantiles(of: Latency) -> tuple[str, str, str]:
@@ -325,11 +334,13 @@ def _trace(trace_id: str | None) -> Part:
 def _calls(shown: Snapshot, name: str, caption: str, calls: Sequence[Ended], *, slow: bool = False) -> Html:
     # What was refused has gone through no stage, and its texts were hardly looked at.
     whole = name != "refused"
+    several_processes = bool(shown.process.front_ends or shown.process.silent)
     rows = [
         (
             instant(call.at_s, shown.at_s),
             duration(call.duration_s),
             *((f"{call.longest_stage} {duration(call.longest_s)}" if call.longest_stage else NONE,) if whole else ()),
+            *((call.process,) if several_processes else ()),
             _status(call),
             call.method,
             foreign(call.tenant) if call.tenant else NONE,
@@ -342,5 +353,10 @@ def _calls(shown: Snapshot, name: str, caption: str, calls: Sequence[Ended], *, 
     heads: tuple[str, ...] = ("ended", "took", "status", "method", "tenant", "texts", "trace")
     if whole:
         heads = ("ended", "took", "longest stage", "status", "method", "tenant", "texts", "tokens", "trace")
+    numbers = "-n----nn-" if whole else "-n---n-"
+    if several_processes:
+        place = heads.index("status")
+        heads = (*heads[:place], "process", *heads[place:])
+        numbers = numbers[:place] + "-" + numbers[place:]
     empty = "No call has ended in that time." if slow else "None since the start."
-    return table(name, caption, heads, rows, numbers="-n----nn-" if whole else "-n---n-", empty=empty)
+    return table(name, caption, heads, rows, numbers=numbers, empty=empty)

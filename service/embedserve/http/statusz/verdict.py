@@ -104,6 +104,10 @@ def _serving(shown: Snapshot) -> tuple[str, str, str]:
         level = _failing_level(shown)
         head.append("failing calls")
         parts.append(f"failing {share(_failed(shown))} since {_at(shown, traffic.failing_since_s)}")
+    if shown.process.silent:
+        level = level if level == "bad" else "warn"
+        head.append("a front end is silent")
+        parts.append(f"{', '.join(shown.process.silent)} does not answer")
     headline = ", ".join(head)
     if not traffic.calls_per_s and not traffic.in_flight and level == "good":
         return level, "Serving, idle", f"Serving. Idle: no call in the last {shown.now_s:.0f} s."
