@@ -7,7 +7,7 @@ a backend sees a batch of token ids and the row count, nothing about who asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -161,7 +161,7 @@ class DeviceReport:
     """Why there is no compiled model, in a sentence; empty where there is one, or none was asked for, or not yet."""
     batch_tokens_max: int = 0
     """Tokens of the largest pass that fitted the device's memory at warm-up; 0 where that was not tried."""
-    graphs: GraphReport = GraphReport()
+    graphs: GraphReport = field(default_factory=GraphReport)
 
 
 class DeviceOutOfMemory(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,9 +35,10 @@ from embedserve.model.compiled import CompiledModel
 from embedserve.model.cores import core_count
 from embedserve.model.cuda.accelerator import Accelerator
 from embedserve.model.cuda.device import CudaAccelerator
-from embedserve.model.cuda.passes import PASSES_AT_ONCE, GraphSettings, PackedPasses
+from embedserve.model.cuda.passes import PASSES_AT_ONCE, PackedPasses
 from embedserve.model.cuda.program import Program
 from embedserve.model.cuda.rows_attention import varlen_missing
+from embedserve.model.cuda.settings import CudaSettings
 from embedserve.model.dense import load_dense, scale_to_unit_length
 from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
@@ -49,7 +50,7 @@ from embedserve.model.pooling import Pooling, Segments
 from embedserve.model.stopwatch import Stopwatch, latest
 from embedserve.model.warm_up import WarmUp
 
-__all__ = ["Attention", "CudaSettings", "TorchBackend"]
+__all__ = ["Attention", "TorchBackend"]
 
 Attention = Literal["auto", "packed", "padded"]
 
@@ -73,17 +74,6 @@ class _Pass:
     normalize: Tensor
     real: Tensor | None
     """Places of the real tokens in a padded pass; ``None`` where every place is real."""
-
-
-@dataclass(frozen=True, slots=True)
-class CudaSettings:
-    """How packed passes run on a GPU; defaults are ``config.py``'s."""
-
-    graphs: GraphSettings = field(default_factory=GraphSettings)
-    tiles_length_max: int = 0
-    """Rows of up to so many tokens attend by tiles with a mask; 0: none."""
-    compiled: bool = False
-    """Whether inductor fuses what lies between the matrix products."""
 
 
 class TorchBackend:

@@ -50,6 +50,10 @@ _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
     (table.DEVICE_MEMORY_USED, lambda load: load.device_memory_used_bytes),
     (table.DEVICE_MEMORY_TOTAL, lambda load: load.device_memory_total_bytes),
     (table.WARM_UP, lambda load: load.warm_up_s),
+    (table.GRAPHS_PLANNED, lambda load: load.graphs.planned),
+    (table.GRAPHS_CAPTURED, lambda load: load.graphs.captured),
+    (table.GRAPHS_CAPTURE_DURATION, lambda load: load.graphs.capture_s),
+    (table.GRAPHS_MEMORY, lambda load: load.graphs.memory_bytes),
 )
 """Gauges without a label, and the field that each shows."""
 _EVERYWHERE: Final = frozenset(
@@ -63,6 +67,7 @@ _OF_DEVICE: Final = frozenset(
         table.QUEUE_OLDEST.name,
         table.ADMISSION_POLICY.name,
         table.MODEL_VARIANT.name,
+        table.GRAPHS_PASSES.name,
     }
 )
 """Gauges that only the process with the device has anything to say of."""
@@ -104,6 +109,7 @@ class Gauges:
             table.LIFECYCLE.name: self._lifecycle,
             table.MODEL_INFO.name: self._model_info,
             table.MODEL_VARIANT.name: self._variant,
+            table.GRAPHS_PASSES.name: self._graph_passes,
             table.PROCESS_CPU.name: self._cpu,
             table.PROCESS_MEMORY.name: _memory,
             table.PROCESS_FDS.name: _file_descriptors,
@@ -148,6 +154,10 @@ class Gauges:
     def _variant(self) -> Iterable[Observation]:
         now = self._snapshot.read().variant
         return [Observation(int(variant == now), {"variant": variant}) for variant in table.VARIANTS]
+
+    def _graph_passes(self) -> Iterable[Observation]:
+        graphs = self._snapshot.read().graphs
+        return [Observation(graphs.hits, {"outcome": "hit"}), Observation(graphs.misses, {"outcome": "miss"})]
 
     def _cpu(self) -> Iterable[Observation]:
         times = os.times()

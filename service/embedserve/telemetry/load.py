@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from embedserve.model.backend import GraphReport
+
 __all__ = ["LoadSnapshot", "LoadSource", "SharedSnapshot"]
 
 
@@ -53,6 +55,7 @@ class LoadSnapshot:
     variant: str = ""
     """``eager`` or ``compiled``; empty until a model is loaded."""
     warm_up_s: float = 0.0
+    graphs: GraphReport = field(default_factory=GraphReport)
 
 
 LoadSource = Callable[[], LoadSnapshot]

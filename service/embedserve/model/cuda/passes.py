@@ -28,10 +28,11 @@ from embedserve.model.cuda.graphs import GraphSet
 from embedserve.model.cuda.inputs import InputLayout
 from embedserve.model.cuda.ladder import GraphKey, Ladder
 from embedserve.model.cuda.program import Program
+from embedserve.model.cuda.settings import GraphSettings
 from embedserve.model.cuda.slot import Slot
 from embedserve.model.layout import Packed, packed
 
-__all__ = ["PASSES_AT_ONCE", "GraphSettings", "PackedPasses"]
+__all__ = ["PASSES_AT_ONCE", "PackedPasses"]
 
 PASSES_AT_ONCE: Final = 2
 """One that runs and one that is laid out and copied in; a third would only wait longer."""
@@ -39,21 +40,6 @@ CAPTURE_PAUSE_S: Final = 0.05
 """Between captures beside a server that serves: each holds passes up for as long as it takes, so they are spread."""
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSettings:
-    """Which graphs there shall be; defaults are ``config.py``'s."""
-
-    enabled: bool = True
-    growth: float = 1.25
-    """Factor between token budgets."""
-    tokens_max: int | None = None
-    """Largest budget that is captured; ``None``: the largest batch."""
-    rows_max: int = 512
-    """Rows of the largest batch."""
-    before_ready: bool = True
-    """Whether all are captured before the first text is served."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ from embedserve.model.cuda import passes as passes_module
 from embedserve.model.cuda.accelerator import CannotCapture
 from embedserve.model.cuda.host import HostAccelerator, HostRecording
 from embedserve.model.cuda.inputs import PassInputs
-from embedserve.model.cuda.passes import GraphSettings
 from embedserve.model.cuda.program import Program
-from embedserve.model.torch_backend import CudaSettings, TorchBackend
+from embedserve.model.cuda.settings import CudaSettings, GraphSettings
+from embedserve.model.torch_backend import TorchBackend
 from tests.unit.model.checkpoints import PACKED, VOCAB_SIZE, save_checkpoint, save_encoder
 
 LENGTHS = [3, 40, 7, 7, 128, 41, 3, 12]
