@@ -394,16 +394,21 @@ async def _write_all(responses: AsyncIterator[Any], context: Any) -> None:
 
 
 async def _abort(context: Any, reply: status.Reply, call: Call, *, within_s: float | None) -> None:
-    """Send ``reply`` as the call's status; raises ``AbortError``, or ``CancelledError`` if it was not taken in time."""
+    """Send ``reply`` as the call's status; raises ``CancelledError`` if it was not taken in time."""
     trailers = reply.trailers
     if call.trace.trace_id is not None:  # trailers of an abort replace those that were set before
         trailers = (*trailers, (TRACE_ID_KEY, call.trace.trace_id))
-    if within_s is None:
-        await context.abort(reply.code, reply.message, trailers)
-        return
     try:
-        async with asyncio.timeout(within_s):
+        if within_s is None:
             await context.abort(reply.code, reply.message, trailers)
+        else:
+            async with asyncio.timeout(within_s):
+                await context.abort(reply.code, reply.message, trailers)
+    except grpc.aio.AbortError as sent:
+        # Raised by grpc once the status is out, and kept with the call: with its traceback and the error that it answers
+        # it would hold every frame of the call, which hold the call. Some 60 objects in a cycle a refusal are what the
+        # collector would live on under overload. grpc raises it again when the handler has returned.
+        sent.__traceback__ = sent.__context__ = None
     except TimeoutError as stalled:
         raise asyncio.CancelledError from stalled
 

@@ -1,7 +1,9 @@
 """The guard over a real connection: one status for every call, told once, and nothing of an exception in it."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -203,6 +205,28 @@ class TestErrors:
         assert (end.status, end.error_type) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
         assert end.attributes == {"policy": "queue", "queued_tokens": 5.0}
         assert served.recorder.internal == []
+
+    @STYLES
+    async def test_a_refusal_leaves_nothing_to_the_collector_of_cycles(self, serve: Any, style: Any) -> None:
+        """grpc keeps the exception of an abort, which would keep every frame of the call, which keep the call."""
+        kept: list[weakref.ref[BaseException]] = []
+
+        async def refuse(context: Any) -> None:
+            try:
+                raise errors.Overloaded("busy", reason="QUEUE_FULL", policy="queue", retry_after_ms=1000)
+            except errors.Overloaded as error:  # a name that outlived this block would be a cycle of its own
+                kept.append(weakref.ref(error))
+                raise
+
+        gc.disable()
+        try:
+            _, rpc, _ = await call(serve, style, refuse)
+            assert await rpc.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            async with asyncio.timeout(5):
+                while kept[0]() is not None:
+                    await asyncio.sleep(0)
+        finally:
+            gc.enable()
 
     @STYLES
     async def test_abort_by_the_handler_is_left_alone(self, serve: Any, style: Any) -> None:
