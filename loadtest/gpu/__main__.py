@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -238,14 +239,14 @@ def marks(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def facts(options: argparse.Namespace) -> dict[str, Any]:
     """Where, when, what of, and by which command."""
     on_gpu = options.device != "cpu"
-    root = RESULT.parents[2]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
+    commit = ""
+    if shutil.which("git") is not None:
+        command = ["git", "-C", str(RESULT.parents[2]), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": "python -m loadtest.gpu " + " ".join(sys.argv[1:]),
         "begun": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "device": torch.cuda.get_device_name(options.device) if on_gpu else platform.machine(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

@@ -19,7 +19,7 @@ from embedserve.model.cuda.rows_attention import ReferenceRows
 from embedserve.model.layout import packed
 from embedserve.model.torch_backend import TorchBackend
 from tests.unit.model.checkpoints import PACKED, save_checkpoint, save_encoder
-from tests.unit.model.cuda.test_passes import batch_of, cosines
+from tests.unit.model.cuda.packed import batch_of, cosines
 
 KEY = InputLayout(tokens=256, rows=16)
 LENGTH_MAX = 128
