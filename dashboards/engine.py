@@ -211,6 +211,23 @@ def _compiling() -> Row:
                 "Start", "How long did loading and warm-up take?",
                 Target(BOARD.gauge(m.WARM_UP, "max", EACH), "{{instance}}"), unit="s", width=4,
             ),
+            lines(
+                "CUDA graphs", "How many graphs are there, of those that were asked for? None without a GPU.",
+                Target(BOARD.gauge(m.GRAPHS_PLANNED, "max", EACH), "planned {{instance}}"),
+                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "max", EACH), "captured {{instance}}"), unit="short", width=6,
+            ),
+            lines(
+                "Graph hits", "How many passes replay a graph, and how many does none fit?",
+                Target(BOARD.rate(m.GRAPHS_PASSES, ("outcome",)), "{{outcome}}"), unit="ops", width=6,
+            ),
+            lines(
+                "Capture", "How long did capturing take in all?",
+                Target(BOARD.gauge(m.GRAPHS_CAPTURE_DURATION, "max", EACH), "{{instance}}"), unit="s", width=6,
+            ),
+            lines(
+                "Graph memory", "How much of the device's memory do graphs share?",
+                Target(BOARD.gauge(m.GRAPHS_MEMORY, "max", EACH), "{{instance}}"), unit="bytes", width=6,
+            ),
         ),
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from embedserve.address import addresses_collide, listens_once, split_addresses
 from embedserve.admission import Admission, Gradient, LatencyP95, Throughput
+from embedserve.cuda import Cuda
 from embedserve.kinds import (
     DAY_MS,
     HOUR_MS,
@@ -43,7 +44,7 @@ from embedserve.kinds import (
 )
 from embedserve.settings import Allowed, Origin, read_settings
 
-__all__ = ["Admission", "Config", "Gradient", "LatencyP95", "Loaded", "Section", "Throughput", "load_config"]
+__all__ = ["Admission", "Config", "Cuda", "Gradient", "LatencyP95", "Loaded", "Section", "Throughput", "load_config"]
 
 
 class Server(Section):
@@ -331,6 +332,7 @@ class Config(Section):
     server: Server = Server()
     limits: Limits = Limits()
     model: Model = Model()
+    cuda: Cuda = Cuda()
     tokenizer: Tokenizer = Tokenizer()
     scheduling: Scheduling = Scheduling()
     admission: Admission = Admission()

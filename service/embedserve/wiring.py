@@ -24,7 +24,7 @@ from embedserve.engine.surface import EngineSurface
 from embedserve.engine.tokenization import TokenizerSettings
 from embedserve.engine.watchdog import StallLimits
 from embedserve.errors import ConfigError
-from embedserve.model.backend import Backend, BackendFactory, DeviceReport
+from embedserve.model.backend import Backend, BackendFactory, DeviceReport, GraphReport
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.cores import core_count
 from embedserve.scheduling.admission import Policy
@@ -224,6 +224,7 @@ def torch_backend(config: Config, checkpoint: Checkpoint) -> BackendFactory:
             compiled=config.model.compile,
             compile_cache=Path(config.model.compile_cache) if config.model.compile_cache else None,
             nice=config.model.compute_nice,
+            cuda=config.cuda.settings(config.scheduling.max_batch_items),
         )
 
     return build
@@ -392,6 +393,7 @@ def load_snapshot(
         cost_per_token_s=scheduler.cost.token_ns / 1e9,
         device_memory_used_bytes=device.memory_used_bytes if device else 0,
         device_memory_total_bytes=device.memory_total_bytes if device else 0,
+        graphs=device.graphs if device else GraphReport(),
         variant="" if device is None else "compiled" if device.compiled else "eager",
         warm_up_s=engine.warm_up_ns / 1e9 if engine.loaded else 0.0,
         silent_front_ends=dict(silent_front_ends or {}),

@@ -129,6 +129,8 @@ class Engine:
         if isinstance(outcome, BaseException):
             raise StartupError(f"the model could not be loaded: {type(outcome).__name__}: {outcome}") from outcome
         now = time.monotonic_ns()
+        if outcome.report.batch_tokens_max:
+            self._scheduler.cap_batches(outcome.report.batch_tokens_max)
         # The first burst must not be admitted on a guess.
         for sample in outcome.passes:
             self._scheduler.cost.learn(sample.tokens, sample.padded_tokens, sample.elapsed_ns, now)

@@ -7,7 +7,7 @@ a backend sees a batch of token ids and the row count, nothing about who asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "DeviceLost",
     "DeviceOutOfMemory",
     "DeviceReport",
+    "GraphReport",
     "ModelIdentity",
     "PassTimes",
     "TokenBatch",
@@ -122,6 +123,24 @@ class BatchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphReport:
+    """CUDA graphs: what there are, what they cost, and how many passes found one. All 0 where there are none."""
+
+    planned: int = 0
+    captured: int = 0
+    capture_s: float = 0.0
+    """How long their capture took, all together."""
+    memory_bytes: int = 0
+    """Device memory that they share."""
+    hits: int = 0
+    """Passes that replayed one."""
+    misses: int = 0
+    """Passes that no graph fitted."""
+    failure: str = ""
+    """Why some are missing for good, in a sentence; empty where none is."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceReport:
     """What the device looks like now; sizes in bytes, 0 where unknown."""
 
@@ -140,6 +159,9 @@ class DeviceReport:
     """Whether a compiled model is being made: how it went will show in a later report."""
     compile_failure: str = ""
     """Why there is no compiled model, in a sentence; empty where there is one, or none was asked for, or not yet."""
+    batch_tokens_max: int = 0
+    """Tokens of the largest pass that fitted the device's memory at warm-up; 0 where that was not tried."""
+    graphs: GraphReport = field(default_factory=GraphReport)
 
 
 class DeviceOutOfMemory(Exception):

@@ -68,7 +68,7 @@ class Pooling(nn.Module):
         """Mask ``[tokens]`` of the tokens after the prompt, or ``None`` where all count."""
         if segments.skip is None:
             return None
-        skip = torch.where(segments.skip < segments.lengths, segments.skip, 0)
+        skip = segments.skip.masked_fill(segments.skip >= segments.lengths, 0)
         positions = torch.arange(segments.rows.shape[0], device=skip.device) - segments.starts[segments.rows]
         return positions >= skip[segments.rows]
 
@@ -76,7 +76,8 @@ class Pooling(nn.Module):
         """Mask ``[tokens]`` of the tokens that averages count, or ``None`` where all count."""
         if not self.has_control:
             return after_prompt
-        keep = torch.isin(segments.ids, self.control_ids, invert=True)
+        # isin itself sorts where there are many, and then a GPU has to wait for a number of its own.
+        keep = (segments.ids[:, None] != self.control_ids).all(dim=-1)
         if after_prompt is not None:
             keep = keep & after_prompt
         empty = _sum(keep.float()[:, None], segments) == 0
@@ -88,7 +89,7 @@ class Pooling(nn.Module):
         if mode == "cls":
             first = segments.starts
             if segments.skip is not None:
-                first = first + torch.where(segments.skip < segments.lengths, segments.skip, 0)
+                first = first + segments.skip.masked_fill(segments.skip >= segments.lengths, 0)
             return hidden[first]
         if mode == "last_token":
             return hidden[segments.starts + segments.lengths - 1]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from embedserve.errors import StartupError
-from embedserve.model.attention import PACKED_ATTENTION, packing_for
+from embedserve.model.attention import PACKED_ATTENTION, GroupedRows
 from embedserve.model.backend import (
     BatchResult,
     DeviceLost,
@@ -31,8 +31,14 @@ from embedserve.model.backend import (
     WarmPass,
 )
 from embedserve.model.checkpoint import Checkpoint
-from embedserve.model.compiled import CompiledModel, Reference, least_cosine
+from embedserve.model.compiled import CompiledModel
 from embedserve.model.cores import core_count
+from embedserve.model.cuda.accelerator import Accelerator
+from embedserve.model.cuda.device import CudaAccelerator
+from embedserve.model.cuda.passes import PASSES_AT_ONCE, PackedPasses
+from embedserve.model.cuda.program import Program
+from embedserve.model.cuda.rows_attention import varlen_missing
+from embedserve.model.cuda.settings import CudaSettings
 from embedserve.model.dense import load_dense, scale_to_unit_length
 from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
@@ -42,16 +48,16 @@ from embedserve.model.native.compiler import default_cache
 from embedserve.model.native.plan import plan_for
 from embedserve.model.pooling import Pooling, Segments
 from embedserve.model.stopwatch import Stopwatch, latest
+from embedserve.model.warm_up import WarmUp
 
 __all__ = ["Attention", "TorchBackend"]
 
 Attention = Literal["auto", "packed", "padded"]
 
+_T = TypeVar("_T")
+
 WARM_UP_TOKENS_CPU = 2_048
 """Tokens in the largest warm-up pass on a CPU: a pass has no first-time cost there that grows with its size."""
-WARM_UP_LENGTHS = (3, 16, 64, 256, 512)
-"""Row lengths of the warm-up passes; the model's maximum is added."""
-WARM_UP_SEED = 0
 AGREEMENT_COSINE_MIN = {torch.float32: 0.99999, torch.bfloat16: 0.999, torch.float16: 0.999}
 """How alike a row's vectors from the packed and the padded shape must be; the parity that we promise."""
 VARLEN_HEAD_WIDTH_MAX = 256
@@ -85,6 +91,8 @@ class TorchBackend:
         compiled: bool = False,
         compile_cache: Path | None = None,
         nice: int = 0,
+        cuda: CudaSettings | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         """Load the weights onto ``device``.
 
@@ -92,7 +100,8 @@ class TorchBackend:
         is spread over, all by default; ``control_tokens`` are left out of averages; ``attention`` forces a shape for
         ``pad_to=None`` (``auto`` packs where the architecture and the device can). ``compiled`` has packed passes on a
         CPU compiled for it, beside the model that serves meanwhile; what was compiled is kept in ``compile_cache``,
-        the user's own by default, and its threads are ``nice`` to others. Raises ``StartupError``.
+        the user's own by default, and its threads are ``nice`` to others. ``cuda`` is for packed passes on a GPU, and
+        on the ``accelerator`` of a test. Raises ``StartupError``.
         """
         self._device = choose_device(device)
         cores = threads or core_count()
@@ -112,8 +121,17 @@ class TorchBackend:
         self._identity = checkpoint.identity_for(str(self._device), str(self._dtype).removeprefix("torch."))
         self._one_at_a_time = threading.Lock()
         """The model itself takes one pass: its shape of attention is set before each, and its lanes are one set."""
+        self._batch_tokens_max = 0
+        self._warm_up = WarmUp(
+            self.embed, self._identity, packs=self._packed, cosine_min=AGREEMENT_COSINE_MIN[self._dtype]
+        )
+        self._passes: PackedPasses | None = None
+        if self._packed and (accelerator is not None or self._device.type == "cuda"):
+            self._passes = self._packed_passes(
+                checkpoint, accelerator or CudaAccelerator(self._device), cuda or CudaSettings()
+            )
         self._compiled: CompiledModel | None = None
-        if compiled and self._packed and self._lanes is not None:
+        if compiled and self._packed and self._lanes is not None and self._passes is None:
             self._compiled = CompiledModel(
                 partial(plan_for, self._model, checkpoint.architecture, self._dtype),
                 pooling=self._pooling,
@@ -125,6 +143,25 @@ class TorchBackend:
                 nice=nice,
             )
 
+    def _packed_passes(self, checkpoint: Checkpoint, accelerator: Accelerator, cuda: CudaSettings) -> PackedPasses:
+        return PackedPasses(
+            Program(
+                self._model,
+                self._pooling,
+                self._dense,
+                accelerator.attention,
+                tiles_length_max=cuda.tiles_length_max,
+                compiled=cuda.compiled,
+            ),
+            accelerator,
+            skips=not checkpoint.include_prompt,
+            dimension=self._identity.dimension,
+            length_max=self._identity.max_input_length,
+            pad_id=self._pad_id,
+            offset_pad_id=self._offset_pad_id,
+            graphs=cuda.graphs,
+        )
+
     @property
     def identity(self) -> ModelIdentity:
         """Who this is."""
@@ -132,7 +169,12 @@ class TorchBackend:
 
     @property
     def passes_at_once(self) -> int:
-        """Two once passes are compiled: a core that finds nothing left of one begins with the next."""
+        """Two on a GPU, where one is copied in beside the other, and once passes are compiled for a CPU.
+
+        There a core that finds nothing left of one begins with the next.
+        """
+        if self._passes is not None:
+            return PASSES_AT_ONCE
         return 2 if self._compiled is not None and self._compiled.ready else 1
 
     def embed(self, batch: TokenBatch) -> BatchResult:
@@ -152,84 +194,56 @@ class TorchBackend:
         raise DeviceOutOfMemory(message)
 
     def release_memory(self) -> None:
-        """Give cached device memory back; a CPU has no cache of its own."""
+        """Give cached device memory back, between two passes; a CPU has no cache of its own."""
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+            self._alone(torch.cuda.empty_cache)
 
     def report(self) -> DeviceReport:
         """The device's state."""
-        facts = {"compiled": False} if self._compiled is None else self._compiled.facts()
-        return report_on(self._device, packed=self._packed, **facts)
+        facts: dict[str, Any] = {"compiled": False}
+        if self._compiled is not None:
+            facts = {**self._compiled.facts()}
+        if self._passes is not None:
+            facts["graphs"] = self._passes.report()
+        return report_on(self._device, packed=self._packed, batch_tokens_max=self._batch_tokens_max, **facts)
 
     def warm_up(self, max_batch_tokens: int) -> tuple[WarmPass, ...]:
         """Passes over the ladder of lengths in each shape: finite, and alike in both shapes. Raises ``StartupError``.
 
         Returns what the smallest and the largest of them cost when run once more.
 
-        Seconds on a CPU, where passes end at ``WARM_UP_TOKENS_CPU``; on CUDA they reach ``max_batch_tokens``, so that a
-        setting that does not fit the device is found here.
+        Seconds on a CPU, where passes end at ``WARM_UP_TOKENS_CPU``; on CUDA they reach ``max_batch_tokens``, or what
+        of it fits the device, which ``report`` says then.
         """
-        rows = list(self._warm_up_rows(max_batch_tokens))
-        known: list[Reference] = []
-        for lengths in rows:
-            packed_vectors = self._warm_up_pass(lengths, None)
-            padded_vectors = self._warm_up_pass(lengths, max(lengths))
-            cosine = least_cosine(packed_vectors, padded_vectors)
-            if cosine < AGREEMENT_COSINE_MIN[self._dtype]:
-                raise StartupError(
-                    f"{self._identity.name}: packed and padded passes of rows of {lengths} tokens differ "
-                    f"(cosine {cosine:.6f}); set attention to padded"
-                )
-            known.append((self._warm_up_batch(lengths, None), padded_vectors))
+        if self._passes is None and self._device.type == "cpu":
+            tokens_max = min(max_batch_tokens, WARM_UP_TOKENS_CPU)
+        else:
+            tokens_max = self._batch_tokens_max = self._warm_up.fitting(max_batch_tokens, self.release_memory)
+        known = self._warm_up.agree(tokens_max)
+        if self._passes is not None:
+            self._passes.prepare(tokens_max)
+            self._warm_up.still_agree(known, "CUDA graphs")
         if self._compiled is not None:
             self._compiled.compare_with(known)
-        return tuple(self._timed_pass(lengths) for lengths in (rows[0], rows[-1]))
-
-    def _timed_pass(self, lengths: list[int]) -> WarmPass:
-        pad_to = None if self._packed else max(lengths)
-        padded = sum(lengths) if self._packed else len(lengths) * max(lengths)
-        begun = time.monotonic_ns()
-        self._warm_up_pass(lengths, pad_to)
-        return WarmPass(sum(lengths), padded, time.monotonic_ns() - begun)
-
-    def _warm_up_rows(self, max_batch_tokens: int) -> Iterator[list[int]]:
-        """Row lengths of each warm-up pass: each length alone, then as many mixed rows as fit."""
-        limit = self._identity.max_input_length
-        tokens_max = max_batch_tokens if self._device.type == "cuda" else min(max_batch_tokens, WARM_UP_TOKENS_CPU)
-        ladder = sorted({min(length, limit) for length in (*WARM_UP_LENGTHS, limit)})
-        ladder = [length for length in ladder if length <= tokens_max] or [ladder[0]]
-        yield from ([length] for length in ladder)
-        mixed: list[int] = []
-        while sum(mixed) + ladder[len(mixed) % len(ladder)] <= tokens_max:
-            mixed.append(ladder[len(mixed) % len(ladder)])
-        if len(mixed) > 1:
-            yield mixed
-
-    def _warm_up_batch(self, lengths: list[int], pad_to: int | None) -> TokenBatch:
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        ids = np.random.default_rng(WARM_UP_SEED).integers(self._identity.vocab_size, size=int(offsets[-1]))
-        return TokenBatch(ids.astype(np.int32), offsets, np.ones(len(lengths), np.bool_), pad_to)
-
-    def _warm_up_pass(self, lengths: list[int], pad_to: int | None) -> npt.NDArray[np.float32]:
-        batch = self._warm_up_batch(lengths, pad_to)
-        what = f"{self._identity.name}: a warm-up pass of rows of {lengths} tokens"
-        try:
-            vectors = self.embed(batch).vectors
-        except (DeviceOutOfMemory, DeviceLost, LookupError, RuntimeError) as error:
-            raise StartupError(f"{what} failed: {error}") from error
-        if vectors.shape != (len(lengths), self._identity.dimension):
-            raise StartupError(f"{what} gave the shape {vectors.shape}, not {(len(lengths), self._identity.dimension)}")
-        if not np.isfinite(vectors).all():
-            raise StartupError(f"{what} gave values that are not finite; the weights or the dtype are wrong")
-        return vectors
+        return self._warm_up.costs(tokens_max)
 
     def _embed(self, batch: TokenBatch) -> BatchResult:
         if self._compiled is not None and self._packs(batch) and self._compiled.ready:
             watch = Stopwatch(self._device)
             return self._compiled.embed(batch, self._checked(batch), watch)
+        if self._passes is not None and self._packs(batch):
+            begun_ns = time.monotonic_ns()
+            return self._passes.embed(batch, self._checked(batch), begun_ns)
+        return self._alone(partial(self._embed_alone, batch))
+
+    def _embed_alone(self, batch: TokenBatch) -> BatchResult:
+        watch = Stopwatch(self._device)
+        return self._embed_uncompiled(batch, self._checked(batch), watch)
+
+    def _alone(self, work: Callable[[], _T]) -> _T:
+        """Do ``work`` while nothing else uses the model's own state."""
         with self._one_at_a_time:
-            watch = Stopwatch(self._device)
-            return self._embed_uncompiled(batch, self._checked(batch), watch)
+            return work() if self._passes is None else self._passes.alone(work)
 
     def _checked(self, batch: TokenBatch) -> npt.NDArray[np.int64]:
         """Lengths of the rows of a batch that is well formed."""
@@ -283,13 +297,13 @@ class TorchBackend:
     ) -> tuple[_Pass, npt.NDArray[np.int64]]:
         layout = packed(batch, lengths, self._offset_pad_id)
         skip = None if batch.skip is None else batch.skip.astype(np.int64)[layout.order]
-        filler = 0 if self._device.type == "cuda" else pass_size(layout.ids.size) - layout.ids.size
+        filler = pass_size(layout.ids.size) - layout.ids.size
         watch.mark_assembled()
         ids = self._tensor(layout.ids)
         inputs = {
             "input_ids": self._tensor(np.pad(layout.ids, (0, filler), constant_values=self._pad_id))[None],
             "position_ids": self._tensor(np.pad(layout.positions, (0, filler)))[None],
-            "packing": packing_for(layout, self._device),
+            "packing": GroupedRows(layout),
         }
         segments = self._segments(ids, layout.starts, layout.lengths, layout.rows, skip)
         return _Pass(inputs, segments, self._tensor(batch.normalize[layout.order]), None), layout.order
@@ -345,6 +359,8 @@ def _can_pack(checkpoint: Checkpoint, attention: Attention, device: torch.device
             reason = "the packed kernel takes bfloat16 or float16, not float32"
         elif width % 8 or width > VARLEN_HEAD_WIDTH_MAX:
             reason = f"the packed kernel takes no attention heads of {width} floats"
+        else:
+            reason = varlen_missing()
     if reason is not None and attention == "packed":
         raise StartupError(f"attention is set to packed, but {reason}")
     return reason is None

@@ -68,6 +68,7 @@ class RetryLadder:
 
     __slots__ = (
         "_buckets",
+        "_ceiling_tokens",
         "_credit_ns",
         "_earns",
         "_floor_tokens",
@@ -93,6 +94,7 @@ class RetryLadder:
         self._buckets = buckets
         self._padded = settings.shape is Shape.BUCKETED
         self._floor_tokens = buckets.limit  # the longest item that is admitted must always fit
+        self._ceiling_tokens = settings.max_batch_tokens
         self._groups: deque[Group] = deque()
         self._streak = 0
         self._streak_kind: str | None = None
@@ -176,7 +178,7 @@ class RetryLadder:
 
     def succeeded(self, *, any_finite: bool) -> bool:
         """A pass ended. Returns whether the device is suspect (no row of many passes was finite)."""
-        limit = self._settings.max_batch_tokens
+        limit = self._ceiling_tokens
         if self.max_batch_tokens < limit:
             self.max_batch_tokens = min(limit, self.max_batch_tokens + self._settings.oom_rise_tokens)
         if any_finite:
@@ -191,6 +193,11 @@ class RetryLadder:
     def end_streak(self) -> None:
         """The device works."""
         self._streak, self._streak_kind = 0, None
+
+    def cap(self, tokens: int) -> None:
+        """No pass of more was seen to fit the device: the effective limit never rises over it."""
+        self._ceiling_tokens = max(self._floor_tokens, min(self._ceiling_tokens, tokens))
+        self.max_batch_tokens = min(self.max_batch_tokens, self._ceiling_tokens)
 
     def lower(self, padded_tokens: int) -> None:
         """A batch of so many computed tokens did not fit the device."""

@@ -264,6 +264,10 @@ class Scheduler:
         """The effective limit: under the setting after an out-of-memory, and where a pass would take too long."""
         return self._gate.pass_tokens
 
+    def cap_batches(self, tokens: int) -> None:
+        """The device has memory for passes of so many tokens, whatever the setting says."""
+        self._ladder.cap(tokens)
+
     def figures(self, now_ns: int) -> Mapping[str, Mapping[str, float]]:
         """State of each policy for metrics, by policy name."""
         return self._gate.figures(now_ns)

@@ -50,6 +50,10 @@ _LOAD: Final[tuple[tuple[Instrument, Callable[[LoadSnapshot], float]], ...]] = (
     (table.DEVICE_MEMORY_USED, lambda load: load.device_memory_used_bytes),
     (table.DEVICE_MEMORY_TOTAL, lambda load: load.device_memory_total_bytes),
     (table.WARM_UP, lambda load: load.warm_up_s),
+    (table.GRAPHS_PLANNED, lambda load: load.graphs.planned),
+    (table.GRAPHS_CAPTURED, lambda load: load.graphs.captured),
+    (table.GRAPHS_CAPTURE_DURATION, lambda load: load.graphs.capture_s),
+    (table.GRAPHS_MEMORY, lambda load: load.graphs.memory_bytes),
 )
 """Gauges without a label, and the field that each shows."""
 _EVERYWHERE: Final = frozenset(
@@ -64,6 +68,7 @@ _OF_DEVICE: Final = frozenset(
         table.ADMISSION_POLICY.name,
         table.MODEL_VARIANT.name,
         table.FRONT_END_SILENT.name,
+        table.GRAPHS_PASSES.name,
     }
 )
 """Gauges that only the process with the device has anything to say of."""
@@ -106,6 +111,7 @@ class Gauges:
             table.MODEL_INFO.name: self._model_info,
             table.MODEL_VARIANT.name: self._variant,
             table.FRONT_END_SILENT.name: self._silent,
+            table.GRAPHS_PASSES.name: self._graph_passes,
             table.PROCESS_CPU.name: self._cpu,
             table.PROCESS_MEMORY.name: _memory,
             table.PROCESS_FDS.name: _file_descriptors,
@@ -154,6 +160,10 @@ class Gauges:
     def _silent(self) -> Iterable[Observation]:
         told = self._snapshot.read().silent_front_ends
         return [Observation(int(silent), {"frontend": name}) for name, silent in told.items()]
+
+    def _graph_passes(self) -> Iterable[Observation]:
+        graphs = self._snapshot.read().graphs
+        return [Observation(graphs.hits, {"outcome": "hit"}), Observation(graphs.misses, {"outcome": "miss"})]
 
     def _cpu(self) -> Iterable[Observation]:
         times = os.times()

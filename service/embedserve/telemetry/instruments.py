@@ -262,6 +262,20 @@ MODEL_COMPILE_DURATION: Final = _histogram(
 WARM_UP: Final = _gauge(
     "embedserve.model.warm_up", "s", "How long loading and warm-up took, until the first text was answered; 0 before."
 )
+GRAPHS_PLANNED: Final = _gauge(
+    "embedserve.graphs.planned", "{graph}", "CUDA graphs that the settings ask for; 0 where there is no GPU."
+)
+GRAPHS_CAPTURED: Final = _gauge(
+    "embedserve.graphs.captured", "{graph}", "CUDA graphs that there are; fewer than planned: under way, or given up."
+)
+GRAPHS_CAPTURE_DURATION: Final = _gauge(
+    "embedserve.graphs.capture.duration", "s", "How long the capture of all CUDA graphs took together."
+)
+GRAPHS_MEMORY: Final = _gauge("embedserve.graphs.memory", "By", "Device memory that all CUDA graphs share.")
+GRAPHS_PASSES: Final = _counter(
+    "embedserve.graphs.passes", "{batch}", "Packed passes on a GPU that replayed a CUDA graph (hit), or ran without.",
+    Label("outcome", ("hit", "miss")),
+)  # fmt: skip
 MODEL_INFO: Final = _gauge(
     "embedserve.model.info", "{model}", "1; its labels say which model is served.",
     Label("name"), Label("revision"), Label("weights_digest"), Label("dtype"), Label("device"), Label("pooling"),

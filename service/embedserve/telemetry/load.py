@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from embedserve.model.backend import GraphReport
+
 __all__ = ["LoadSnapshot", "LoadSource", "SharedSnapshot"]
 
 
@@ -55,6 +57,7 @@ class LoadSnapshot:
     warm_up_s: float = 0.0
     silent_front_ends: Mapping[str, bool] = field(default_factory=dict)
     """Each front end, and whether it did not answer when it was last asked; empty where there is one process."""
+    graphs: GraphReport = field(default_factory=GraphReport)
 
 
 LoadSource = Callable[[], LoadSnapshot]

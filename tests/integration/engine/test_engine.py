@@ -23,6 +23,7 @@ from embedserve.errors import (
     Overloaded,
     StartupError,
 )
+from embedserve.model.backend import DeviceReport
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Shape
 from embedserve.scheduling.settings import SchedulerSettings
@@ -329,6 +330,14 @@ class TestDeath:
 
             assert all(isinstance(a, EngineFailed) for a in answers)
             assert len(bench.fatal) == 1
+
+    async def test_what_fitted_at_warm_up_is_what_batches_hold(self) -> None:
+        class Small(FakeBackend):
+            def report(self) -> DeviceReport:
+                return DeviceReport("cuda:0", 0, 0, compiled=False, packed=True, batch_tokens_max=1024)
+
+        async with running(Small()) as bench:
+            assert bench.engine.scheduler.max_batch_tokens == 1024
 
     @pytest.mark.filterwarnings("default")
     async def test_a_warm_up_that_fails_stops_the_start(self) -> None:

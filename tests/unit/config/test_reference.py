@@ -58,7 +58,7 @@ class TestReference:
 
     def test_every_section_is_a_heading(self):
         headings = [line for line in settings_reference().splitlines() if line.startswith("### ")]
-        assert len(headings) == len(set(headings)) == 13
+        assert len(headings) == len(set(headings)) == 14
 
     def test_every_replaced_setting_has_a_row(self):
         rows = [line for line in migration_reference().splitlines() if line.startswith("| `")]

@@ -243,8 +243,8 @@ class TestWarmUp:
         backend.warm_up(4_096)
 
     def test_smallest_budget_still_runs_a_pass(self, backend: TorchBackend) -> None:
-        assert list(backend._warm_up_rows(1)) == [[3]]
-        assert list(backend._warm_up_rows(200)) == [[3], [16], [64], [128], [3, 16, 64]]
+        assert backend._warm_up.rows(1) == [[3]]
+        assert backend._warm_up.rows(200) == [[3], [16], [64], [128], [3, 16, 64]]
 
     @pytest.mark.parametrize(
         ("poison", "sentence"),

@@ -306,3 +306,30 @@ class TestQuarantine:
             found.append({"mab"[(x - 2) % 10] for x, _ in items(batch)})
             s.complete(batch.id, Succeeded(1_000), now)
         return sorted(found, key=len)
+
+
+class TestCap:
+    """What fitted the device at warm-up."""
+
+    def test_batches_never_hold_more_and_never_rise_over_it(self):
+        s = small_scheduler()
+        s.cap_batches(32)
+        s.submit(submission(1, *[8] * 8), 0)
+        _, batches = serve(s, lambda batch: Succeeded(1_000))
+
+        assert max(batch.padded_tokens for batch in batches) <= 32
+        assert s.max_batch_tokens == 32
+
+    def test_the_longest_text_still_fits(self):
+        s = small_scheduler()
+        s.cap_batches(1)
+        s.submit(submission(1, 8), 0)
+        verdicts, _ = serve(s, lambda batch: Succeeded(1_000))
+
+        assert verdicts == {(1, 0): Verdict.DONE}
+
+    def test_more_than_the_setting_changes_nothing(self):
+        s = small_scheduler()
+        s.cap_batches(1 << 20)
+
+        assert s.max_batch_tokens == 64

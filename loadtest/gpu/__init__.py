@@ -1,0 +1,1 @@
+"""Every mark of the GPU engine in one command: ``python -m loadtest.gpu``."""

@@ -1,0 +1,1 @@
+"""Packed passes on CUDA: graphs, staging, overlap. ``passes.py`` is the way in."""
