@@ -59,6 +59,10 @@ class Part(NamedTuple):
     """Leading tokens that pooling leaves out."""
 
 
+ONE_TEXT: Final = 2
+"""Offsets of a submission that is one text."""
+
+
 class Riders:
     """Who still wants a pass. The event loop writes, the worker reads once: each field is one atomic read."""
 
@@ -115,30 +119,34 @@ class WorkerReady:
 def assemble(work: Pass) -> TokenBatch:
     """Gather a pass's token ids end to end; one copy a row run, none where the whole submission rides alone."""
     ids: list[npt.NDArray[np.int32]] = []
-    lengths: list[npt.NDArray[np.int64]] = []
-    normalize = np.empty(work.rows, dtype=np.bool_)
-    skip = np.zeros(work.rows, dtype=np.int32)
-    row = 0
+    # Lists until all are here: a numpy call for each of fifty short texts would cost more than their tokens.
+    lengths: list[int] = []
+    normalize: list[bool] = []
+    skip: list[int] = []
     for part in work.parts:
-        first, last, count = part.indexes[0], part.indexes[-1], len(part.indexes)
-        if last - first + 1 == count:
-            ids.append(part.ids[part.offsets[first] : part.offsets[last + 1]])
-            lengths.append(part.offsets[first + 1 : last + 2] - part.offsets[first : last + 1])
+        count = len(part.indexes)
+        if part.offsets.size == ONE_TEXT:
+            ids.append(part.ids)
+            lengths.append(part.ids.size)
         else:
-            chosen = np.asarray(part.indexes)
-            ids.extend(part.ids[part.offsets[i] : part.offsets[i + 1]] for i in part.indexes)
-            lengths.append(part.offsets[chosen + 1] - part.offsets[chosen])
-        normalize[row : row + count] = part.normalize
-        skip[row : row + count] = part.skip
-        row += count
+            first, last = part.indexes[0], part.indexes[-1]
+            if last - first + 1 == count:
+                ids.append(part.ids[part.offsets[first] : part.offsets[last + 1]])
+                lengths += (part.offsets[first + 1 : last + 2] - part.offsets[first : last + 1]).tolist()
+            else:
+                chosen = np.asarray(part.indexes)
+                ids.extend(part.ids[part.offsets[i] : part.offsets[i + 1]] for i in part.indexes)
+                lengths += (part.offsets[chosen + 1] - part.offsets[chosen]).tolist()
+        normalize += [part.normalize] * count
+        skip += [part.skip] * count
     offsets = np.zeros(work.rows + 1, dtype=np.int32)
-    np.cumsum(lengths[0] if len(lengths) == 1 else np.concatenate(lengths), out=offsets[1:])
+    np.add.accumulate(lengths, out=offsets[1:])
     return TokenBatch(
         ids=ids[0] if len(ids) == 1 else np.concatenate(ids),
         offsets=offsets,
-        normalize=normalize,
+        normalize=np.array(normalize, dtype=np.bool_),
         pad_to=work.pad_to,
-        skip=skip if skip.any() else None,
+        skip=np.array(skip, dtype=np.int32) if any(skip) else None,
     )
 
 

@@ -75,20 +75,19 @@ def check_batch(batch: TokenBatch, vocab_size: int, length_max: int) -> Int:
 
     An id outside the vocabulary raises an index error on a CPU; on CUDA it ends the context and with it the process.
     """
-    offsets = batch.offsets.astype(np.int64)
-    lengths = np.diff(offsets)
+    offsets = batch.offsets
+    lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
     if offsets.size < 2 or offsets[0] != 0 or offsets[-1] != batch.ids.size:
         raise ValueError(f"offsets do not span the {batch.ids.size} token ids")
     if batch.normalize.size != lengths.size or (batch.skip is not None and batch.skip.size != lengths.size):
         raise ValueError(f"normalize and skip must have one entry for each of the {lengths.size} rows")
     limit = length_max if batch.pad_to is None else min(length_max, batch.pad_to)
-    wrong = np.flatnonzero((lengths < 1) | (lengths > limit))
-    if wrong.size:
-        row = int(wrong[0])
+    # Extremes first: every pass is looked at, and which row is wrong is asked once in a lifetime.
+    if np.minimum.reduce(lengths) < 1 or np.maximum.reduce(lengths) > limit:
+        row = int(np.flatnonzero((lengths < 1) | (lengths > limit))[0])
         raise ValueError(f"row {row} has {lengths[row]} tokens; between 1 and {limit} fit")
-    outside = np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))
-    if outside.size:
-        place = int(outside[0])
+    if np.minimum.reduce(batch.ids) < 0 or np.maximum.reduce(batch.ids) >= vocab_size:
+        place = int(np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))[0])
         row = int(np.searchsorted(offsets, place, side="right")) - 1
         raise ValueError(f"row {row} has the token id {batch.ids[place]}, outside the vocabulary of {vocab_size}")
     return lengths
@@ -124,11 +123,11 @@ def pass_size(tokens: int) -> int:
 
 def row_positions(ids: npt.NDArray[np.integer[Any]], lengths: Int, offset_pad_id: int | None = None) -> Int:
     """What the position embedding is asked for, ``[tokens]``, where rows of ``lengths`` lie end to end in any order."""
-    starts = np.cumsum(lengths) - lengths
-    rows = np.repeat(np.arange(lengths.size), lengths)
+    ends = np.add.accumulate(lengths)
+    starts = ends - lengths
     if offset_pad_id is not None:
-        return _offset_positions(ids, starts, rows, offset_pad_id)
-    return np.arange(rows.size) - starts[rows]
+        return _offset_positions(ids, starts, np.repeat(np.arange(lengths.size), lengths), offset_pad_id)
+    return np.arange(ends[-1]) - np.repeat(starts, lengths)
 
 
 def _offset_positions(ids: npt.NDArray[np.integer[Any]], starts: Int, rows: Int, pad_id: int) -> Int:

@@ -51,7 +51,7 @@ class TestStoppedProcess:
             observer,
             Unwatched(),
             batches_in_flight=in_flight,
-            prepare_ahead_ns=lambda: 10_000 * MS,
+            prepare_ahead_ns=lambda _: 10_000 * MS,
             judge_probe=lambda _vector: None,
             on_fatal=pytest.fail,
         )
