@@ -20,8 +20,8 @@ from typing import Final, Protocol
 import structlog
 
 from embedserve.telemetry.export_thread import ExportThread, whole_numbers
-from embedserve.telemetry.span_data import SpanFactory, SpanTree
 from embedserve.telemetry.span_senders import SpanSender
+from embedserve.telemetry.span_tree import SpanFactory, SpanTree
 from embedserve.telemetry.tally import CounterTally
 
 __all__ = ["SpanQueue", "SpanQueueLimits", "SpanRecord"]
