@@ -12,9 +12,11 @@ switch interval of 5 ms: so it sleeps for a moment after each few spans.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 import structlog
@@ -75,13 +77,15 @@ class SpanQueue:
     def __init__(
         self, sender: SpanSender, factory: SpanFactory, outcomes: CounterTally, limits: SpanQueueLimits
     ) -> None:
-        """Start the thread. ``outcomes`` counts spans by exported, failed and dropped."""
+        """Start the thread. ``outcomes`` counts spans by exported, failed, dropped and unbuilt."""
         self._sender = sender
         self._factory = factory
         self._limits = limits
         self._exported = outcomes.cell("exported")
         self._failed = outcomes.cell("failed")
         self._dropped = outcomes.cell("dropped")
+        self._unbuilt = outcomes.cell("unbuilt")
+        self._faults: set[type[Exception]] = set()
         self._records: deque[SpanRecord] = deque()
         self._wake_records = max(1, min(limits.records_max // 2, limits.export_spans_max // 8))
         self._thread = ExportThread("embedserve-spans", limits.delay_s, self._send_waiting)
@@ -107,8 +111,9 @@ class SpanQueue:
         ready = links = unrested = 0
         self._factory.set_clock()
         while self._records:
-            tree = self._records.popleft().tree(self._factory)
-            self._sender.add(tree)
+            tree = self._built(self._records.popleft())
+            if tree is None:
+                continue
             spans = 1 + len(tree.children)
             ready += spans
             unrested += spans
@@ -121,6 +126,28 @@ class SpanQueue:
                 unrested = 0
         if ready:
             self._send(ready)
+
+    def _built(self, record: SpanRecord) -> SpanTree | None:
+        """The spans of ``record``, ready to be sent; ``None`` where they cannot be."""
+        try:
+            tree = record.tree(self._factory)
+            self._sender.add(tree)
+        except Exception as error:  # noqa: BLE001
+            # One record that nobody foresaw must not end tracing for all that come after it, nor hide: it is counted
+            # and alerted on, and each kind of fault is logged once, since a thousand calls a second may have it. Its
+            # message is left out: it may quote what a caller has sent.
+            self._unbuilt.value += record.span_count
+            self._log_fault(error)
+            return None
+        return tree
+
+    def _log_fault(self, error: Exception) -> None:
+        if type(error) in self._faults:
+            return
+        self._faults.add(type(error))
+        (*_, last) = traceback.extract_tb(error.__traceback__)
+        at = f"{Path(last.filename).name}:{last.lineno}"
+        structlog.get_logger(__name__).error("span_build_failed", error=type(error).__name__, at=at)
 
     def _send(self, spans: int) -> None:
         try:
