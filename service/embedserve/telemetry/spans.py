@@ -53,7 +53,7 @@ _NS_PER_MS: Final = 1e6
 _KEPT_MAX: Final = 512
 """Sets of attributes that are kept written down, some 1 KB each: calls of one caller, or of one batch, share them."""
 
-Told = Mapping[str, str | int | float | bool]
+Pairs = tuple[tuple[str, str | int | float | bool], ...]
 
 
 def error_kind(status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]) -> str:
@@ -97,18 +97,13 @@ class CallRecord(NamedTuple):
         """The SERVER span and its children."""
         kind = None if self.status == "OK" else error_kind(self.status, self.error_type, self.attributes)
         is_error = kind == semconv.UNEXPECTED or self.status in semconv.SERVER_FAULTS
-        own, steady = self._split() if self.status == "OK" else (self.attributes, ())
+        well = self.status == "OK" and self.error_type is None
+        attributes, steady = self._split() if well else (self._all(kind), ())
         server = factory.span(
-            self.context,
-            self.parent,
-            self.method,
-            self.arrived_ns,
-            self.ended_ns,
-            kind=SERVER,
-            attributes=self._server_attributes(own, kind),
+            self.context, self.parent, self.method, self.arrived_ns, self.ended_ns, kind=SERVER, attributes=attributes,
             shared=_of_calls(self.method, self.status, self.peer, steady),
             error=(self.error_type or self.status) if is_error else None,
-        )
+        )  # fmt: skip
         return factory.tree(server, self._children(factory.offset_ns))
 
     def _children(self, offset_ns: int) -> list[Child] | Chain:
@@ -127,22 +122,31 @@ class CallRecord(NamedTuple):
             children.append((name, begin_ns + offset_ns, end_ns + offset_ns, attributes, links))
         return children
 
-    def _split(self) -> tuple[Told, tuple[tuple[str, str | int | float | bool], ...]]:
-        """What differs from call to call, and what calls of one caller share: kept written down for the next one.
+    def _split(self) -> tuple[dict[str, Value], Pairs]:
+        """Attributes that differ from call to call, and what calls of one caller share: kept written down for the next.
 
         Only of calls that were answered, where each name has values of one type: 1 and True are the same key.
         """
-        steady = dict(self.attributes)
-        own: dict[str, str | int | float | bool] = {name: steady.pop(name) for name in _VARYING if name in steady}
-        return own, tuple(steady.items())
+        attributes = self._own()
+        told = dict(self.attributes)
+        for key in _VARYING:
+            value = told.pop(key, None)
+            if value is not None:
+                attributes[_KNOWN[key]] = value
+        return attributes, tuple(told.items())
 
-    def _server_attributes(self, own: Told, kind: str | None) -> dict[str, Value]:
+    def _own(self) -> dict[str, Value]:
         attributes: dict[str, Value] = {}
         if self.stages is not None and self.stages.tokens:
             attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] = self.stages.tokens
-        _name(own.items(), attributes)
         if self.forced:
             attributes[semconv.FORCED] = True
+        return attributes
+
+    def _all(self, kind: str | None) -> dict[str, Value]:
+        """Of a call that was not answered."""
+        attributes = self._own()
+        _name(self.attributes.items(), attributes)
         if kind is not None:
             attributes[semconv.ERROR_KIND] = kind
         if self.error_type is not None:
@@ -369,9 +373,7 @@ def _queue_attributes(stages: Stages) -> dict[str, Value]:
 
 
 @lru_cache(_KEPT_MAX)
-def _of_calls(
-    method: str, status: str, peer: str, steady: tuple[tuple[str, str | int | float | bool], ...]
-) -> SharedAttributes:
+def _of_calls(method: str, status: str, peer: str, steady: Pairs) -> SharedAttributes:
     """What all calls of a caller share."""
     found: dict[str, Value] = {
         semconv.RPC_SYSTEM_NAME: semconv.GRPC,
