@@ -13,6 +13,9 @@ Marks (py-gpu-inference keeps 13 % of its capacity at 2 x by its throughput poli
 goodput >= 95 % and >= 85 % of the capacity; p99 of those admitted under their deadline, none of them expires; normal
 again within 2 s; goodput in windows of half a second does not swing more than at capacity (see ``swing``).
 ``results/overload.svg`` is the picture of one ``burst``.
+
+``beside_an_echo`` is what a refusal could cost at the least: the share of its capacity that the closed loop keeps while
+a bare ``grpc.aio`` echo on the same machine answers as many calls as are too many here, from a client of its own.
 """
 
 from __future__ import annotations
@@ -27,19 +30,25 @@ from typing import Any
 import numpy as np
 
 from embedserve.v1 import embedding_pb2 as pb
-from loadtest.caller import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED, Calls, Job, run
+from loadtest.caller import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED, Calls, Job, begin, finish, run
 from loadtest.nullmodel import write_checkpoint
 from loadtest.picture import draw
 from loadtest.result import RESULTS, Run, spread
-from loadtest.server import Server, null_server, product
+from loadtest.server import Server, echo_server, null_server, product
 from loadtest.texts import texts_of
 
 TOKENS = 128
+DIMENSION = 384
+"""Of the model that is served by default."""
 CALLERS = 64
 """Of the closed loop: several full batches at any time."""
 WARM_UP_S, CLOSED_S = 5.0, 15.0
+OVERLAP_S = 1.5
+"""A client process takes up to a second to start: so much longer one of two that are to run beside each other runs."""
 WINDOW_S = 0.5
 MARKS = {"deadline": 0.95, "burst": 0.85}
+EXCESS = {"deadline": 1, "burst": 3}
+"""Calls that are too many, in multiples of the capacity."""
 RECOVERY_S = 2.0
 
 
@@ -62,16 +71,19 @@ def main() -> int:
                 with (
                     serve(options.device, Path(folder), *options.settings, *none) as twin,
                     serve(options.device, Path(folder), *policy, *options.settings) as server,
+                    echo_server(1, DIMENSION) as echo,
                 ):
                     requests = make_requests(null=options.device is not None)
-                    for each in (twin, server):
+                    for each in (twin, server, echo):
                         run(Job(target=each.target, requests=requests, seconds=WARM_UP_S, callers=8))
                     measure = burst if kind == "burst" else deadline
                     rows.append(measure(server, twin, requests, options.seconds, 17 + repetition))
+                    rows[-1]["beside_an_echo"] = beside(echo, twin, requests, EXCESS[kind], rows[-1])
                 print_row(kind, rows[-1])
     summary = {kind: summarise(rows, MARKS[kind]) for kind, rows in found.items()}
     for kind, row in summary.items():
         print(f"{kind:9} goodput {row['goodput']} of capacity, mark {row['mark']}: {'met' if row['met'] else 'MISSED'}")
+        print(f"{'':9} with a bare echo in the place of refusals {row['beside_an_echo']}")
     if not options.no_write:
         name = "overload_device" if options.device else "overload"
         if "burst" in found:
@@ -103,6 +115,16 @@ def capacity(server: Server, requests: list[bytes]) -> tuple[float, float]:
     """Answers a second, closed loop, and how much that swings."""
     calls = run(Job(target=server.target, requests=requests, seconds=CLOSED_S, callers=CALLERS))
     return len(answered(calls, 0.0, CLOSED_S)) / CLOSED_S, swing(calls, 1.0, CLOSED_S)
+
+
+def beside(echo: Server, twin: Server, requests: list[bytes], excess: int, row: dict[str, Any]) -> float:
+    """The share of its capacity that the closed loop keeps beside a bare echo of ``excess`` times as many calls."""
+    limit = statistics.mean((row["capacity_before"], row["capacity_after"]))
+    job = Job(target=echo.target, requests=requests, seconds=CLOSED_S + OVERLAP_S, rate=excess * limit, timeout_s=1.0)
+    client = begin(job)
+    kept, _ = capacity(twin, requests)
+    finish(client, job)
+    return round(kept / limit, 3)
 
 
 def deadline(server: Server, twin: Server, requests: list[bytes], seconds: float, seed: int) -> dict[str, Any]:
@@ -255,6 +277,7 @@ def summarise(rows: list[dict[str, Any]], mark: float) -> dict[str, Any]:
         "goodput": ratio,
         "expired": sum(row["expired"] for row in rows),
         "swing": spread([row["swing"] for row in rows], 3),
+        "beside_an_echo": spread([row["beside_an_echo"] for row in rows], 3),
         "swing_at_capacity": spread([row["swing_at_capacity"] for row in rows], 3),
         "recovery_s": spread([row["recovery_s"] for row in rows]) if "recovery_s" in rows[0] else None,
     }

@@ -63,11 +63,11 @@ class Driver:
         watch: PassWatch,
         *,
         batches_in_flight: int,
-        prepare_ahead_ns: Callable[[], int],
+        prepare_ahead_ns: Callable[[int], int],
         judge_probe: Callable[[npt.NDArray[np.float32]], str | None],
         on_fatal: Callable[[str], None],
     ) -> None:
-        """``prepare_ahead_ns`` says how long before the end of a pass the next one is closed; it may grow.
+        """``prepare_ahead_ns`` says how long before the end of a pass of so many nanoseconds the next one is closed.
 
         ``judge_probe`` says what is wrong with the vector of the known text.
 
@@ -244,7 +244,7 @@ class Driver:
             if self._flights:
                 if self._running_is_long():
                     break
-                early = now < self._device_free_ns - self._prepare_ahead_ns()
+                early = now < self._device_free_ns - self._ahead_ns()
                 if early:
                     break
             batch = self._scheduler.next_batch(now)
@@ -258,8 +258,14 @@ class Driver:
 
         The prediction may be short by half of a pass, and whoever comes after the next one was closed waits for both.
         """
-        predicted = sum([flight.predicted_ns for flight in self._flights.values()])
-        return predicted * LATE_BINDING_SHARE > self._prepare_ahead_ns()
+        return self._predicted_ns() * LATE_BINDING_SHARE > self._ahead_ns()
+
+    def _ahead_ns(self) -> int:
+        """How long before the end of what the device has the next pass is closed."""
+        return self._prepare_ahead_ns(self._predicted_ns())
+
+    def _predicted_ns(self) -> int:
+        return sum([flight.predicted_ns for flight in self._flights.values()])
 
     def _dispatch(self, batch: Batch, now: int) -> None:
         riders = tuple([self._waiting[piece.submission_id] for piece in batch.slices])
@@ -288,7 +294,7 @@ class Driver:
         """
         wake = self._scheduler.wake_at(now)
         if early and self._scheduler.waiting[0]:
-            ready = self._device_free_ns - self._prepare_ahead_ns()
+            ready = self._device_free_ns - self._ahead_ns()
             wake = ready if wake is None else min(wake, ready)
         if wake is None:
             return

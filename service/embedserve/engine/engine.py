@@ -160,14 +160,22 @@ class Engine:
             on_death=lambda death: post(loop, self._die, death),
             on_compilation=lambda report: post(loop, take_compilation, report),
         )
-        ahead_ns = self._settings.prepare_ahead_ns, self._settings.overlap_ahead_ns
+        import os
+        alone_ns, beside_ns = self._settings.prepare_ahead_ns, self._settings.overlap_ahead_ns
+        share = float(os.environ.get('X_SHARE', '1000'))
+
+        def ahead_ns(pass_ns: int) -> int:
+            if worker.passes_at_once == 1:
+                return alone_ns
+            return max(min(beside_ns, int(pass_ns * share)), min(alone_ns, beside_ns))
+
         driver = Driver(
             self._scheduler,
             worker.submit,
             self._observer,
             watchdog,
             batches_in_flight=self._settings.batches_in_flight,
-            prepare_ahead_ns=lambda: ahead_ns[worker.passes_at_once > 1],
+            prepare_ahead_ns=ahead_ns,
             judge_probe=lambda vector: None if self._canary is None else self._canary.judge(vector),
             on_fatal=self._fail,
         )

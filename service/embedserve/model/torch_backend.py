@@ -122,9 +122,6 @@ class TorchBackend:
         self._one_at_a_time = threading.Lock()
         """The model itself takes one pass: its shape of attention is set before each, and its lanes are one set."""
         self._batch_tokens_max = 0
-        self._warm_up = WarmUp(
-            self.embed, self._identity, packs=self._packed, cosine_min=AGREEMENT_COSINE_MIN[self._dtype]
-        )
         self._passes: PackedPasses | None = None
         if self._packed and (accelerator is not None or self._device.type == "cuda"):
             self._passes = self._packed_passes(
@@ -215,17 +212,20 @@ class TorchBackend:
         Seconds on a CPU, where passes end at ``WARM_UP_TOKENS_CPU``; on CUDA they reach ``max_batch_tokens``, or what
         of it fits the device, which ``report`` says then.
         """
+        # Made here and not kept: it knows our methods, and a cycle would keep the weights and the lanes' threads until
+        # the collector came by.
+        warm_up = WarmUp(self.embed, self._identity, packs=self._packed, cosine_min=AGREEMENT_COSINE_MIN[self._dtype])
         if self._passes is None and self._device.type == "cpu":
             tokens_max = min(max_batch_tokens, WARM_UP_TOKENS_CPU)
         else:
-            tokens_max = self._batch_tokens_max = self._warm_up.fitting(max_batch_tokens, self.release_memory)
-        known = self._warm_up.agree(tokens_max)
+            tokens_max = self._batch_tokens_max = warm_up.fitting(max_batch_tokens, self.release_memory)
+        known = warm_up.agree(tokens_max)
         if self._passes is not None:
             self._passes.prepare(tokens_max)
-            self._warm_up.still_agree(known, "CUDA graphs")
+            warm_up.still_agree(known, "CUDA graphs")
         if self._compiled is not None:
             self._compiled.compare_with(known)
-        return self._warm_up.costs(tokens_max)
+        return warm_up.costs(tokens_max)
 
     def _embed(self, batch: TokenBatch) -> BatchResult:
         if self._compiled is not None and self._packs(batch) and self._compiled.ready:

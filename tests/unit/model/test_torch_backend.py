@@ -16,6 +16,7 @@ from embedserve.errors import StartupError
 from embedserve.model.backend import DeviceLost, DeviceOutOfMemory, TokenBatch
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.torch_backend import TorchBackend
+from embedserve.model.warm_up import WarmUp
 from tests.unit.model.checkpoints import HIDDEN, PACKED, VOCAB_SIZE, save_checkpoint, save_encoder
 
 LENGTHS = [3, 40, 7, 7, 128, 41, 3, 12]
@@ -243,8 +244,10 @@ class TestWarmUp:
         backend.warm_up(4_096)
 
     def test_smallest_budget_still_runs_a_pass(self, backend: TorchBackend) -> None:
-        assert backend._warm_up.rows(1) == [[3]]
-        assert backend._warm_up.rows(200) == [[3], [16], [64], [128], [3, 16, 64]]
+        warm_up = WarmUp(backend.embed, backend.identity, packs=True, cosine_min=0.999)
+
+        assert warm_up.rows(1) == [[3]]
+        assert warm_up.rows(200) == [[3], [16], [64], [128], [3, 16, 64]]
 
     @pytest.mark.parametrize(
         ("poison", "sentence"),
@@ -282,6 +285,20 @@ class TestWarmUp:
 
         with pytest.raises(StartupError, match=r"a warm-up pass of rows of \[3\] tokens failed: CUDA out of memory"):
             backend.warm_up(2_048)
+
+
+class TestEnd:
+    def test_it_goes_with_its_last_reference(self, checkpoint: Checkpoint) -> None:
+        """Weights and threads; nothing waits for the collector of cycles, which comes rarely in a server."""
+        gc.disable()
+        try:
+            backend = TorchBackend(checkpoint, dtype="float32")
+            backend.warm_up(64)
+            gone = weakref.ref(backend)
+            del backend
+            assert gone() is None
+        finally:
+            gc.enable()
 
 
 class TestAttention:

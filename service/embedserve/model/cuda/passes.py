@@ -166,9 +166,10 @@ class PackedPasses:
             else:
                 self._passes.run(self._replayed(slot, shape, rows, found[1]))
             computed = self._passes.mark()
-        self._copies_out.follow(computed)
-        self._copies_out.run(lambda: _copy(slot.host_vectors[:rows], slot.device_vectors[:rows]))
-        done = self._copies_out.mark()
+            # In the same turn: a mark between another pass's work and its own mark would take that pass's failure.
+            self._copies_out.follow(computed)
+            self._copies_out.run(lambda: _copy(slot.host_vectors[:rows], slot.device_vectors[:rows]))
+            done = self._copies_out.mark()
         done.wait()
         times = _times(start_ns, assembled_ns, copied_in, computed, done)
         vectors = np.empty((rows, self._dimension), np.float32)
