@@ -254,7 +254,7 @@ def _process_causes() -> tuple[Alert, ...]:
     quarter = EACH.over("15m")
     lost = " + ".join(
         (
-            quarter.increase(m.SPANS, where={"outcome": "failed|dropped"}),
+            quarter.increase(m.SPANS, where={"outcome": "failed|dropped|unbuilt"}),
             quarter.increase(m.LOG_RECORDS, where={"outcome": "failed|dropped"}),
             quarter.increase(m.METRIC_EXPORTS, where={"outcome": "failed"}),
         )

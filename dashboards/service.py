@@ -28,6 +28,7 @@ STATUS_COLORS: Final = {
     "DEADLINE_EXCEEDED": "purple", "INVALID_ARGUMENT": "blue", "CANCELLED": "text",
 }  # fmt: skip
 LOST: Final = "failed|dropped"
+LOST_SPANS: Final = LOST + "|unbuilt"
 WITH_TEXTS: Final = {"rpc_method": EMBEDDING["rpc_method"]}
 
 
@@ -239,7 +240,7 @@ def _blind() -> Row:
             ),
             lines(
                 "Lost telemetry", "Are we blind: what is lost on its way to the collector, or to the log?",
-                Target(BOARD.rate(m.SPANS, ("outcome",), where={"outcome": LOST}), "spans {{outcome}}"),
+                Target(BOARD.rate(m.SPANS, ("outcome",), where={"outcome": LOST_SPANS}), "spans {{outcome}}"),
                 Target(BOARD.rate(m.LOG_RECORDS, ("outcome",), where={"outcome": LOST}), "log records {{outcome}}"),
                 Target(BOARD.rate(m.METRIC_EXPORTS, where={"outcome": "failed"}), "pushes of metrics failed"),
                 Target(BOARD.rate(m.LOG_LINES, where={"outcome": "dropped"}), "log lines dropped"), unit="cps",

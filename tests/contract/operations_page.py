@@ -19,7 +19,7 @@ from embedserve.api.status import _SPELLINGS
 from embedserve.errors import CallerError, DeadlineExpired, Overloaded, Refusal, ServerFault
 from embedserve.reference import migration_reference, settings_reference
 from embedserve.telemetry.instruments import INSTRUMENTS, REFUSALS, Instrument, Kind, Label, prometheus_name
-from embedserve.telemetry.spans import SPANS
+from embedserve.telemetry.span_catalogue import SPANS
 
 __all__ = ["PAGE", "TABLES", "main", "regenerate"]
 

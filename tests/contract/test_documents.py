@@ -22,7 +22,8 @@ from embedserve.scheduling.settings import SchedulerSettings
 from embedserve.settings import CONFIG_FILE_ENV, ENV_PREFIX, settings_of
 from embedserve.telemetry import semconv
 from embedserve.telemetry.instruments import INSTRUMENTS, REFUSALS, Kind, prometheus_name
-from embedserve.telemetry.spans import _KNOWN, SPANS
+from embedserve.telemetry.span_catalogue import SPANS
+from embedserve.telemetry.spans import _KNOWN
 from embedserve.v1 import embedding_pb2
 from tests.contract import operations_page
 from tests.contract.operations_page import PAGE, regenerate

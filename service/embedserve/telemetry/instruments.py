@@ -51,6 +51,7 @@ REFUSALS: Final = (
 """Policy, reason and stage of every refusal that the scheduler knows; the tally takes a few that are not here."""
 
 EXPORT_OUTCOMES: Final = ("exported", "failed", "dropped")
+SPAN_OUTCOMES: Final = (*EXPORT_OUTCOMES, "unbuilt")
 VARIANTS: Final = ("eager", "compiled")
 COMPILE_OUTCOMES: Final = ("compiled", "cached", "failed")
 
@@ -290,8 +291,9 @@ LOOP_LAG: Final = _histogram(
     "embedserve.event_loop.lag", "s", "How late the event loop runs a timer, sampled while calls are active."
 )
 SPANS: Final = _counter(
-    "embedserve.telemetry.spans", "{span}", "Spans: exported, failed (the exporter gave up) or dropped (queue full).",
-    Label("outcome", EXPORT_OUTCOMES),
+    "embedserve.telemetry.spans", "{span}",
+    "Spans: exported, failed (the exporter gave up), dropped (queue full) or unbuilt (a fault of ours, in the log).",
+    Label("outcome", SPAN_OUTCOMES),
 )  # fmt: skip
 LOG_RECORDS: Final = _counter(
     "embedserve.telemetry.log_records", "{record}", "Log records over OTLP, as spans; 0 unless that is asked for.",

@@ -35,8 +35,8 @@ from embedserve.telemetry.prometheus import PrometheusRenderer
 from embedserve.telemetry.propagation import load_propagator
 from embedserve.telemetry.semconv import SCHEMA_URL
 from embedserve.telemetry.settings import TelemetrySettings
-from embedserve.telemetry.span_data import SpanFactory
 from embedserve.telemetry.span_queue import SpanQueue, SpanQueueLimits
+from embedserve.telemetry.span_tree import SpanFactory
 from embedserve.telemetry.tracing import RequestTracer
 
 __all__ = ["Telemetry", "setup_telemetry"]

@@ -14,7 +14,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, SERVER, SpanData, SpanTree
+from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, SERVER, SpanData
+from embedserve.telemetry.span_tree import SpanTree
 from embedserve.telemetry.span_wire import SpanEncoder
 
 __all__ = ["OtlpSender", "OtlpTransport", "ReadableSender", "SpanSender"]

@@ -10,7 +10,8 @@ What protobuf lets one choose is chosen for speed: fields come in the order in w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -20,13 +21,18 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, TraceState
 
 from embedserve.telemetry.attribute_wire import CACHED_MAX, AttributeEncoder, field, varint
-from embedserve.telemetry.span_data import INTERNAL, LinkData, SpanData, SpanTree
+from embedserve.telemetry.chain_wire import ChainLayout
+from embedserve.telemetry.span_chain import Chain, ChainForm
+from embedserve.telemetry.span_data import INTERNAL, LinkData, SpanData
+from embedserve.telemetry.span_tree import SpanTree
 
 __all__ = ["SpanEncoder"]
 
 _IDS: Final = struct.Struct("<2s16s2s8s")
 _TIMES: Final = struct.Struct("<cQcQ")
-_OWN: Final = struct.Struct("<2s8scQcQ")
+_BELOW: Final = struct.Struct("<2s16s2s8s6s2s2s")
+_OWN: Final = struct.Struct("<8scQcQ")
+_LINK: Final = struct.Struct("<2s16s2s8s5s")
 _NO_FLAGS: Final = b"\x85\x01\x00\x01\x00\x00"
 _REMOTE_FLAGS: Final = b"\x85\x01\x00\x03\x00\x00"
 """Span.flags, field 16: whether the parent is remote is known (0x100), and that it is (0x200)."""
@@ -47,30 +53,53 @@ class SpanEncoder:
         self._scope = field(1, own.scope.SerializeToString())
         self._scope_end = field(3, own.schema_url.encode()) if own.schema_url else b""
         self._heads: dict[tuple[str, int], bytes] = {}
+        self._layouts: dict[ChainForm, ChainLayout] = {}
         self._own = AttributeEncoder(b"\x4a")
         self._of_links = AttributeEncoder(b"\x22")
 
-    def request(self, trees: Iterable[bytes]) -> bytes:
-        """An ``ExportTraceServiceRequest`` of encoded trees."""
-        encoded = b"".join((self._scope, *trees, self._scope_end))
-        return field(1, self._resource + field(2, encoded) + self._resource_end)
+    def request(self, trees: Sequence[bytes]) -> bytes:
+        """An ``ExportTraceServiceRequest`` of encoded trees, copied once: it may be half a megabyte."""
+        scoped = len(self._scope) + sum(map(len, trees)) + len(self._scope_end)
+        opened = self._resource + b"\x12" + varint(scoped)
+        whole = len(opened) + scoped + len(self._resource_end)
+        return b"".join((b"\x0a", varint(whole), opened, self._scope, *trees, self._scope_end, self._resource_end))
 
     def tree(self, tree: SpanTree) -> bytes:
         """The spans of ``tree``, each a field of ``ScopeSpans``."""
-        root, ids = tree.root, tree.ids
+        root, children = tree.root, tree.children
         first = self.span(root)
         parts = [b"\x12", varint(len(first)), first]
-        # Trace, parent, flags and status: the same below one span.
-        shared = b"\x0a\x10%b\x22\x08%b%b\x7a\x00" % (
-            root.trace_id.to_bytes(16), root.span_id.to_bytes(8), _NO_FLAGS,
-        )  # fmt: skip
-        if root.trace_state:
-            shared += field(3, _state(root.trace_state))
+        if children:
+            # Trace, parent, flags and status: the same below one span.
+            shared = _BELOW.pack(
+                b"\x0a\x10", root.trace_id.to_bytes(16), b"\x22\x08", root.span_id.to_bytes(8), _NO_FLAGS, b"\x7a\x00",
+                b"\x12\x08",
+            )  # fmt: skip
+            if type(children) is not Chain or root.trace_state or not self._chain(tree, children, shared, parts):
+                self._each(tree, shared, parts)
+        return b"".join(parts)
+
+    def _chain(self, tree: SpanTree, chain: Chain, shared: bytes, parts: list[bytes]) -> bool:
+        """All children at once, if they fit."""
+        form = chain.form
+        layout = self._layouts.get(form)
+        if layout is None:
+            layout = self._layouts[form] = ChainLayout(form, partial(self._head, kind=INTERNAL), self._own)
+        attributes: list[bytes] = []
+        self._own.write(chain.attributes, attributes)
+        links: list[bytes] = []
+        self._links(chain.links, tree.links_max, links)
+        return layout.write(chain, tree.ids, shared, b"".join(attributes), b"".join(links), parts)
+
+    def _each(self, tree: SpanTree, shared: bytes, parts: list[bytes]) -> None:
+        """The children one by one. ``shared`` ends with the beginning of an id."""
+        if tree.root.trace_state:
+            shared = field(3, _state(tree.root.trace_state)) + shared
         own_size = len(shared) + _OWN.size
-        at = 0
+        ids, at = tree.ids, 0
         for name, begin_ns, end_ns, attributes, links in tree.children:
             head = self._heads.get((name, INTERNAL)) or self._head(name, INTERNAL)
-            own = _OWN.pack(b"\x12\x08", ids[at : at + 8], b"\x39", begin_ns, b"\x41", end_ns)
+            own = _OWN.pack(ids[at : at + 8], b"\x39", begin_ns, b"\x41", end_ns)
             at += 8
             if attributes or links:
                 more: list[bytes] = []
@@ -80,7 +109,6 @@ class SpanEncoder:
                 parts += (b"\x12", varint(own_size + len(head) + len(rest)), shared, own, head, rest)
             else:
                 parts += (b"\x12", varint(own_size + len(head)), shared, own, head)
-        return b"".join(parts)
 
     def span(self, span: SpanData) -> bytes:
         """A ``Span``."""
@@ -115,14 +143,15 @@ class SpanEncoder:
 
     def _links(self, links: Sequence[LinkData], most: int, parts: list[bytes]) -> None:
         for link in links[:most] if len(links) > most else links:
-            context = link.context
-            own = [
-                _IDS.pack(b"\x0a\x10", context.trace_id.to_bytes(16), b"\x12\x08", context.span_id.to_bytes(8)),
+            context, attributes = link
+            own: list[bytes] = []
+            self._of_links.write(attributes, own)
+            raw = own[0] if len(own) == 1 else b"".join(own)
+            ids = _LINK.pack(
+                b"\x0a\x10", context.trace_id.to_bytes(16), b"\x12\x08", context.span_id.to_bytes(8),
                 _LINK_FLAGS[context.is_remote],
-            ]
-            self._of_links.write(link.attributes, own)
-            raw = b"".join(own)
-            parts += (b"\x6a", varint(len(raw)), raw)
+            )  # fmt: skip
+            parts += (b"\x6a", varint(_LINK.size + len(raw)), ids, raw)
         if len(links) > most:
             parts += (b"\x70", varint(len(links) - most))
 

@@ -24,8 +24,7 @@ Children share their borders, so that their sum is the parent: exactly, not near
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -35,58 +34,26 @@ from embedserve.engine.observer import BatchRecord, Member
 from embedserve.engine.stages import Boarding, Stages
 from embedserve.telemetry import semconv
 from embedserve.telemetry.segments import ADMIT_EXACT, Marks, Segment, segments_between
+from embedserve.telemetry.span_catalogue import BATCH_SPAN, COMPILE_SPAN
+from embedserve.telemetry.span_chain import Chain, ChainForm
 from embedserve.telemetry.span_data import (
     NO_ATTRIBUTES,
     SERVER,
     Child,
     LinkData,
     SharedAttributes,
-    SpanFactory,
-    SpanTree,
     Value,
 )
+from embedserve.telemetry.span_tree import SpanFactory, SpanTree
 
-__all__ = ["BATCH_SPAN", "SPANS", "BatchTrace", "CallRecord", "CompileTrace", "SpanName", "error_kind"]
+__all__ = ["BatchTrace", "CallRecord", "CompileTrace", "error_kind"]
 
 _NS_PER_MS: Final = 1e6
 
-_KEPT_MAX: Final = 256
-"""Sets of attributes that are kept written down: calls of one connection, or of one batch, share them."""
+_KEPT_MAX: Final = 512
+"""Sets of attributes that are kept written down, some 1 KB each: calls of one caller, or of one batch, share them."""
 
-BATCH_SPAN: Final = "batch"
-COMPILE_SPAN: Final = "compile"
-
-
-@dataclass(frozen=True, slots=True)
-class SpanName:
-    """One span of the catalogue."""
-
-    name: str
-    kind: str
-    parent: str
-    description: str
-
-
-SPANS: Final = (
-    *(SpanName(name, "SERVER", "the caller's span", "One RPC, arrival to answer.") for name in semconv.METHODS),
-    SpanName("receive", "INTERNAL", "RPC", "From the headers until the whole message is here: the caller's upload."),
-    SpanName("validate", "INTERNAL", "RPC", "Limits and options are checked."),
-    SpanName("admit", "INTERNAL", "RPC", "Admission; embedserve.admission.stage: on an estimate, or on exact tokens."),
-    SpanName("tokenize", "INTERNAL", "RPC", "Wait for a tokenizer thread, and its work."),
-    SpanName("queue", "INTERNAL", "RPC", "In the bucket, until the worker takes up the last batch that it rides in."),
-    SpanName("forward", "INTERNAL", "RPC", "In the worker; linked to each batch that it rode in."),
-    SpanName("respond", "INTERNAL", "RPC", "The answer is built."),
-    SpanName(BATCH_SPAN, "INTERNAL", "its own trace", "One pass; linked to the RPC of each sampled request in it."),
-    SpanName("dispatch", "INTERNAL", BATCH_SPAN, "Handed over, until the worker takes it up."),
-    SpanName("assemble", "INTERNAL", BATCH_SPAN, "Tokens are gathered and laid out."),
-    SpanName("copy_in", "INTERNAL", BATCH_SPAN, "To the device."),
-    SpanName("forward", "INTERNAL", BATCH_SPAN, "The model."),
-    SpanName("pool", "INTERNAL", BATCH_SPAN, "Pooling and normalisation."),
-    SpanName("copy_out", "INTERNAL", BATCH_SPAN, "Back from the device."),
-    SpanName("return", "INTERNAL", BATCH_SPAN, "Until the event loop has the result."),
-    SpanName(COMPILE_SPAN, "INTERNAL", "its own trace", "The compiled model was made; it took over, or failed."),
-)  # fmt: skip
-"""Every span, for the docs."""
+Pairs = tuple[tuple[str, str | int | float | bool], ...]
 
 
 def error_kind(status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]) -> str:
@@ -130,49 +97,56 @@ class CallRecord(NamedTuple):
         """The SERVER span and its children."""
         kind = None if self.status == "OK" else error_kind(self.status, self.error_type, self.attributes)
         is_error = kind == semconv.UNEXPECTED or self.status in semconv.SERVER_FAULTS
+        well = self.status == "OK" and self.error_type is None
+        attributes, steady = self._split() if well else (self._all(kind), ())
         server = factory.span(
-            self.context,
-            self.parent,
-            self.method,
-            self.arrived_ns,
-            self.ended_ns,
-            kind=SERVER,
-            attributes=self._server_attributes(kind),
-            shared=_of_calls(self.method, self.status, self.peer),
+            self.context, self.parent, self.method, self.arrived_ns, self.ended_ns, kind=SERVER, attributes=attributes,
+            shared=_of_calls(self.method, self.status, self.peer, steady),
             error=(self.error_type or self.status) if is_error else None,
-        )
+        )  # fmt: skip
         return factory.tree(server, self._children(factory.offset_ns))
 
-    def _children(self, offset_ns: int) -> list[Child]:
+    def _children(self, offset_ns: int) -> list[Child] | Chain:
         stages, marks, ended_ns = self.stages, self.marks, self.ended_ns
         if stages is None or marks is None:
             return []
         answered = self.status == "OK"
+        if answered and 0 not in marks and _ascends(marks, ended_ns):
+            return _answered(self.arrived_ns, marks, ended_ns, stages, offset_ns)
         children: list[Child] = []
         if marks[0] > self.arrived_ns:
             receive: Child = ("receive", self.arrived_ns + offset_ns, marks[0] + offset_ns, NO_ATTRIBUTES, ())
             children.append(receive)
-        if answered and 0 not in marks and _ascends(marks, ended_ns):
-            children += _answered(marks, ended_ns, stages, offset_ns)
-        else:
-            parts = segments_between(marks, ended_ns, answered=answered)
-            for name, begin_ns, end_ns, attributes, links in _stretches(parts, stages, ended_ns):
-                children.append((name, begin_ns + offset_ns, end_ns + offset_ns, attributes, links))
+        parts = segments_between(marks, ended_ns, answered=answered)
+        for name, begin_ns, end_ns, attributes, links in _stretches(parts, stages, ended_ns):
+            children.append((name, begin_ns + offset_ns, end_ns + offset_ns, attributes, links))
         return children
 
-    def _server_attributes(self, kind: str | None) -> dict[str, Value]:
+    def _split(self) -> tuple[dict[str, Value], Pairs]:
+        """Attributes that differ from call to call, and what calls of one caller share: kept written down for the next.
+
+        Only of calls that were answered, where each name has values of one type: 1 and True are the same key.
+        """
+        attributes = self._own()
+        told = dict(self.attributes)
+        for key in _VARYING:
+            value = told.pop(key, None)
+            if value is not None:
+                attributes[_KNOWN[key]] = value
+        return attributes, tuple(told.items())
+
+    def _own(self) -> dict[str, Value]:
         attributes: dict[str, Value] = {}
         if self.stages is not None and self.stages.tokens:
             attributes[semconv.GEN_AI_USAGE_INPUT_TOKENS] = self.stages.tokens
-        for key, value in self.attributes.items():
-            name = _KNOWN.get(key)
-            if name is not None:
-                attributes[name] = [str(value)] if name is semconv.GEN_AI_ENCODING_FORMATS else value
-            elif not isinstance(value, str):
-                # Numbers have no words in them; a string under an unknown name could be anything, even a text.
-                attributes[key if key.startswith("embedserve.") else semconv.ADMISSION_FIGURE + key] = value
         if self.forced:
             attributes[semconv.FORCED] = True
+        return attributes
+
+    def _all(self, kind: str | None) -> dict[str, Value]:
+        """Of a call that was not answered."""
+        attributes = self._own()
+        _name(self.attributes.items(), attributes)
         if kind is not None:
             attributes[semconv.ERROR_KIND] = kind
         if self.error_type is not None:
@@ -182,23 +156,32 @@ class CallRecord(NamedTuple):
         return attributes
 
 
+def _name(told: Iterable[tuple[str, str | int | float | bool]], attributes: dict[str, Value]) -> None:
+    """Add what the API has ``told`` to ``attributes``, by its name there."""
+    for key, value in told:
+        name = _KNOWN.get(key)
+        if name is not None:
+            attributes[name] = [str(value)] if name is semconv.GEN_AI_ENCODING_FORMATS else value
+        elif not isinstance(value, str):
+            # Numbers have no words in them; a string under an unknown name could be anything, even a text.
+            attributes[key if key.startswith("embedserve.") else semconv.ADMISSION_FIGURE + key] = value
+
+
 def _ascends(marks: Marks, ended_ns: int) -> bool:
     arrived, validated, admitted, tokenized, queued, dequeued, assembled, computed = marks
     return arrived <= validated <= admitted <= tokenized <= queued <= dequeued <= assembled <= computed <= ended_ns
 
 
-def _answered(marks: Marks, ended_ns: int, stages: Stages, offset_ns: int) -> tuple[Child, ...]:
+def _answered(arrived_ns: int, marks: Marks, ended_ns: int, stages: Stages, offset_ns: int) -> Chain:
     """The children of most calls, without a look at each: what ``_stretches`` makes of marks that are all set."""
-    arrived, validated, admitted, tokenized, queued, dequeued, _, computed = [mark + offset_ns for mark in marks]
-    return (
-        ("validate", arrived, validated, NO_ATTRIBUTES, ()),
-        ("admit", validated, admitted, _ADMIT["admit"], ()),
-        ("tokenize", admitted, tokenized, NO_ATTRIBUTES, ()),
-        ("admit", tokenized, queued, _ADMIT[ADMIT_EXACT], ()),
-        ("queue", queued, dequeued, _queue_attributes(stages), ()),
-        ("forward", dequeued, computed, NO_ATTRIBUTES, [_batch_link(boarding) for boarding in stages.boardings]),
-        ("respond", computed, ended_ns + offset_ns, NO_ATTRIBUTES, ()),
-    )
+    begun, validated, admitted, tokenized, queued, dequeued, _, computed = marks
+    borders = [begun, validated, admitted, tokenized, queued, dequeued, computed, ended_ns]
+    form = _ANSWERED
+    if begun > arrived_ns:
+        borders.insert(0, arrived_ns)
+        form = _RECEIVED
+    links = [_batch_link(boarding) for boarding in stages.boardings]
+    return Chain(form, [border + offset_ns for border in borders], _queue_attributes(stages), links)
 
 
 def _stretches(parts: Sequence[Segment], stages: Stages, ended_ns: int) -> Iterator[Child]:
@@ -232,6 +215,18 @@ _ADMIT: Final[Mapping[str, Mapping[str, Value]]] = {
     "admit": SharedAttributes({semconv.ADMISSION_STAGE: "estimate"}),
     ADMIT_EXACT: SharedAttributes({semconv.ADMISSION_STAGE: "exact"}),
 }
+_ANSWERED: Final = ChainForm(
+    (
+        ("validate", NO_ATTRIBUTES), ("admit", _ADMIT["admit"]), ("tokenize", NO_ATTRIBUTES),
+        ("admit", _ADMIT[ADMIT_EXACT]), ("queue", NO_ATTRIBUTES), ("forward", NO_ATTRIBUTES),
+        ("respond", NO_ATTRIBUTES),
+    ),
+    attributed="queue",
+    linked="forward",
+)  # fmt: skip
+"""Of a call that went through every stage, once."""
+_RECEIVED: Final = _ANSWERED.after("receive")
+"""And whose message took a moment to come."""
 _KNOWN: Final = {
     "model": semconv.GEN_AI_REQUEST_MODEL,
     "dimensions": semconv.GEN_AI_DIMENSION_COUNT,
@@ -248,6 +243,8 @@ _KNOWN: Final = {
     "error_id": "embedserve.error_id",
 }
 """What the API tells of a call, and the attribute that it becomes. Other numbers are figures of an admission policy."""
+_VARYING: Final = ("texts", "deadline_ms")
+"""What of it is another from call to call."""
 
 
 class BatchTrace(NamedTuple):
@@ -279,18 +276,15 @@ class BatchTrace(NamedTuple):
         )
         if times is None:
             return factory.tree(root, ())
-        borders = (
-            ("dispatch", times.start_ns), ("assemble", times.assembled_ns), ("copy_in", times.copied_in_ns),
-            ("forward", times.forward_ns), ("pool", times.pooled_ns), ("copy_out", times.copied_out_ns),
-            ("return", record.returned_ns),
-        )  # fmt: skip
-        children: list[Child] = []
-        at = record.dispatched_ns
-        for name, mark in borders:
-            end = min(max(mark, at), record.returned_ns)
-            children.append((name, at + factory.offset_ns, end + factory.offset_ns, NO_ATTRIBUTES, ()))
-            at = end
-        return factory.tree(root, children)
+        at, last_ns = record.dispatched_ns, record.returned_ns
+        borders = [at]
+        for mark in (
+            times.start_ns, times.assembled_ns, times.copied_in_ns, times.forward_ns, times.pooled_ns,
+            times.copied_out_ns, last_ns,
+        ):  # fmt: skip
+            at = min(max(mark, at), last_ns)
+            borders.append(at)
+        return factory.tree(root, Chain(_PASS, [border + factory.offset_ns for border in borders]))
 
     def _attributes(self) -> dict[str, Value]:
         batch = self.record.batch
@@ -313,6 +307,9 @@ class BatchTrace(NamedTuple):
 
 
 _WELL: Final = ("ok", "skipped")
+_PASS: Final = ChainForm(
+    [(name, NO_ATTRIBUTES) for name in ("dispatch", "assemble", "copy_in", "forward", "pool", "copy_out", "return")]
+)
 
 
 class CompileTrace(NamedTuple):
@@ -376,8 +373,8 @@ def _queue_attributes(stages: Stages) -> dict[str, Value]:
 
 
 @lru_cache(_KEPT_MAX)
-def _of_calls(method: str, status: str, peer: str) -> SharedAttributes:
-    """What all calls of a connection share."""
+def _of_calls(method: str, status: str, peer: str, steady: Pairs) -> SharedAttributes:
+    """What all calls of a caller share."""
     found: dict[str, Value] = {
         semconv.RPC_SYSTEM_NAME: semconv.GRPC,
         semconv.RPC_METHOD: method,
@@ -387,6 +384,7 @@ def _of_calls(method: str, status: str, peer: str) -> SharedAttributes:
     if method in semconv.EMBEDDING_METHODS:
         found[semconv.GEN_AI_OPERATION_NAME] = semconv.EMBEDDINGS
         found[semconv.GEN_AI_PROVIDER_NAME] = semconv.PROVIDER
+    _name(steady, found)
     return SharedAttributes(found)
 
 

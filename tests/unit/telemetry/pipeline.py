@@ -20,9 +20,9 @@ from embedserve.scheduling.item import Batch, Rejection, Shape, Slice
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.observers import TelemetryEngineObserver
-from embedserve.telemetry.span_data import SpanFactory
 from embedserve.telemetry.span_queue import SpanQueue, SpanQueueLimits
 from embedserve.telemetry.span_senders import ReadableSender
+from embedserve.telemetry.span_tree import SpanFactory
 from embedserve.telemetry.tracing import CallEnd, RequestTracer
 from tests.canary import WATCH
 

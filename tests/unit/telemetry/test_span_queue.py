@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.trace import SpanContext, TraceFlags
+from structlog.testing import capture_logs
 
 from embedserve.errors import ConfigError
 from embedserve.telemetry import instruments as table
 from embedserve.telemetry.span_queue import LINKS_PER_EXPORT_MAX, SpanQueueLimits
+from embedserve.telemetry.span_tree import SpanFactory, SpanTree
+from embedserve.telemetry.spans import CallRecord
 from tests.unit.telemetry.pipeline import EMBED, Pipeline, finish_pass
 
 
@@ -100,6 +104,43 @@ class TestSpanQueue:
         pipeline.finish()
 
         assert (outcome(pipeline, "failed"), outcome(pipeline, "exported")) == (1, 1)
+
+    async def test_a_record_that_cannot_be_built_is_counted_and_logged_once_and_the_rest_is_sent(
+        self, pipeline: Pipeline
+    ) -> None:
+        class Faulty(NamedTuple):
+            span_count: int = 3
+
+            def tree(self, factory: SpanFactory) -> SpanTree:
+                raise ZeroDivisionError("what a caller sent")
+
+        with capture_logs() as lines:
+            for _ in range(2):
+                one_call(pipeline)
+                pipeline.queue.put(Faulty())
+            one_call(pipeline)
+            assert len(pipeline.finish()) == 3
+
+        assert tuple(outcome(pipeline, word) for word in ("exported", "failed", "dropped", "unbuilt")) == (3, 0, 0, 6)
+        (line,) = lines
+        assert (line["event"], line["log_level"], line["error"]) == ("span_build_failed", "error", "ZeroDivisionError")
+        assert line["at"].startswith("test_span_queue.py:")
+        assert "caller" not in str(line)
+
+    async def test_a_fault_between_two_exports_does_not_end_the_thread(
+        self, make_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pipeline = make_pipeline(limits=SpanQueueLimits(records_max=100, export_spans_max=1, delay_s=0.001))
+        with monkeypatch.context() as patched:
+            patched.setattr(CallRecord, "tree", property())  # as if a release of ours had broken all of them
+            one_call(pipeline)
+            deadline = time.monotonic() + 5
+            while not outcome(pipeline, "unbuilt") and time.monotonic() < deadline:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.001)
+        one_call(pipeline)
+
+        assert len(pipeline.finish()) == 1
+        assert outcome(pipeline, "unbuilt") == 1
 
     def test_limits_come_from_the_standard_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert SpanQueueLimits() == SpanQueueLimits.from_environment()

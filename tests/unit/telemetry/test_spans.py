@@ -14,8 +14,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
 from embedserve.engine.stages import Boarding, Stages
+from embedserve.telemetry import semconv
 from embedserve.telemetry.segments import marks_of, segments
-from embedserve.telemetry.spans import SPANS, _answered, _stretches
+from embedserve.telemetry.span_catalogue import SPANS
+from embedserve.telemetry.spans import _answered, _stretches
 from tests.unit.telemetry.pipeline import EMBED, MS, Pipeline, finish_pass, record_of, stages_of
 
 ATTRIBUTES = {"texts": 2, "model": "m", "dimensions": 4, "encoding": "float"}
@@ -408,7 +410,33 @@ class TestMostCalls:
         stages = Stages(**dict(zip(names, marks, strict=True)), texts=1, tokens=5, bucket=8)
         stages.boardings = [Boarding(n, 3, 1, 40, SpanContext(7, n + 1, is_remote=False)) for n in range(boardings)]
         one_by_one = _stretches(segments(stages, ended, answered=True), stages, ended)
-        together = _answered(marks_of(stages), ended, stages, 1000)
-        assert [(name, begin - 1000, end - 1000, a, list(links)) for name, begin, end, a, links in together] == [
-            (*child, list(links)) for *child, links in one_by_one
+        together = _answered(marks[0], marks_of(stages), ended, stages, 1000)
+        expected = [(*child, list(links)) for *child, links in one_by_one]
+        assert [(name, begin - 1000, end - 1000, a, list(links)) for name, begin, end, a, links in together] == expected
+
+        received = _answered(marks[0] - 7, marks_of(stages), ended, stages, 1000)
+        assert [(name, begin - 1000, end - 1000, a, list(links)) for name, begin, end, a, links in received] == [
+            ("receive", marks[0] - 7, marks[0], {}, []),
+            *expected,
         ]
+
+    async def test_share_what_is_written_of_a_caller_and_never_what_differs(self, pipeline: Pipeline) -> None:
+        told = [
+            {"texts": 1, "deadline_ms": 7.5, "model": "m", "dimensions": 4, "encoding": "float", "tenant": "a"},
+            {"texts": 2, "deadline_ms": 9.0, "model": "m", "dimensions": 4, "encoding": "float", "tenant": "a"},
+            {"texts": 2, "model": "m", "dimensions": 4, "encoding": "base64", "tenant": "b", "attempt": 2},
+        ]
+        for attributes in told:
+            begun = time.monotonic_ns() - 20 * MS
+            call = pipeline.calls.begin(EMBED, [], begun, "ipv4:10.0.0.1:4242")
+            call.end(status="OK", stages=stages_of(begun), error_type=None, attributes=attributes)
+
+        found = [dict(span.attributes) for span in pipeline.finish() if span.name == EMBED]
+
+        names = ("embedserve.texts", semconv.DEADLINE_MS, semconv.TENANT, semconv.GEN_AI_ENCODING_FORMATS)
+        assert [tuple(one.get(name) for name in names) for one in found] == [
+            (1, 7.5, "a", ("float",)),
+            (2, 9.0, "a", ("float",)),
+            (2, None, "b", ("base64",)),
+        ]
+        assert [one.get("embedserve.attempt") for one in found] == [None, None, 2]
