@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from embedserve.engine.call import Call, Embedded
 from embedserve.engine.stages import Stages
-from embedserve.errors import EmbedServeError
+from embedserve.engine.wall import sentence
+from embedserve.errors import EmbedServeError, EngineFailed
 from embedserve.frontends import frames
 from embedserve.frontends.failure import unpack_failure
 from embedserve.frontends.frames import pack_order
@@ -136,7 +138,7 @@ class RemoteCalls:
             stream.end(error)
 
     def _done(self, call_id: int, body: bytes) -> None:
-        waiting = self._waiting.pop(call_id, None)
+        waiting = self._waiting.get(call_id)
         if waiting is None:
             self._left.pop(call_id).release()
             return
@@ -146,6 +148,7 @@ class RemoteCalls:
         unpack_marks(body[frames.DONE_BODY.size :], waiting.call.stages, self._traces)
         vectors = self._memory.read_rows(waiting.slot, texts, dimensions)
         batch_sizes = self._memory.read_batch_sizes(waiting.slot, vectors.nbytes, texts)
+        del self._waiting[call_id]  # only now: a frame that cannot be read ends the link, which fails who waits still
         waiting.release()
         if not waiting.future.done():
             waiting.future.set_result(
@@ -163,16 +166,26 @@ class RemoteCalls:
         waiting, stream = self._waiting.pop(call_id, None), self._streams.pop(call_id, None)
         if (asked := self._asked.pop(call_id, None)) is not None:
             if not asked.done():
-                at = unpack_marks(body, Stages(0), self._traces)
-                asked.set_exception(unpack_failure(body[at:]))
+                asked.set_exception(self._failure(body, Stages(0)))
         elif waiting is not None:
-            at = unpack_marks(body, waiting.call.stages, self._traces)
             waiting.release()
             if not waiting.future.done():
-                waiting.future.set_exception(unpack_failure(body[at:]))
+                waiting.future.set_exception(self._failure(body, waiting.call.stages))
         elif stream is not None:
-            at = unpack_marks(body, stream.call.stages, self._traces, streamed=True)
             stream.release()
-            stream.end(unpack_failure(body[at:]))
+            stream.end(self._failure(body, stream.call.stages, streamed=True))
         elif (left := self._left.pop(call_id, None)) is not None:  # else: who asked whether, and has gone
             left.release()
+
+    def _failure(self, body: bytes, stages: Stages, *, streamed: bool = False) -> EmbedServeError:
+        """What the engine process says of a call; its caller is answered whether that can be read or not.
+
+        It says nothing of a call whose task was cancelled, as all are where its event loop ends under them.
+        """
+        if not body:
+            return EngineFailed("the engine process has ended the call")
+        try:
+            at = unpack_marks(body, stages, self._traces, streamed=streamed)
+            return unpack_failure(body[at:])
+        except (struct.error, LookupError, TypeError, ValueError) as broken:
+            return EngineFailed(f"the engine process says of a failure what cannot be read: {sentence(broken)}")

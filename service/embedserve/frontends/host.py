@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import itertools
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -77,6 +77,8 @@ class EngineHost:
         self._soon = False
         """Whether the timer is one of those while there is work."""
         self._beat_s = min(BEAT_S, stall_ns / 1e9 / BEATS)
+        self._deserted = asyncio.Event()
+        self._deserted.set()
         self._questions = itertools.count(1)
         self._asked: dict[int, dict[int, asyncio.Future[bytes]]] = {}
         self.silent = dict.fromkeys((end.name for end in ends), False)
@@ -93,6 +95,7 @@ class EngineHost:
                 front_end = _FrontEnd(self, end.name, SharedMemory(end.memory))
                 front_end.link = await connect_link(end.link, front_end.take, front_end.lose)
                 self._front_ends.append(front_end)
+                self._deserted.clear()
             self._welcome()
         except Exception as broken:  # noqa: BLE001 - a task that nobody waits for: this is its wall
             self._on_fatal(f"front ends cannot be heard: {sentence(broken)}")
@@ -161,6 +164,15 @@ class EngineHost:
         """A front end has gone."""
         if front_end in self._front_ends:
             self._front_ends.remove(front_end)
+        if not self._front_ends:
+            self._deserted.set()
+
+    async def desert(self, within_s: float) -> None:
+        """Take no new work, and return when no front end is left, or after ``within_s``: what was taken goes on."""
+        self.engine.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._deserted.wait()
 
     def _tell(self, kind: int, body: bytes, call_id: int = 0) -> None:
         for front_end in self._front_ends:

@@ -1,8 +1,9 @@
 """What runs in each process: the whole life of ``app.App``, around another engine or without a port.
 
 Decides which settings differ between them. Must never know how they are started or ended: the supervisor says "stop"
-over a socket, and its own end means the same. Signals are the supervisor's: a service manager sends SIGTERM to all
-processes at once, and an engine that stopped before its front ends would cut their calls off.
+over a socket, and its own end means the same, but that the engine process must then see for itself that its front ends
+have gone. Signals are the supervisor's: a service manager sends SIGTERM to all processes at once, and an engine that
+stopped before its front ends would cut their calls off.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, Final
 
 from embedserve.app import App
 from embedserve.config import Config
@@ -39,6 +40,8 @@ __all__ = ["DRAIN", "STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "m
 
 STOP = b"s"
 """The supervisor says: drain and end. Its own end means the same."""
+ORPHAN_MARGIN_S: Final = 2.0
+"""Beyond their settling and their grace: front ends whose supervisor has gone leave the engine by themselves."""
 DRAIN = b"d"
 """The supervisor says: others drain. Say so to who asks, and serve on."""
 
@@ -147,10 +150,17 @@ class EngineProcess:
 
     def __call__(self) -> None:
         """Live, and end this process."""
-        _live(self.config, self.role, self.control, self._make_app)
-
-    def _make_app(self) -> App:
         hosts: list[EngineHost] = []
+
+        async def outlast() -> None:
+            """Front ends drain by themselves where the supervisor has gone: their calls want their vectors."""
+            shutdown = self.config.shutdown
+            for host in hosts:
+                await host.desert((shutdown.settle_ms + shutdown.grace_ms) / 1000 + ORPHAN_MARGIN_S)
+
+        _live(self.config, self.role, self.control, partial(self._make_app, hosts), outlast)
+
+    def _make_app(self, hosts: list[EngineHost]) -> App:
 
         def merge(render: Render) -> Render:
             return None if render is None else partial(_scrape, self.role, render, hosts[0], asyncio.get_running_loop())
@@ -231,10 +241,15 @@ def _scrape(
     accept_header: str,
 ) -> tuple[str, bytes]:
     """The metrics of all processes that answer, in a scraper's thread. This one's own, taken last, say who does not."""
-    asked = asyncio.run_coroutine_threadsafe(host.ask(frames.SCRAPE, accept_header.encode()), loop)
+    asked = asyncio.run_coroutine_threadsafe(host.ask(frames.SCRAPE, _as_sent(accept_header)), loop)
     others = asked.result(2 * ASK_S).given
     content_type, own = render(accept_header)
     return content_type, merge_expositions([(role, own), *others])
+
+
+def _as_sent(header: str) -> bytes:
+    """The bytes of a header: those that are no UTF-8 are surrogates in its text."""
+    return header.encode(errors="surrogateescape")
 
 
 def _number(descriptor: Descriptor) -> int:
@@ -243,8 +258,18 @@ def _number(descriptor: Descriptor) -> int:
     return descriptor
 
 
-def _live(config: Config, role: str, control: Descriptor, make_app: Callable[[], App]) -> None:
-    """The life of one process, and its end with the exit code."""
+async def _at_once() -> None:
+    """Nobody is waited for."""
+
+
+def _live(
+    config: Config,
+    role: str,
+    control: Descriptor,
+    make_app: Callable[[], App],
+    outlast: Callable[[], Coroutine[Any, Any, None]] = _at_once,
+) -> None:
+    """The life of one process, and its end with the exit code; ``outlast`` comes before it without a supervisor."""
     name_process(role)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -253,6 +278,12 @@ def _live(config: Config, role: str, control: Descriptor, make_app: Callable[[],
 
     def make() -> App:
         app = make_app()
+        orphaned: list[asyncio.Task[None]] = []
+
+        async def end_alone() -> None:
+            app.begin_drain()
+            await outlast()
+            app.stop()
 
         def hear() -> None:
             try:
@@ -261,9 +292,12 @@ def _live(config: Config, role: str, control: Descriptor, make_app: Callable[[],
                 heard = b""
             if DRAIN in heard:
                 app.begin_drain()
-            if STOP in heard or not heard:
+            if STOP in heard:
                 asyncio.get_running_loop().remove_reader(wire)
                 app.stop()
+            elif not heard:
+                asyncio.get_running_loop().remove_reader(wire)
+                orphaned.append(asyncio.get_running_loop().create_task(end_alone()))
 
         asyncio.get_running_loop().add_reader(wire, hear)
         return app

@@ -190,7 +190,7 @@ class RemoteEngine:
             self._load = LoadReport(**facts["load"])
             self._see_stall(facts["stalled_ns"])
         elif kind == frames.SCRAPE:
-            task = asyncio.get_running_loop().create_task(self._scrape(call_id, body.decode()))
+            task = asyncio.get_running_loop().create_task(self._scrape(call_id, body.decode(errors="surrogateescape")))
             self._scrapes.add(task)
             task.add_done_callback(self._scrapes.discard)
         elif kind == frames.RECALL:

@@ -219,6 +219,13 @@ class TestSilence:
         for name in ("frontend-0", "frontend-1"):
             assert [event for process, event in events if process == name][-4:] == ["stalled", "recovered"] * 2
 
+    def test_a_scraper_may_ask_in_any_bytes(self, two):
+        """As one process answers: what it does not know it does not take for OpenMetrics."""
+        for accept in (b"text/plain", "text/pl\u00e4in".encode(), b"text/pl\xe4in", b"\xff\xfe"):
+            answer = httpx.get(f"{two.operations}/metrics", headers=[(b"Accept", accept)], timeout=LIMIT_S)
+            assert answer.status_code == 200, accept
+            assert b'process="frontend-1"' in answer.content
+
     def test_a_front_end_that_is_silent_is_named_and_the_others_are_shown(self, two):
         """In the metrics, and on the page; neither waits for it longer than a second or fails."""
         silent = {"frontend-0": 0.0, "frontend-1": 0.0}
@@ -384,9 +391,18 @@ class TestEnds:
             assert all_gone(two)
 
     def test_nothing_outlives_a_supervisor_that_is_killed(self, servers):
+        """And nobody is cut off by it: front ends answer what they have, and the engine ends after them."""
         server = servers.get(*TOUCHY)
         assert not any(gone(pid) for pid in server.ready["pids"].values())
-        server.process.kill()
+        with stubs(server, 16) as many:
+            calls = [begin(stub, "~") for stub in many[1:]]
+            stream = many[0].EmbedStream(pb.EmbedStreamRequest(texts=["~"] * 4), timeout=LIMIT_S)
+            wait_running(server, 19)
+            server.process.kill()
+            begun = time.monotonic()
+            told = [*codes(calls), len([one for message in stream for one in message.embeddings])]
+            assert time.monotonic() - begun < 2
+            assert told == [grpc.StatusCode.OK] * 15 + [4]
         server.wait(lambda: all_gone(server), "the end of all processes")
         assert all_gone(server)
 

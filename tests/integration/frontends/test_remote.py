@@ -22,6 +22,7 @@ from embedserve.engine.observer import SilentObserver
 from embedserve.engine.stages import Stages
 from embedserve.engine.stream import piece_items
 from embedserve.errors import DeadlineExpired, EngineFailed, InvalidRequest, ItemFailed, NotServing, Overloaded
+from embedserve.frontends import frames
 from embedserve.frontends.host import Ends, EngineHost
 from embedserve.frontends.marks import NoTraces
 from embedserve.frontends.memory import create_memory
@@ -280,6 +281,73 @@ class TestLeaving:
             assert both.remote.load().state == "not_serving"
             with pytest.raises(EngineFailed):
                 await both.remote.embed(ask("hello"))
+
+    async def test_when_the_engines_event_loop_ends_under_its_calls_each_is_answered(self):
+        """Their tasks are cancelled, one of them before its first step: a FAILED that says nothing is an answer."""
+        async with pair() as both:
+            both.backend.plan.gate.clear()
+            calls = [asyncio.ensure_future(both.remote.embed(ask("hello"))) for _ in range(3)]
+            calls.append(asyncio.ensure_future(drain(both.remote, ask(*["hello"] * 9))))
+            await until(lambda: both.engine.requests == 4)
+            (there,) = both.host._front_ends
+            for task in there._tasks.values():
+                task.cancel()
+            async with asyncio.timeout(5):
+                outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [EngineFailed] * 4
+            both.backend.plan.gate.set()
+            await both.settled()
+
+    @pytest.mark.parametrize("body", [b"", b"\x01", bytes(200), b'{"type":"Unheard"}'])
+    @pytest.mark.parametrize("kind", ["whole", "stream", "question"])
+    async def test_a_failure_that_cannot_be_read_is_an_answer(self, body, kind):
+        """And the front end serves on."""
+        async with pair() as both:
+            both.backend.plan.gate.clear()
+            (there,) = both.host._front_ends
+            there._judge = lambda *_: None  # a question stays unanswered
+            call = ask("hello" if kind == "whole" else "hello " * 3000)
+            work = drain(both.remote, ask(*["hello"] * 9)) if kind == "stream" else both.remote.embed(call)
+            asked = asyncio.ensure_future(work)
+            calls = both.remote._calls
+            known = {"whole": calls._waiting, "stream": calls._streams, "question": calls._asked}[kind]
+            await until(lambda: known)
+            await until(lambda: kind == "question" or both.engine.requests)
+            (call_id,) = known
+            there.send(frames.FAILED, call_id, body)
+            async with asyncio.timeout(5):
+                with pytest.raises(EngineFailed):
+                    await asked
+            assert both.fatal == []
+
+    async def test_an_answer_that_cannot_be_read_ends_the_link_and_every_call_with_it(self):
+        async with pair() as both:
+            both.backend.plan.gate.clear()
+            calls = [asyncio.ensure_future(both.remote.embed(ask("hello"))) for _ in range(3)]
+            await until(lambda: both.engine.requests == 3)
+            (there,) = both.host._front_ends
+            there.send(frames.DONE, next(iter(both.remote._calls._waiting)), b"\x01")
+            async with asyncio.timeout(5):
+                outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [EngineFailed] * 3
+            assert both.fatal == ["the engine process has gone"]
+
+    async def test_an_engine_that_is_deserted_takes_nothing_new_and_waits_for_its_front_ends(self):
+        """What it has goes on until they are gone, and no longer than it is told."""
+        async with pair() as both:
+            both.backend.plan.gate.clear()
+            call = asyncio.ensure_future(both.remote.embed(ask("hello")))
+            await until(lambda: both.engine.requests == 1)
+            await both.host.desert(0.01)
+            deserted = asyncio.ensure_future(both.host.desert(10))
+            with pytest.raises(NotServing):
+                await both.remote.embed(ask("hello"))
+            assert not deserted.done()
+            both.backend.plan.gate.set()
+            assert (await call).tokens > 0
+            await both.remote.stop(1)
+            async with asyncio.timeout(5):
+                await deserted
 
     async def test_a_front_end_that_goes_takes_its_work_along(self):
         """What it had in the queue is cancelled, streams too; the engine serves on."""
