@@ -231,8 +231,9 @@ class Guard(grpc.aio.ServerInterceptor):
         always = self._is_always_answered(method)
 
         async def guarded(request: Any, context: Any) -> bytes:
-            call = self._begin(context)
+            call = self._enter()
             try:
+                self._begin(call, context)
                 self._check(request, always=always)
                 response = await behaviour(request, context)
                 # Serialised here, not by grpc, so that a message that cannot be serialised is an error like any other.
@@ -253,8 +254,9 @@ class Guard(grpc.aio.ServerInterceptor):
         generator = inspect.isasyncgenfunction(behaviour)
 
         async def guarded(request: Any, context: Any) -> None:
-            call = self._begin(context)
+            call = self._enter()
             try:
+                self._begin(call, context)
                 self._check(request, always=always)
                 if generator:
                     await _write_all(behaviour(request, context), context)
@@ -284,11 +286,16 @@ class Guard(grpc.aio.ServerInterceptor):
 
     # The life of one call
 
-    def _begin(self, context: Any) -> Call:
+    def _enter(self) -> Call:
+        """Count the call: whatever happens from here on, ``_leave`` counts it down."""
         call = _CALL.get()
         self._in_flight += 1
         if self._in_flight == 1:
             self._idle.clear()
+        return call
+
+    def _begin(self, call: Call, context: Any) -> None:
+        """Its deadline and its trace."""
         remaining_s = context.time_remaining()
         if remaining_s is not None:
             # grpc counts by the wall clock, which may step: read once, and count on by the monotonic clock.
@@ -300,7 +307,6 @@ class Guard(grpc.aio.ServerInterceptor):
         call.trace = self._observer.begin(call.method, call.metadata, call.arrived_ns, context.peer())
         if call.trace.trace_id is not None:
             context.set_trailing_metadata(((TRACE_ID_KEY, call.trace.trace_id),))
-        return call
 
     def _leave(self, call: Call) -> None:
         if not call.ended:  # the loop is closing and the coroutine with it

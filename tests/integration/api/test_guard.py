@@ -333,6 +333,25 @@ class TestErrors:
         assert await served.embed() == b"answer"
         assert [str(error) for _, error in served.recorder.internal] == [SECRET]
 
+    @STYLES
+    async def test_an_observer_that_cannot_begin_fails_its_call_and_holds_nothing(self, serve: Any, style: Any) -> None:
+        """INTERNAL, and counted down: a drain would wait its whole grace for a call that is not there."""
+
+        def broken(*_: Any) -> NoReturn:
+            raise RuntimeError(SECRET)
+
+        served = await serve(style(nothing)) if style is unary else await serve(stream=style(nothing))
+        served.recorder.begin = broken
+        rpc = served.embed() if style is unary else served.stream()
+        await read(rpc)
+
+        assert await rpc.code() is grpc.StatusCode.INTERNAL
+        assert SECRET not in str(await rpc.details())
+        assert [str(error) for _, error in served.recorder.internal] == [SECRET]
+        async with asyncio.timeout(5):
+            await served.guard.wait_idle()
+        assert served.guard.in_flight == 0
+
     async def test_an_unknown_method_is_grpcs_business(self, serve: Any) -> None:
         """UNIMPLEMENTED, and no call is counted."""
         served = await serve(unary(nothing))
