@@ -717,3 +717,49 @@ class TestLimits:
         assert waiting.passes_at_once == 1
         assert TorchBackend(load_checkpoint(str(folder)), dtype="float32").passes_at_once == 1
         assert backend_of(folder, cache).passes_at_once == 2
+
+
+DEFINED = """
+#include "encoder.cpp"
+
+namespace at::native::cpublas {
+void brgemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::BFloat16*,
+            const c10::BFloat16*, float*, bool) {}
+void brgemm(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*, bool) {}
+void brgemm_release(bool) {}
+}  // namespace at::native::cpublas
+
+int main() {
+  const float nan = std::nanf("");
+  if (!std::isnan(exponential(nan)) || !std::isnan(activated<SILU>(nan)) || !std::isnan(activated<GELU>(nan))) return 1;
+  float worst = 0;
+  for (float x = -120.0f; x <= 88.0f; x += 0.01f) {
+    const float true_value = x < -87.0f ? 0.0f : std::exp(x);
+    const float value = exponential(x);
+    if (true_value == 0.0f ? value != 0.0f : !(value > 0.0f)) return 2;
+    if (true_value > 0.0f) worst = std::max(worst, std::fabs(value / true_value - 1.0f));
+  }
+  const float infinity = HUGE_VALF;
+  if (exponential(-infinity) != 0.0f || !(exponential(infinity) > 1e38f)) return 3;
+  return worst < 1e-5f ? 0 : 4;
+}
+"""
+
+
+class TestNumbers:
+    def test_the_exponential_is_defined_for_every_number_and_for_none(self, tmp_path: Path) -> None:
+        """Built to stop at a conversion or a shift that the language leaves open; a NaN stays one."""
+        try:
+            command = compiler._compiler()
+        except CannotCompile as reason:
+            pytest.skip(f"no compiler: {reason}")
+        source, program = tmp_path / "defined.cpp", tmp_path / "defined"
+        source.write_text(DEFINED)
+        flags = [
+            "-std=c++17", "-O0", "-pthread", "-fopenmp-simd", f"-I{SOURCE.parent}",
+            "-fsanitize=undefined,float-cast-overflow", "-fsanitize-undefined-trap-on-error",
+        ]  # fmt: skip
+
+        subprocess.run([*command, *flags, str(source), "-o", str(program)], check=True, capture_output=True)
+
+        assert subprocess.run([str(program)], check=False).returncode == 0

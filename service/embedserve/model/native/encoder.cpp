@@ -149,7 +149,8 @@ inline void store(BFloat16* to, float x) {  // to the nearest, ties to even
 inline float exponential(float x) {
   const float bounded = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
   const float scaled = bounded * 1.44269504088896341f;
-  const float whole = (scaled + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const float rounded = scaled + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which its last bits are then
+  const float whole = rounded - 12582912.0f;
   const float part = scaled - whole;
   float y = 1.54035303933816e-4f;
   y = y * part + 1.33335581464284e-3f;
@@ -158,7 +159,11 @@ inline float exponential(float x) {
   y = y * part + 2.40226506959101e-1f;
   y = y * part + 6.93147180559945e-1f;
   y = y * part + 1.0f;
-  const int32_t power = (static_cast<int32_t>(whole) + 127) << 23;
+  // Without a conversion, which is not defined for NaN: the shift leaves of the bits the integer and nothing else, and
+  // of a NaN's some factor, with which y stays NaN.
+  uint32_t power;
+  std::memcpy(&power, &rounded, sizeof power);
+  power = (power + 127u) << 23;
   float factor;
   std::memcpy(&factor, &power, sizeof factor);
   // A NaN must stay one: a comparison with it is false, and both bounds let it pass.
