@@ -3,10 +3,11 @@
     python -m loadtest.gpu                         all of it, some five minutes on an H200; loadtest/results/gpu.json
     python -m loadtest.gpu --only equal mixed      some of it
     python -m loadtest.gpu --device cpu --tiny     the command itself, in seconds, on any machine; no figure means
-    anything
+    anything, and none is written without --out
 
 Parts that need what is not installed (sentence-transformers, the service's own packages) are left out and named. What
-is measured is written after each part, so that a run that is cut short leaves what it had.
+is measured is written after each part, so that a run that is cut short leaves what it had. Without a GPU it ends with
+2, and a part that fails with 1.
 
 Marks: ``MARKS``. Models have the sizes of MiniLM and BERT-base and random weights; ``--checkpoint`` serves another.
 """
@@ -185,8 +186,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--checkpoint", type=Path, help="in place of random weights of MiniLM's size")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each figure; 4")
-    parser.add_argument("--out", type=Path, default=RESULT, help="the result; loadtest/results/gpu.json")
+    parser.add_argument(
+        "--out", type=Path, help="the result; loadtest/results/gpu.json, and none with --tiny or on a CPU"
+    )
     options = parser.parse_args(arguments)
+    on_gpu = options.device != "cpu"
+    if on_gpu and not _is_here(options.device):
+        print(f"there is no {options.device} here; --device cpu --tiny tries the command without one", file=sys.stderr)
+        return 2
+    out = options.out or (RESULT if on_gpu and not options.tiny else None)
     if options.tiny:
         device = Device(options.device, "float32", seconds=0.05, repetitions=1, batch_tokens=512)
     else:
@@ -198,14 +206,24 @@ def main(arguments: list[str] | None = None) -> int:
             bench.found[part] = _measured(part, bench)
             print(f"{part}: {json.dumps(bench.found[part], indent=1)}", flush=True)
             bench.found["marks"] = marks(bench.found)
-            options.out.parent.mkdir(exist_ok=True)
-            options.out.write_text(json.dumps(bench.found, indent=2) + "\n", encoding="utf-8")
+            if out is not None:
+                out.parent.mkdir(exist_ok=True)
+                out.write_text(json.dumps(bench.found, indent=2) + "\n", encoding="utf-8")
     for name, mark in bench.found["marks"].items():
         print(f"{'reached' if mark['reached'] else 'MISSED '}  {name}: {mark['found']:.4g}, mark {mark['mark']:.4g}")
     failed = [part for part in options.only if "failed" in bench.found[part]]
     for part in failed:
         print(f"FAILED   {part}: {bench.found[part]['failed']}")
     return 1 if failed else 0
+
+
+def _is_here(name: str) -> bool:
+    """Whether this machine has this GPU."""
+    try:
+        index = torch.device(name).index or 0
+    except RuntimeError:  # no device's name
+        return False
+    return torch.cuda.is_available() and index < torch.cuda.device_count()
 
 
 def _measured(part: str, bench: Bench) -> dict[str, Any]:

@@ -39,6 +39,34 @@ class TestCommand:
         assert json.loads(out.read_text())["busy"]["tokens_per_s"] > 0
         assert "FAILED   parity: RuntimeError: no kernel image is available" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("flags", [["--device", "cpu"], ["--device", "cpu", "--tiny"]])
+    def test_what_means_nothing_is_only_printed(
+        self, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Unless it is told where to: the figures of a GPU stay what they are."""
+        monkeypatch.setattr(gpu, "RESULT", tmp_path / "results" / "gpu.json")
+        monkeypatch.setitem(gpu.PARTS, "busy", lambda _bench: {"tokens_per_s": 7.0})
+
+        assert gpu.main([*flags, "--only", "busy"]) == 0
+
+        assert '"tokens_per_s": 7.0' in capsys.readouterr().out
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("flags", [[], ["--tiny"], ["--device", "cuda:7"], ["--device", "cudd"]])
+    def test_without_a_gpu_it_says_so_and_ends(
+        self, tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One sentence."""
+        monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
+        monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+
+        assert gpu.main(flags) == 2
+
+        told = capsys.readouterr()
+        assert (told.out, told.err.count("\n")) == ("", 1)
+        assert "there is no cud" in told.err
+        assert list(tmp_path.iterdir()) == []
+
 
 class TestMarks:
     def test_a_minimum_and_a_maximum_are_judged_the_right_way_round(self) -> None:
