@@ -190,8 +190,9 @@ class Scheduling(Section):
     prepare_ahead_us: Annotated[int, between(0, 1_000_000)] = 1000
     """How long before the predicted end of a pass the next one is closed: time to hand over, and late texts ride."""
     overlap_ahead_us: Annotated[int, between(0, 1_000_000)] = 5000
-    """The same where two passes may be at work at once, as on compiled code: the next one begins on cores that find
-    nothing left of the first. 1000 cost a sixth of the short texts, since the event loop comes late by as much."""
+    """The most of it where two passes may be at work at once, as on compiled code: the next one begins on cores that
+    find nothing left of the first. A quarter of the running pass, if that is less. 1000 cost a sixth of the short
+    texts, since the event loop comes late by as much."""
     max_queue_items: Annotated[int, between(1, 16 * MIB)] = 65536
     """Texts that wait or run. Four of the largest requests; bounds memory."""
     max_queue_tokens: Annotated[int, between(16, 1024 * MIB)] | None = None

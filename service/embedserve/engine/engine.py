@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,11 @@ IN_FLIGHT_RETRY_MS = 100
 """When ``max_requests_in_flight`` refuses: a few batches later there is room."""
 
 
+OVERLAP_SHARE: Final = 0.25
+"""Of a pass: the next one is closed no earlier before its end. With few callers passes are short, and one that is
+closed while the first has hardly begun takes one or two of their texts."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """Limits of the engine; defaults are ``config.py``'s."""
@@ -60,12 +66,18 @@ class EngineSettings:
     prepare_ahead_ns: int
     """How long before the predicted end of the running pass the next one is closed, on a device that takes one."""
     overlap_ahead_ns: int
-    """The same on a device that takes two passes at once."""
+    """The most of it on a device that takes two passes at once."""
     warm_up_tokens: int
     stream_window_items: int
     """Items of one stream that are admitted and not yet taken by its reader."""
     stall: StallLimits = field(default_factory=StallLimits)
     canary: CanarySettings = field(default_factory=CanarySettings)
+
+    def ahead_ns(self, passes_at_once: int, pass_ns: int) -> int:
+        """How long before the end of a pass of ``pass_ns`` the next one is closed."""
+        if passes_at_once == 1:
+            return self.prepare_ahead_ns
+        return min(self.overlap_ahead_ns, max(self.prepare_ahead_ns, int(pass_ns * OVERLAP_SHARE)))
 
 
 class Engine:
@@ -160,22 +172,13 @@ class Engine:
             on_death=lambda death: post(loop, self._die, death),
             on_compilation=lambda report: post(loop, take_compilation, report),
         )
-        import os
-        alone_ns, beside_ns = self._settings.prepare_ahead_ns, self._settings.overlap_ahead_ns
-        share = float(os.environ.get('X_SHARE', '1000'))
-
-        def ahead_ns(pass_ns: int) -> int:
-            if worker.passes_at_once == 1:
-                return alone_ns
-            return max(min(beside_ns, int(pass_ns * share)), min(alone_ns, beside_ns))
-
         driver = Driver(
             self._scheduler,
             worker.submit,
             self._observer,
             watchdog,
             batches_in_flight=self._settings.batches_in_flight,
-            prepare_ahead_ns=ahead_ns,
+            prepare_ahead_ns=lambda pass_ns: self._settings.ahead_ns(worker.passes_at_once, pass_ns),
             judge_probe=lambda vector: None if self._canary is None else self._canary.judge(vector),
             on_fatal=self._fail,
         )
