@@ -25,10 +25,11 @@ class Cuda(Section):
     max_graph_tokens: Annotated[int, between(64, 16 * MIB)] | None = None
     """Largest budget that is captured. none: the largest batch. Kernels of large ones hide their own launches."""
     ready_before_graphs: Switch = False
-    """Serve before all are captured, so that a start is some 10 s shorter. Off: no caller waits for a capture."""
+    """Serve before all are captured, so that a start is some 10 s shorter; each is compared with a pass without it
+    before it is used. Off: no caller waits for a capture."""
     max_tile_tokens: Annotated[int, between(0, 512)] = 0
-    """Where all texts of a pass have no more tokens, they attend in tiles with a mask. 0: never, since what it is to
-    save on short texts has not been measured."""
+    """Where all texts of a pass have no more tokens, they attend in tiles with a mask, in graphs of their own. 0:
+    never, since what it is to save on short texts has not been measured."""
     compile: Switch = False
     """Fuse what lies between matrix products (torch.compile). Off: it needs minutes at a first start, and what it
     brings has not been measured."""

@@ -156,6 +156,8 @@ class TorchBackend:
             length_max=self._identity.max_input_length,
             pad_id=self._pad_id,
             offset_pad_id=self._offset_pad_id,
+            vocab_size=self._identity.vocab_size,
+            cosine_min=AGREEMENT_COSINE_MIN[self._dtype],
             graphs=cuda.graphs,
         )
 

@@ -13,7 +13,10 @@ from embedserve.model.backend import GraphReport
 from embedserve.model.cuda.accelerator import Accelerator, CannotCapture, Recording, Stream
 from embedserve.model.cuda.ladder import GraphKey, Ladder
 
-__all__ = ["GraphSet"]
+__all__ = ["Captured", "GraphSet"]
+
+Captured = tuple[GraphKey, Recording]
+"""A graph, and what it is for."""
 
 
 class GraphSet:
@@ -43,7 +46,7 @@ class GraphSet:
         """Whether nothing is left to capture, or it has been given up."""
         return not self._missing
 
-    def find(self, tokens: int, longest: int, rows: int) -> tuple[GraphKey, Recording] | None:
+    def find(self, tokens: int, longest: int, rows: int) -> Captured | None:
         """The graph for a batch, or ``None`` where it must run without; counted as a hit or a miss."""
         key = self._ladder.key_for(tokens, longest, rows)
         recording = None if key is None else self._recordings.get(key)
@@ -59,13 +62,13 @@ class GraphSet:
         with self._counting:
             self._misses += 1
 
-    def capture_next(self) -> None:
-        """Capture the largest that is missing, while no pass is launched.
+    def capture_next(self) -> Captured | None:
+        """Capture the largest that is missing, while no pass is launched; no batch finds it before ``use``.
 
         Where one cannot be captured, or no memory is left, the others are given up: what there is stays in use.
         """
         if not self._missing:
-            return
+            return None
         key = self._missing.pop()
         begun, used = time.monotonic_ns(), self._accelerator.memory_used()
         made: list[Recording] = []
@@ -76,10 +79,18 @@ class GraphSet:
         except (CannotCapture, RuntimeError) as error:
             # Of a device that is lost the next pass tells, too, and there it is fatal.
             self._give_up(key, f"{type(error).__name__}: {error}")
-        else:
-            self._recordings[key] = made[0]
+            made.clear()
         self._elapsed_ns += time.monotonic_ns() - begun
         self._memory_bytes += max(self._accelerator.memory_used() - used, 0)
+        return (key, made[0]) if made else None
+
+    def use(self, key: GraphKey, recording: Recording) -> None:
+        """Let batches find it."""
+        self._recordings[key] = recording
+
+    def refuse(self, key: GraphKey, why: str) -> None:
+        """It must not be used, nor is another captured: what made this one wrong may make them so."""
+        self._give_up(key, why)
 
     def report(self) -> GraphReport:
         """What there is, what it cost and how often it was of use."""

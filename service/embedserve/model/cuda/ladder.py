@@ -37,18 +37,29 @@ class GraphKey(NamedTuple):
     """The longest row that its attention sees whole."""
     rows: int
 
+    def example(self) -> list[int]:
+        """Lengths of rows that this key serves: one of the longest, the others alike, as many tokens as fit."""
+        first = min(self.length, self.tokens)
+        others = min(self.rows - 1, self.tokens - first)
+        return [first] + [min(self.length, (self.tokens - first) // others)] * others if others else [first]
+
 
 class Ladder:
     """The keys within the limits of a batch."""
 
-    def __init__(self, *, tokens_max: int, length_max: int, rows_max: int, growth: float) -> None:
-        """``growth`` is the factor between rungs of tokens: what a pass computes in vain at the most."""
+    def __init__(self, *, tokens_max: int, length_max: int, rows_max: int, growth: float, tiles_max: int = 0) -> None:
+        """``growth`` is the factor between rungs of tokens: what a pass computes in vain at the most.
+
+        ``tiles_max`` is one class of lengths more: up to it a pass takes another kernel, and so has graphs of its own.
+        """
         assert tokens_max >= 1, "a pass has a token"
         assert length_max >= 1, "a row has a token"
         assert rows_max >= 1, "a pass has a row"
         assert growth > 1, "rungs ascend"
         self.tokens = tuple(_tokens(tokens_max, growth))
-        self.lengths = tuple(_classes(LENGTH_MIN, min(length_max, self.tokens[-1]), 2))
+        last = min(length_max, self.tokens[-1])
+        own = {tiles_max} if 0 < tiles_max < last else set()
+        self.lengths = tuple(sorted({*_classes(LENGTH_MIN, last, 2), *own}))
         self.rows = tuple(_classes(ROWS_MIN, rows_max, ROWS_FACTOR))
 
     def key_for(self, tokens: int, longest: int, rows: int) -> GraphKey | None:

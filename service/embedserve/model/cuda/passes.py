@@ -23,8 +23,9 @@ import numpy.typing as npt
 import torch
 
 from embedserve.model.backend import BatchResult, GraphReport, PassTimes, TokenBatch
+from embedserve.model.compiled import least_cosine
 from embedserve.model.cuda.accelerator import Accelerator, Mark, Recording
-from embedserve.model.cuda.graphs import GraphSet
+from embedserve.model.cuda.graphs import Captured, GraphSet
 from embedserve.model.cuda.inputs import InputLayout
 from embedserve.model.cuda.ladder import GraphKey, Ladder
 from embedserve.model.cuda.program import Program
@@ -38,6 +39,8 @@ PASSES_AT_ONCE: Final = 2
 """One that runs and one that is laid out and copied in; a third would only wait longer."""
 CAPTURE_PAUSE_S: Final = 0.05
 """Between captures beside a server that serves: each holds passes up for as long as it takes, so they are spread."""
+KNOWN_SEED: Final = 0
+"""Of the pass by which a graph is compared."""
 
 _T = TypeVar("_T")
 
@@ -64,18 +67,23 @@ class PackedPasses:
         length_max: int,
         pad_id: int,
         offset_pad_id: int | None,
+        vocab_size: int,
+        cosine_min: float,
         graphs: GraphSettings,
     ) -> None:
         """Nothing is captured before ``prepare``; passes run without graphs until then.
 
         ``skips`` says whether graphs look for tokens that pooling leaves out, which costs a walk over all token
-        vectors. A batch that has some runs without a graph otherwise.
+        vectors. A batch that has some runs without a graph otherwise. ``cosine_min`` is how alike to a pass without it
+        the vectors of a graph must be that is captured beside serving.
         """
         self._skips = skips
         self._program = program
         self._accelerator = accelerator
         self._dimension = dimension
         self._length_max = length_max
+        self._vocab_size = vocab_size
+        self._cosine_min = cosine_min
         self._places = _Places(pad_id, 0 if offset_pad_id is None else offset_pad_id, offset_pad_id)
         self._settings = graphs
         self._copies_in, self._passes, self._copies_out = (accelerator.stream() for _ in range(3))
@@ -102,6 +110,7 @@ class PackedPasses:
             length_max=self._length_max,
             rows_max=settings.rows_max,
             growth=settings.growth,
+            tiles_max=self._program.tiles_length_max,
         )
         top = InputLayout(ladder.tokens[-1], ladder.rows[-1])
         self._static.reserve(top.size, top.rows)
@@ -110,7 +119,9 @@ class PackedPasses:
         if settings.before_ready:
             while not graphs.complete:
                 with self._launching:
-                    graphs.capture_next()
+                    made = graphs.capture_next()
+                if made is not None:
+                    graphs.use(*made)  # the warm-up compares them before the first text
         else:
             threading.Thread(
                 target=self._capture_beside, args=(graphs,), name="embedserve-capture", daemon=True
@@ -134,15 +145,22 @@ class PackedPasses:
         """One pass over checked rows of ``lengths``, which began at ``start_ns``."""
         layout = packed(batch, lengths, self._places.offset_pad_id)
         with self._slot() as slot:
-            return self._embed(batch, layout, slot, start_ns)
+            return self._embed(batch, layout, slot, start_ns, self._found(batch, layout))
 
-    def _embed(self, batch: TokenBatch, layout: Packed, slot: Slot, start_ns: int) -> BatchResult:
+    def _found(self, batch: TokenBatch, layout: Packed) -> Captured | None:
+        """The graph that serves a batch."""
+        if self._graphs is None:
+            return None
+        if self._skips or batch.skip is None:
+            return self._graphs.find(layout.ids.size, int(layout.lengths[0]), layout.lengths.size)
+        self._graphs.miss()
+        return None
+
+    def _embed(
+        self, batch: TokenBatch, layout: Packed, slot: Slot, start_ns: int, found: Captured | None
+    ) -> BatchResult:
+        """One pass, by the graph that was ``found``."""
         tokens, rows, longest = layout.ids.size, layout.lengths.size, int(layout.lengths[0])
-        found = None
-        if self._graphs is not None and (self._skips or batch.skip is None):
-            found = self._graphs.find(tokens, longest, rows)
-        elif self._graphs is not None:
-            self._graphs.miss()
         shape = InputLayout(tokens, rows) if found is None else InputLayout(found[0].tokens, found[0].rows)
         slot.reserve(shape.size, rows)
         shape.write(
@@ -213,7 +231,32 @@ class PackedPasses:
     def _capture_beside(self, graphs: GraphSet) -> None:
         while not graphs.complete and not self._closing.wait(CAPTURE_PAUSE_S):
             with self._launching:
-                graphs.capture_next()
+                made = graphs.capture_next()
+            if made is None:
+                continue
+            why = self._difference(made)
+            if why:
+                graphs.refuse(made[0], why)
+            else:
+                graphs.use(*made)
+
+    def _difference(self, made: Captured) -> str:
+        """Why a graph that was captured beside serving must not be used: nobody has compared it before. Or nothing."""
+        lengths = made[0].example()
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids = np.random.default_rng(KNOWN_SEED).integers(self._vocab_size, size=int(offsets[-1])).astype(np.int32)
+        batch = TokenBatch(ids, offsets, np.ones(len(lengths), np.bool_), None)
+        layout = packed(batch, np.asarray(lengths, np.int64), self._places.offset_pad_id)
+        try:
+            with torch.inference_mode():
+                vectors = []
+                for found in (None, made):
+                    with self._slot() as slot:
+                        vectors.append(self._embed(batch, layout, slot, time.monotonic_ns(), found).vectors)
+        except RuntimeError as error:  # of a device that is lost the next pass tells, too, and there it is fatal
+            return f"{type(error).__name__}: {error}"
+        cosine = least_cosine(*vectors)
+        return "" if cosine >= self._cosine_min else f"it gives other vectors than a pass without it ({cosine:.6f})"
 
 
 def _clear(buffer: torch.Tensor) -> None:

@@ -43,7 +43,8 @@ class Program:
         self._pooling = pooling
         self._dense = dense
         self._attention = attention
-        self._tiles_length_max = tiles_length_max
+        self.tiles_length_max = tiles_length_max
+        """Longest row of the passes that take ``SegmentTiles``."""
         self._compute: Callable[[PassInputs, int], Tensor] = self.vectors
         if compiled:
             self._compute = torch.compile(self.vectors, dynamic=True)
@@ -56,7 +57,7 @@ class Program:
 
     def vectors(self, inputs: PassInputs, length_max: int) -> Tensor:
         """``[rows, dimension]``."""
-        attention = SegmentTiles if length_max <= self._tiles_length_max else self._attention
+        attention = SegmentTiles if length_max <= self.tiles_length_max else self._attention
         ids = inputs.ids.long()
         hidden: Tensor = self._model(
             input_ids=ids[None], position_ids=inputs.positions.long()[None], packing=attention(inputs, length_max)

@@ -28,6 +28,6 @@ class CudaSettings:
 
     graphs: GraphSettings = field(default_factory=GraphSettings)
     tiles_length_max: int = 0
-    """Passes whose rows have no more tokens attend by tiles with a mask; 0: none."""
+    """Passes whose rows have no more tokens attend by tiles with a mask, in graphs of their own; 0: none."""
     compiled: bool = False
     """Whether inductor fuses what lies between the matrix products."""

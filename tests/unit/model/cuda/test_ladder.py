@@ -1,5 +1,6 @@
 """Which graph a batch takes: arithmetic, for any batch within the limits."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,29 @@ class TestKeys:
     def test_the_number_of_graphs_is_bounded(self) -> None:
         assert len(KEYS) <= 180
         assert len(Ladder(tokens_max=16_384, length_max=512, rows_max=512, growth=1.5).keys()) <= 120
+
+    @pytest.mark.parametrize("tiles_max", [1, 16, 64, 127, 128, 200, 512])
+    def test_what_tiles_serve_is_a_class_of_lengths(self, tiles_max: int) -> None:
+        """A pass of no longer rows has a key of no longer rows, and one of longer rows never has such a key."""
+        ladder = Ladder(tokens_max=2048, length_max=512, rows_max=64, growth=1.5, tiles_max=tiles_max)
+        keys = ladder.keys()
+        for longest in range(1, 513):
+            for rows in (1, 4, 64):
+                if longest + rows - 1 > 2048:
+                    continue
+                key = ladder.key_for(longest + rows - 1, longest, rows)
+                assert key is not None
+                assert (key.length <= tiles_max) == (longest <= tiles_max)
+                assert key in keys
+
+    def test_every_key_has_an_example_that_it_covers(self) -> None:
+        for ladder in (LADDER, Ladder(tokens_max=2048, length_max=512, rows_max=64, growth=1.5, tiles_max=16)):
+            keys = ladder.keys()
+            for key in keys:
+                lengths = key.example()
+                assert 1 <= min(lengths) <= max(lengths) <= key.length
+                assert len(lengths) <= key.rows
+                assert key.tokens // 2 < sum(lengths) <= key.tokens or len(lengths) == key.rows
 
     def test_small_limits_make_a_small_ladder(self) -> None:
         assert Ladder(tokens_max=16, length_max=8, rows_max=1, growth=1.5).keys() == (GraphKey(64, 8, 1),)

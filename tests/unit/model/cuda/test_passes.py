@@ -18,10 +18,12 @@ from embedserve.errors import StartupError
 from embedserve.model.backend import GraphReport
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.cuda import passes as passes_module
+from embedserve.model.cuda import program as program_module
 from embedserve.model.cuda.accelerator import CannotCapture
 from embedserve.model.cuda.host import HostAccelerator, HostRecording
 from embedserve.model.cuda.inputs import PassInputs
 from embedserve.model.cuda.program import Program
+from embedserve.model.cuda.rows_attention import SegmentTiles
 from embedserve.model.cuda.settings import GraphSettings
 from embedserve.model.torch_backend import TorchBackend
 from tests.unit.model.checkpoints import PACKED, save_checkpoint, save_encoder
@@ -170,6 +172,31 @@ class TestFiller:
             assert cosines(vectors, plain.embed(batch_of(LENGTHS)).vectors) > 0.999999
 
 
+class TestTiles:
+    @pytest.mark.parametrize("tiles", [16, 64])
+    def test_short_passes_have_graphs_of_their_own_with_tiles(
+        self, checkpoint: Checkpoint, plain: TorchBackend, monkeypatch: pytest.MonkeyPatch, tiles: int
+    ) -> None:
+        """Those of longer rows have none, though their class would begin below: the setting is a class of lengths."""
+        made: list[int] = []
+
+        class Counted(SegmentTiles):
+            def __init__(self, inputs: PassInputs, length_max: int) -> None:
+                made.append(length_max)
+                super().__init__(inputs, length_max)
+
+        monkeypatch.setattr(program_module, "SegmentTiles", Counted)
+        backend = backend_of(checkpoint, tiles=tiles)
+        assert backend._passes is not None
+        backend._passes.prepare(TOKENS_MAX)
+        for lengths, tiled in (([tiles, 3, 1], [tiles]), ([5] * 9, [tiles]), ([tiles + 1, 3], []), ([100], [])):
+            made.clear()
+            batch = batch_of(lengths)
+            assert cosines(backend.embed(batch).vectors, plain.embed(batch).vectors) > 0.999999
+            assert made == tiled
+        assert (graphs_of(backend).hits, graphs_of(backend).misses) == (4, 0)
+
+
 class TestGraphs:
     def test_hits_and_misses_are_counted(self, checkpoint: Checkpoint) -> None:
         backend = backend_of(checkpoint, GraphSettings(growth=1.5, rows_max=4, tokens_max=128))
@@ -283,6 +310,34 @@ class TestGraphs:
         assert graphs_of(backend).failure == ""
         assert graphs_of(backend).captured >= planned - 1
         assert graphs_of(backend).capture_s > 0
+
+    def test_what_is_captured_beside_a_server_serves_only_once_it_has_given_the_passes_vectors(
+        self, checkpoint: Checkpoint, plain: TorchBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The third replays nothing: it is told, no text gets its vectors, and what was proven before stays in use."""
+        monkeypatch.setattr(passes_module, "CAPTURE_PAUSE_S", 0.001)
+
+        class Stale(HostAccelerator):
+            left = 3
+
+            def capture(self, work: Callable[[], None]) -> HostRecording:
+                recording = super().capture(work)
+                self.left -= 1
+                return recording if self.left else HostRecording(lambda: None)
+
+        backend = backend_of(checkpoint, dataclasses.replace(GRAPHS, before_ready=False), accelerator=Stale())
+        backend.warm_up(TOKENS_MAX)
+        for thread in threading.enumerate():
+            if thread.name == "embedserve-capture":
+                thread.join(30)
+
+        report = graphs_of(backend)
+        assert report.captured == 2
+        assert "other vectors" in report.failure
+        assert f"nor for the {report.planned - 3} shapes after it" in report.failure
+        for lengths in ([128] * 4, LENGTHS, [3], [7] * 9):
+            assert cosines(backend.embed(batch_of(lengths)).vectors, plain.embed(batch_of(lengths)).vectors) > 0.999999
+        assert graphs_of(backend).hits == report.hits + 1
 
     def test_graphs_that_give_other_vectors_end_the_start(self, checkpoint: Checkpoint) -> None:
         class Stale(HostAccelerator):
