@@ -96,6 +96,10 @@ def begin(stub: EmbeddingServiceStub, *texts: str, timeout: float = LIMIT_S) -> 
     return stub.Embed.future(pb.EmbedRequest(texts=texts), timeout=timeout)
 
 
+def refused(stub: EmbeddingServiceStub) -> bool:
+    return begin(stub, "hello", timeout=0.5).code() is grpc.StatusCode.UNAVAILABLE
+
+
 def wait_running(server: ServerProcess, items: int = 1) -> None:
     """Until the device and its queue hold so many texts."""
 
@@ -211,7 +215,7 @@ class TestSilence:
                 with stopped(server, "engine"):
                     call = begin(stub, "hello") if busy else None
                     assert next(states) == health_pb2.HealthCheckResponse.NOT_SERVING
-                    assert begin(stub, "hello").code() is grpc.StatusCode.UNAVAILABLE
+                    server.wait(lambda: refused(stub), "the refusal of the other front end, which may notice later")
                 assert next(states) == health_pb2.HealthCheckResponse.SERVING
                 assert call is None or call.code() is grpc.StatusCode.OK
                 assert begin(stub, "hello").code() is grpc.StatusCode.OK

@@ -57,6 +57,11 @@ RESTING = {
     ("Compiled models", "A"): 'embedserve_model_compile_duration_seconds_count{outcome="cached"}',  # the same
     ("Time to compile", "A"): 'embedserve_model_compile_duration_seconds_sum{outcome="compiled"}',  # the same
     ("Swaps", "A"): 'embedserve_model_swaps_total{variant="compiled"}',  # the same
+    ("CUDA graphs", "A"): "embedserve_graphs_planned",  # no GPU
+    ("CUDA graphs", "B"): "embedserve_graphs_captured",  # the same
+    ("Graph hits", "A"): 'embedserve_graphs_passes_total{outcome="hit"}',  # the same
+    ("Capture", "A"): "embedserve_graphs_capture_duration_seconds",  # the same
+    ("Graph memory", "A"): "embedserve_graphs_memory_bytes",  # the same
     ("Silent front ends", "A"): 'embedserve_frontend_silent{frontend="frontend-0"}',  # all answer
 }
 """Queries whose series are there and stay at 0 here, why, and a series from which promtool is to draw something."""
