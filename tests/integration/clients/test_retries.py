@@ -32,10 +32,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     counts: Counter[tuple[str, int]] = Counter()
     begin = guard.Guard._begin
 
-    def counting(self: guard.Guard, context: Any) -> guard.Call:
-        call = begin(self, context)
+    def counting(self: guard.Guard, call: guard.Call, context: Any) -> None:
+        begin(self, call, context)
         counts[call.method.rpartition("/")[2], int(call.attributes.get("attempt", 1))] += 1
-        return call
 
     monkeypatch.setattr(guard.Guard, "_begin", counting)
     return counts

@@ -65,10 +65,10 @@ async def waits(server: InProcessServer, metadata: Metadata, job: asyncio.Future
     assert isinstance(backend, Watched)
     found, begun, begin = [], 0, guard._begin
 
-    def arrive(context: object) -> Call:
+    def arrive(call: Call, context: object) -> None:
         nonlocal begun
         begun = len(backend.passes)  # the way here, and a busy machine, are not what is judged
-        return begin(context)
+        begin(call, context)
 
     guard._begin = arrive  # type: ignore[method-assign]
     await until(lambda: len(backend.passes) >= 2)
