@@ -6,7 +6,7 @@ Decides which passes those are, and what they must stand up to. Must never know 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -16,13 +16,20 @@ from embedserve.errors import StartupError
 from embedserve.model.backend import BatchResult, DeviceLost, DeviceOutOfMemory, ModelIdentity, TokenBatch, WarmPass
 from embedserve.model.compiled import Reference, least_cosine
 
-__all__ = ["WarmUp"]
+__all__ = ["WarmUp", "known_batch"]
 
 LENGTHS: Final = (3, 16, 64, 256, 512)
 """Row lengths; the model's maximum is added."""
 SEED: Final = 0
 DAMAGE: Final = (DeviceOutOfMemory, DeviceLost, LookupError, RuntimeError)
 """What a pass raises that does not work."""
+
+
+def known_batch(lengths: Sequence[int], vocab_size: int, pad_to: int | None = None) -> TokenBatch:
+    """Rows of these lengths whose ids are the same each time: what passes are compared by."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.random.default_rng(SEED).integers(vocab_size, size=int(offsets[-1]))
+    return TokenBatch(ids.astype(np.int32), offsets, np.ones(len(lengths), np.bool_), pad_to)
 
 
 class WarmUp:
@@ -62,7 +69,7 @@ class WarmUp:
             lengths = self.rows(tokens_max)[-1]
             try:
                 for pad_to in (None, max(lengths)):
-                    self._embed(self._batch(lengths, pad_to))
+                    self._embed(known_batch(lengths, self._identity.vocab_size, pad_to))
             except DeviceOutOfMemory as error:
                 if tokens_max // 2 < self._identity.max_input_length:
                     raise self._failed(lengths, error) from error
@@ -86,7 +93,7 @@ class WarmUp:
                     f"{self._identity.name}: packed and padded passes of rows of {lengths} tokens differ "
                     f"(cosine {cosine:.6f}); set attention to padded"
                 )
-            known.append((self._batch(lengths, None), padded_vectors))
+            known.append((known_batch(lengths, self._identity.vocab_size), padded_vectors))
         return known
 
     def still_agree(self, known: list[Reference], what: str) -> None:
@@ -112,14 +119,9 @@ class WarmUp:
         self._pass(lengths, pad_to)
         return WarmPass(sum(lengths), padded, time.monotonic_ns() - begun)
 
-    def _batch(self, lengths: list[int], pad_to: int | None) -> TokenBatch:
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        ids = np.random.default_rng(SEED).integers(self._identity.vocab_size, size=int(offsets[-1]))
-        return TokenBatch(ids.astype(np.int32), offsets, np.ones(len(lengths), np.bool_), pad_to)
-
     def _pass(self, lengths: list[int], pad_to: int | None) -> npt.NDArray[np.float32]:
         try:
-            vectors = self._embed(self._batch(lengths, pad_to)).vectors
+            vectors = self._embed(known_batch(lengths, self._identity.vocab_size, pad_to)).vectors
         except DAMAGE as error:
             raise self._failed(lengths, error) from error
         what = self._what(lengths)

@@ -32,6 +32,7 @@ from embedserve.model.cuda.program import Program
 from embedserve.model.cuda.settings import GraphSettings
 from embedserve.model.cuda.slot import Slot
 from embedserve.model.layout import Packed, packed
+from embedserve.model.warm_up import known_batch
 
 __all__ = ["PASSES_AT_ONCE", "PackedPasses"]
 
@@ -39,8 +40,6 @@ PASSES_AT_ONCE: Final = 2
 """One that runs and one that is laid out and copied in; a third would only wait longer."""
 CAPTURE_PAUSE_S: Final = 0.05
 """Between captures beside a server that serves: each holds passes up for as long as it takes, so they are spread."""
-KNOWN_SEED: Final = 0
-"""Of the pass by which a graph is compared."""
 
 _T = TypeVar("_T")
 
@@ -243,9 +242,7 @@ class PackedPasses:
     def _difference(self, made: Captured) -> str:
         """Why a graph that was captured beside serving must not be used: nobody has compared it before. Or nothing."""
         lengths = made[0].example()
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        ids = np.random.default_rng(KNOWN_SEED).integers(self._vocab_size, size=int(offsets[-1])).astype(np.int32)
-        batch = TokenBatch(ids, offsets, np.ones(len(lengths), np.bool_), None)
+        batch = known_batch(lengths, self._vocab_size)
         layout = packed(batch, np.asarray(lengths, np.int64), self._places.offset_pad_id)
         try:
             with torch.inference_mode():
