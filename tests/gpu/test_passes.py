@@ -8,48 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
-from embedserve.model.backend import DeviceOutOfMemory, GraphReport, TokenBatch
+from embedserve.model.backend import DeviceOutOfMemory
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.cuda.accelerator import CannotCapture
 from embedserve.model.cuda.device import CudaAccelerator
 from embedserve.model.cuda.settings import CudaSettings, GraphSettings
 from embedserve.model.torch_backend import TorchBackend
-from tests.unit.model.checkpoints import PACKED, VOCAB_SIZE, save_checkpoint, save_encoder
+from tests.unit.model.batches import LENGTHS, batch_of, cosines
+from tests.unit.model.checkpoints import PACKED, save_checkpoint, save_encoder
+from tests.unit.model.cuda.packed import GRAPHS, TOKENS_MAX, graphs_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
 
-LENGTHS = [3, 40, 7, 7, 128, 41, 3, 12]
-TOKENS_MAX = 512
-GRAPHS = GraphSettings(growth=1.5, rows_max=16)
 FILLER_ID = 4
 """No batch of these tests has it."""
 COSINE_MIN = {"float16": 0.9999, "bfloat16": 0.995}
 """A random model of 32 floats is much coarser than a real one; the mark of 0.999 is ``loadtest.gpu``'s."""
 
 
-def batch_of(lengths: list[int], seed: int = 0, **changes: Any) -> TokenBatch:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids = np.random.default_rng(seed).integers(5, VOCAB_SIZE, int(offsets[-1])).astype(np.int32)
-    return TokenBatch(ids, offsets, np.ones(len(lengths), np.bool_), None, **changes)
-
-
-def cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return float((np.sum(left * right, axis=1) / norms).min())
-
-
 def backend_of(
     checkpoint: Checkpoint, graphs: GraphSettings = GRAPHS, dtype: str = "float16", **cuda: Any
 ) -> TorchBackend:
     return TorchBackend(checkpoint, device="cuda:0", dtype=dtype, cuda=CudaSettings(graphs=graphs, **cuda))
-
-
-def graphs_of(backend: TorchBackend) -> GraphReport:
-    return backend.report().graphs
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +140,9 @@ class TestGraphs:
         assert (after.hits - before.hits, after.misses - before.misses) == (1, 2)
 
     def test_replayed_by_threads_that_did_not_capture(self, warm: TorchBackend, plain: TorchBackend) -> None:
-        batches = [batch_of([(turn * 7 + row) % 60 + 1 for row in range(turn % 5 + 1)], turn) for turn in range(200)]
+        batches = [
+            batch_of([(turn * 7 + row) % 60 + 1 for row in range(turn % 5 + 1)], seed=turn) for turn in range(200)
+        ]
         with ThreadPoolExecutor(2) as callers:
             results = list(callers.map(lambda batch: warm.embed(batch).vectors, batches))
 

@@ -28,8 +28,9 @@ from embedserve.model.native.plan import plan_for
 from embedserve.model.pipeline import PoolingSpec
 from embedserve.model.pooling import Pooling, Segments, token_weights
 from embedserve.model.torch_backend import TorchBackend
+from tests.unit.model.batches import batch_of, cosines
 from tests.unit.model.checkpoints import VOCAB_SIZE, save_checkpoint, save_encoder
-from tests.unit.model.test_torch_backend import batch_of, cosines, rows
+from tests.unit.model.test_torch_backend import rows
 
 WAIT_S = 120.0
 COMPILED = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")

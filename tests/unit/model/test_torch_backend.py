@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -17,16 +16,10 @@ from embedserve.model.backend import DeviceLost, DeviceOutOfMemory, TokenBatch
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.torch_backend import TorchBackend
 from embedserve.model.warm_up import WarmUp
+from tests.unit.model.batches import LENGTHS, batch_of, cosines
 from tests.unit.model.checkpoints import HIDDEN, PACKED, VOCAB_SIZE, save_checkpoint, save_encoder
 
-LENGTHS = [3, 40, 7, 7, 128, 41, 3, 12]
 SHAPES = [None, 128]
-
-
-def batch_of(lengths: list[int], pad_to: int | None = None, seed: int = 0, **changes: Any) -> TokenBatch:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    ids = np.random.default_rng(seed).integers(5, VOCAB_SIZE, int(offsets[-1])).astype(np.int32)
-    return TokenBatch(ids, offsets, np.ones(len(lengths), np.bool_), pad_to, **changes)
 
 
 def rows(batch: TokenBatch, chosen: list[int], pad_to: int | None) -> TokenBatch:
@@ -35,11 +28,6 @@ def rows(batch: TokenBatch, chosen: list[int], pad_to: int | None) -> TokenBatch
     offsets = np.concatenate([[0], np.cumsum([part.size for part in parts])]).astype(np.int32)
     skip = None if batch.skip is None else batch.skip[chosen]
     return TokenBatch(np.concatenate(parts), offsets, batch.normalize[chosen], pad_to, skip)
-
-
-def cosines(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return float((np.sum(left * right, axis=1) / norms).min())
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,17 @@ from embedserve.model.backend import DeviceLost, DeviceOutOfMemory
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.cuda import device as cuda_device
 from embedserve.model.torch_backend import TorchBackend
-from tests.unit.model.cuda.packed import (
-    LENGTHS,
-    WITHOUT,
-    backend_of,
-    batch_of,
-    cosines,
-    graphs_of,
-)
+from tests.unit.model.batches import LENGTHS, batch_of, cosines
+from tests.unit.model.cuda.packed import WITHOUT, backend_of, graphs_of
 
 
 class TestOverlap:
     def test_two_passes_at_once(self, warm: TorchBackend, plain: TorchBackend) -> None:
         """Each caller gets its own vectors, whatever the other one does."""
         assert warm.passes_at_once == 2
-        batches = [batch_of([(turn * 7 + row) % 60 + 1 for row in range(turn % 5 + 1)], turn) for turn in range(40)]
+        batches = [
+            batch_of([(turn * 7 + row) % 60 + 1 for row in range(turn % 5 + 1)], seed=turn) for turn in range(40)
+        ]
         with ThreadPoolExecutor(2) as callers:
             results = list(callers.map(lambda batch: warm.embed(batch).vectors, batches))
 
@@ -42,7 +38,7 @@ class TestOverlap:
         backend = backend_of(checkpoint, WITHOUT)
         passes = backend._passes
         assert passes is not None
-        expected = [backend.embed(batch_of(LENGTHS, seed)).vectors for seed in (1, 2)]
+        expected = [backend.embed(batch_of(LENGTHS, seed=seed)).vectors for seed in (1, 2)]
         entered, go_on, copied = threading.Event(), threading.Event(), threading.Event()
         real_run, real_copy = passes._program.run, passes._copies_in.run
 
@@ -59,9 +55,9 @@ class TestOverlap:
         passes._program.run = run  # type: ignore[method-assign]
         passes._copies_in.run = copy  # type: ignore[method-assign]
         with ThreadPoolExecutor(2) as callers:
-            first = callers.submit(backend.embed, batch_of(LENGTHS, 1))
+            first = callers.submit(backend.embed, batch_of(LENGTHS, seed=1))
             assert entered.wait(30)
-            second = callers.submit(backend.embed, batch_of(LENGTHS, 2))
+            second = callers.submit(backend.embed, batch_of(LENGTHS, seed=2))
             assert copied.wait(30)
             assert not first.done()
             assert not second.done()
@@ -72,7 +68,7 @@ class TestOverlap:
 
     def test_a_padded_pass_waits_for_the_packed_ones(self, warm: TorchBackend) -> None:
         """It sets the model's attention, which a packed pass reads in every layer."""
-        batches = [batch_of(LENGTHS, seed) for seed in range(8)]
+        batches = [batch_of(LENGTHS, seed=seed) for seed in range(8)]
         expected = [warm.embed(batch).vectors for batch in batches]
         mixed = [dataclasses.replace(batch, pad_to=128 if turn % 2 else None) for turn, batch in enumerate(batches)]
         with ThreadPoolExecutor(2) as callers:
@@ -84,9 +80,9 @@ class TestOverlap:
     def test_a_pass_that_did_not_wait_for_its_copy_would_be_seen(self, checkpoint: Checkpoint) -> None:
         """The host's streams do run beside each other: without the order, the batch before is computed once more."""
         backend = backend_of(checkpoint, WITHOUT)
-        expected = backend.embed(batch_of(LENGTHS, 1)).vectors
+        expected = backend.embed(batch_of(LENGTHS, seed=1)).vectors
         for _ in range(2):  # in both slots
-            stale = backend.embed(batch_of(LENGTHS, 2)).vectors
+            stale = backend.embed(batch_of(LENGTHS, seed=2)).vectors
         passes, computed = backend._passes, threading.Event()
         assert passes is not None
         real_run, real_copy = passes._program.run, passes._copies_in.run
@@ -99,7 +95,7 @@ class TestOverlap:
         passes._passes.follow = lambda _mark: None  # type: ignore[method-assign]
         passes._copies_in.run = lambda work: real_copy(lambda: (computed.wait(30), work())[1])  # type: ignore[method-assign]
 
-        vectors = backend.embed(batch_of(LENGTHS, 1)).vectors
+        vectors = backend.embed(batch_of(LENGTHS, seed=1)).vectors
 
         assert np.allclose(vectors, stale)
         assert not np.allclose(vectors, expected)

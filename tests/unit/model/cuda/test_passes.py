@@ -26,18 +26,9 @@ from embedserve.model.cuda.program import Program
 from embedserve.model.cuda.rows_attention import SegmentTiles
 from embedserve.model.cuda.settings import GraphSettings
 from embedserve.model.torch_backend import TorchBackend
+from tests.unit.model.batches import LENGTHS, batch_of, cosines
 from tests.unit.model.checkpoints import PACKED, save_checkpoint, save_encoder
-from tests.unit.model.cuda.packed import (
-    GRAPHS,
-    LENGTHS,
-    SKIP,
-    TOKENS_MAX,
-    WITHOUT,
-    backend_of,
-    batch_of,
-    cosines,
-    graphs_of,
-)
+from tests.unit.model.cuda.packed import GRAPHS, SKIP, TOKENS_MAX, WITHOUT, backend_of, graphs_of
 
 
 class TestParity:

@@ -18,8 +18,8 @@ from embedserve.model.cuda.program import Program
 from embedserve.model.cuda.rows_attention import ReferenceRows
 from embedserve.model.layout import packed
 from embedserve.model.torch_backend import TorchBackend
+from tests.unit.model.batches import batch_of, cosines
 from tests.unit.model.checkpoints import PACKED, save_checkpoint, save_encoder
-from tests.unit.model.cuda.packed import batch_of, cosines
 
 KEY = InputLayout(tokens=256, rows=16)
 LENGTH_MAX = 128
@@ -54,7 +54,7 @@ class Captured:
         ]
 
     def agrees(self, lengths: list[int], skip: list[int] | None = None) -> bool:
-        batch = batch_of(lengths, len(lengths), skip=None if skip is None else np.array(skip, np.int32))
+        batch = batch_of(lengths, seed=len(lengths), skip=None if skip is None else np.array(skip, np.int32))
         layout = packed(batch, np.array(lengths), self.model._offset_pad_id)
         KEY.write(
             self.buffer.numpy(),
