@@ -7,6 +7,9 @@ from.
 
 from __future__ import annotations
 
+import io
+import os
+import select
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -59,7 +62,7 @@ def open_sink(form: OutputFormat, path: Path | None, dimensions: int) -> Sink:
     if path is None:
         if form != "jsonl":
             raise InvariantBroken(f"{form} to standard output")
-        return JsonLines(sys.stdout.buffer, None)
+        return JsonLines(_standard_output(), None)
     target = _Target(path)
     if form == "jsonl":
         return JsonLines(target.open(), target)
@@ -68,6 +71,37 @@ def open_sink(form: OutputFormat, path: Path | None, dimensions: int) -> Sink:
     if form == "npy":
         return Npy(target.open(), target, dimensions)
     return Parquet(_import_pyarrow(), target.open(), target, dimensions)
+
+
+class _Unbuffered(io.FileIO):
+    """A descriptor whose reader may stop reading, for ever.
+
+    A thread that waits inside a buffered file holds its lock. Closing the file wants that lock, and so does an
+    interpreter that ends: it would abort (``_enter_buffered_busy``), where an interrupt is to end the run.
+    """
+
+    def write(self, data: Any) -> int:
+        """All of ``data``. Raises ``OSError``."""
+        rest = memoryview(data)
+        while rest:
+            written = super().write(rest)
+            if written is None:  # the one who gave it to us has made it non-blocking
+                room = select.poll()
+                room.register(self.fileno(), select.POLLOUT)
+                room.poll()
+            else:
+                rest = rest[written:]
+        return len(data)
+
+
+def _standard_output() -> BinaryIO:
+    if sys.stdout is None:  # closed before we came: the command line has put nothing in its place
+        return Path(os.devnull).open("wb")
+    sys.stdout.flush()
+    try:
+        return _Unbuffered(sys.stdout.fileno(), "wb", closefd=False)
+    except io.UnsupportedOperation:  # one that is no file, in a process that has put its own there
+        return sys.stdout.buffer
 
 
 class _Target:
@@ -81,8 +115,8 @@ class _Target:
 
     def open(self) -> BinaryIO:
         try:
-            # A special file is not truncated, and has no size to read back.
-            return self._written.open("wb" if self.is_special else "w+b")
+            # A special file has no size to read back, and its reader may keep us waiting.
+            return _Unbuffered(self._written, "wb") if self.is_special else self._written.open("w+b")
         except OSError as error:
             raise BulkError(f"{self._written} cannot be written: {error.strerror or error}") from error
 

@@ -1,11 +1,14 @@
 """``embedserve embed`` through a server: formats, order, patience, and what a text that fails does."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
 import stat
+import struct
 import sys
+import termios
 
 import grpc
 import numpy as np
@@ -16,10 +19,17 @@ from embedserve.bulk.job import Job, run_job
 from embedserve.bulk.outcome import BulkError, Failure, Options, Vector
 from embedserve.bulk.remote import Remote, Retry
 
+from tests.integration.server.calls import until
+
 from .conftest import DIMENSIONS, SERVICE_ROOT, Refuse, vector_of
 
 SHED = grpc.StatusCode.RESOURCE_EXHAUSTED
 AWAY = grpc.StatusCode.UNAVAILABLE
+
+
+def waiting_bytes(pipe):
+    """What was written to ``pipe`` and not read."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
 class Waits:
@@ -422,6 +432,31 @@ class TestCommand:
         process.send_signal(signal.SIGINT)
         _, errors = await asyncio.wait_for(process.stdout.read(), 30), await process.stderr.read()
         assert (await process.wait(), errors.strip()) == (130, b"")
+
+    @pytest.mark.parametrize("named", [False, True])
+    async def test_an_interrupt_ends_a_run_whose_reader_has_stopped(self, service, tmp_path, named):
+        """The thread that writes waits for ever, and must hold nothing that the end of the process needs."""
+        reading, writing, output = *os.pipe(), "-"
+        if named:
+            output = str(tmp_path / "pipe")
+            os.mkfifo(output)
+            os.close(reading)
+            reading = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
+        one_page = fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, os.sysconf("SC_PAGESIZE"))
+        (tmp_path / "texts").write_text("a\n" * 4096)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "embedserve", "embed", "--server", service.address, "-o", output, str(tmp_path / "texts")),
+            stdout=writing,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SERVICE_ROOT)},
+        )
+        os.close(writing)
+        await until(lambda: waiting_bytes(reading) == one_page, 30)
+        process.send_signal(signal.SIGINT)
+        errors = await asyncio.wait_for(process.stderr.read(), 30)
+        assert (await process.wait(), errors.strip()) == (130, b"")
+        os.close(reading)
 
     async def test_a_reader_that_leaves_ends_the_run_quietly(self, service, tmp_path):
         source = tmp_path / "many.txt"
