@@ -18,7 +18,6 @@ from embedserve.bulk import remote
 from embedserve.bulk.job import Job, run_job
 from embedserve.bulk.outcome import BulkError, Failure, Options, Vector
 from embedserve.bulk.remote import Remote, Retry
-
 from tests.integration.server.calls import until
 
 from .conftest import DIMENSIONS, SERVICE_ROOT, Refuse, vector_of
