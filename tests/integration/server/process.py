@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
@@ -20,6 +21,7 @@ import grpc
 
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.canary import WATCH
+from tests.integration.server.fork_server import Fork, ForkServer
 
 ROOT = Path(__file__).parents[3]
 START_LIMIT_S = 60.0
@@ -33,7 +35,7 @@ QUICK = ("--shutdown.settle_ms", "0", "--shutdown.telemetry_flush_ms", "500")
 class ServerProcess:
     """A process, with its output as it comes."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     stdout: list[str] = field(default_factory=list)
     stderr: list[str] = field(default_factory=list)
     ready: dict[str, Any] = field(default_factory=dict)
@@ -123,12 +125,25 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2", **more}
 
 
+@functools.cache
+def _fork_server() -> ForkServer:
+    """The one of this session."""
+    return ForkServer(ROOT, environment())
+
+
+def _process(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen[bytes] | Fork:
+    """A fork where the module is one of the tests, with a fake model, and all of the server is one process."""
+    if command[0] == "-m" and command[1].startswith("tests.") and "--server.frontends" not in command:
+        return _fork_server().start(command[1:], env)
+    return subprocess.Popen(
+        [sys.executable, *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+
+
 @contextmanager
 def started(command: Sequence[str], **env: str) -> Iterator[ServerProcess]:
     """A process that may still be starting; ended at the end of the block, by force if need be."""
-    process = subprocess.Popen(
-        [sys.executable, *command], env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
+    process = _process(command, environment(**env))
     server = ServerProcess(process)
     try:
         yield server
@@ -149,4 +164,4 @@ def running(
 
 
 FAKE = ("-m", "tests.integration.server.fake_server", *LOOPBACK)
-"""The real process around a fake model: starts in a second."""
+"""The real process around a fake model: starts in a tenth of a second."""
