@@ -81,13 +81,14 @@ class TestCapacity:
 
 class TestVoid:
     async def test_a_client_that_is_too_slow_makes_no_figures(self):
-        result = await drive(scenario({"rate": 800.0}), targets.Slow, processes=0)
+        result = await drive(scenario({"rate": 800.0, "seconds": 0.2}), targets.Slow, processes=0)
         assert result.figures()["phases"][0]["offered_share"] < 0.9
         (reason,) = result.void
         assert "less than 99%" in reason
         assert "800 calls/s" in reason
 
-    async def test_a_server_that_answers_nothing_makes_none_either(self):
+    async def test_a_server_that_answers_nothing_makes_none_either(self, monkeypatch):
+        monkeypatch.setattr(client, "GRACE_S", 0.05)
         result = await drive(scenario({"callers": 1, "seconds": 0.1}, timeout_s=0.05), targets.Hanging, processes=0)
         assert any("no call was answered" in reason for reason in result.void)
 

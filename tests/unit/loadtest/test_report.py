@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loadtest import client
 from loadtest.drive import drive
 from loadtest.plot import Band, Line, bars, chart
 from loadtest.report import page_of
@@ -95,12 +96,13 @@ class TestPage:
         assert "<b>host" not in text
 
     async def test_says_first_that_a_run_is_void_or_missed_a_mark(self):
-        void = page_of(await result(targets.Slow, {"rate": 800.0}))
+        void = page_of(await result(targets.Slow, {"rate": 800.0, "seconds": 0.2}))
         assert "VOID" in void
         assert void.index("VOID") < void.index("<table")
         assert "missed" in page_of(await result(targets.Prompt, {"callers": 1, "seconds": 0.1}))
 
-    async def test_a_run_without_any_answer_still_has_a_page(self):
+    async def test_a_run_without_any_answer_still_has_a_page(self, monkeypatch):
+        monkeypatch.setattr(client, "GRACE_S", 0.05)
         page = Page(page_of(await result(targets.Hanging, {"callers": 1, "seconds": 0.1}, timeout_s=0.01)))
         assert page.open == []
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -61,6 +62,18 @@ def put(path: Path, content: bytes) -> None:
     fresh.write_bytes(content)
     fresh.chmod(0o700)
     fresh.replace(path)
+
+
+def slow_compiler(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is compiled before this is set."""
+    go = threading.Event()
+
+    def slow(source: Path, folder: Path) -> Any:
+        go.wait(WAIT_S)
+        return compile_library(source, folder)
+
+    monkeypatch.setattr("embedserve.model.native.compilation.compile_library", slow)
+    return go
 
 
 def backend_of(folder: Path, cache: Path, dtype: str = "float32", **options: Any) -> TorchBackend:
@@ -370,14 +383,7 @@ class TestTakeOver:
 
     def test_it_takes_over_while_serving(self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A slow compiler: passes run by the model until it has ended, and give the same vectors after."""
-        go = threading.Event()
-        compiling = compile_library
-
-        def slow(source: Path, folder: Path) -> Any:
-            go.wait(WAIT_S)
-            return compiling(source, folder)
-
-        monkeypatch.setattr("embedserve.model.native.compilation.compile_library", slow)
+        go = slow_compiler(monkeypatch)
         folder = save_encoder(tmp_path, "bert")
         backend = TorchBackend(load_checkpoint(str(folder)), dtype="float32", compiled=True, compile_cache=cache)
         backend.warm_up(256)
@@ -663,7 +669,10 @@ class TestCompilation:
     def test_a_kept_library_that_cannot_be_loaded_is_built_anew(self, tmp_path: Path, cache: Path) -> None:
         """As where another file was put in its place, seal and all."""
         folder = tmp_path / "kept"
-        kept = compile_library(SOURCE, folder).path
+        shutil.copytree(cache, folder)
+        found = compile_library(SOURCE, folder)
+        assert found.cached
+        kept = found.path
         put(kept, b"not a library")
         kept.with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
         model = transformers.BertModel(
@@ -709,13 +718,15 @@ class TestLimits:
         )
         assert (told.returncode, told.stdout[:8]) == (0, "refused:"), told.stderr
 
-    def test_a_second_pass_is_taken_once_it_is_compiled(self, tmp_path: Path, cache: Path) -> None:
+    def test_a_second_pass_is_taken_once_it_is_compiled(
+        self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Before that it would only wait, past the moment in which somebody may still not want it."""
         folder = save_checkpoint(tmp_path)
-        waiting = TorchBackend(
-            load_checkpoint(str(folder)), dtype="float32", compiled=True, compile_cache=tmp_path / "none"
-        )
+        go = slow_compiler(monkeypatch)
+        waiting = TorchBackend(load_checkpoint(str(folder)), dtype="float32", compiled=True, compile_cache=cache)
         assert waiting.passes_at_once == 1
+        go.set()
         assert TorchBackend(load_checkpoint(str(folder)), dtype="float32").passes_at_once == 1
         assert backend_of(folder, cache).passes_at_once == 2
 
