@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,24 +22,24 @@ from embedserve.v1.embedding_pb2 import EmbedRequest
 
 TEXT = {TEXT!r}
 
-async def test_leak():
+async def embed():
     async with serving() as server:
         await server.stub.Embed(EmbedRequest(texts=[TEXT]))
-    LEAK
 """
 
 WAYS = {
-    "standard output": "print('given', TEXT[4:])",
-    "standard error": "print(TEXT[:40], file=sys.stderr)",
+    "captured stdout": "print('given', TEXT[4:])",
+    "captured stderr": "print(TEXT[:40], file=sys.stderr)",
     "a log record": "logging.getLogger('grpc').warning('cannot embed %s', TEXT)",
-    "a traceback": "logging.getLogger('grpc').error('oh', exc_info=ValueError(TEXT))",
-    "a structured line at debug level": "structlog.get_logger().debug('batch', first=TEXT)",
+    "a log record's traceback": "logging.getLogger('grpc').error('oh', exc_info=ValueError(TEXT))",
+    "a structured log line": "structlog.get_logger().debug('batch', first=TEXT)",
 }
 
 
-def session(tmp_path: Path, leak: str) -> subprocess.CompletedProcess[str]:
-    """A pytest run of its own, over one test that ends with ``leak``."""
-    (tmp_path / "test_planted.py").write_text(PLANTED.replace("LEAK", leak))
+def session(tmp_path: Path, *leaks: str) -> subprocess.CompletedProcess[str]:
+    """A pytest run of its own, over tests ``test_leak_0`` and so on, each of which ends with one of ``leaks``."""
+    tests = [f"async def test_leak_{n}():\n    await embed()\n    {leak}\n" for n, leak in enumerate(leaks)]
+    (tmp_path / "test_planted.py").write_text("\n\n".join([PLANTED, *tests]))
     command = [sys.executable, "-m", "pytest", "-p", "tests.canary", "-c", str(ROOT / "pyproject.toml")]
     command += [
         "--rootdir",
@@ -52,15 +53,15 @@ def session(tmp_path: Path, leak: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.process
 class TestSession:
-    @pytest.mark.parametrize("way", WAYS)
-    def test_a_planted_leak_fails_a_session_whose_tests_pass(self, way: str, tmp_path: Path) -> None:
-        """The exit code says so, and the summary names the test."""
-        done = session(tmp_path, WAYS[way])
+    def test_planted_leaks_fail_a_session_whose_tests_pass(self, tmp_path: Path) -> None:
+        """The exit code says so, and the summary names the way and the test of each."""
+        done = session(tmp_path, *WAYS.values())
 
         assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
-        assert "1 passed" in done.stdout
+        assert f"{len(WAYS)} passed" in done.stdout
         assert "texts of callers came out" in done.stdout
-        assert "test_planted.py::test_leak" in done.stdout
+        for number, way in enumerate(WAYS):
+            assert re.search(rf"through {way}( call)? in \S*test_planted.py::test_leak_{number}\b", done.stdout), way
 
     def test_without_a_leak_the_session_passes(self, tmp_path: Path) -> None:
         done = session(tmp_path, "print('17 tokens')")
