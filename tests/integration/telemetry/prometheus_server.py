@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes every second, and its HTTP API."""
+"""A real Prometheus, and its HTTP API."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ JOB = "embedserve"
 
 
 @contextmanager
-def scraping(targets: Sequence[str], folder: Path, rules: Sequence[Path] = ()) -> Iterator[str]:
-    """The URL of a Prometheus that scrapes ``targets`` as one job and evaluates ``rules``, both every second."""
+def scraping(targets: Sequence[str], folder: Path, rules: Sequence[Path] = (), *, every: str = "1s") -> Iterator[str]:
+    """The URL of a Prometheus that scrapes ``targets`` as one job and evaluates ``rules``, both ``every`` so often.
+
+    It looks for its targets 5 s after its start (``updatert`` of its discovery manager), whatever it is told: who needs
+    it starts it early, or once.
+    """
     assert PROMETHEUS is not None
     config = folder / "prometheus.yml"
     config.write_text(
         yaml.safe_dump(
             {
-                "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+                "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
                 "rule_files": [str(path) for path in rules],
                 "scrape_configs": [{"job_name": JOB, "static_configs": [{"targets": list(targets)}]}],
             }

@@ -17,6 +17,7 @@ from dashboards.alerts import ALERTS, RECORDS
 from dashboards.build import HERE, boards, panels
 
 from tests.integration.server.process import FAKE, QUICK, running
+from tests.integration.telemetry.collector import free_port
 from tests.integration.telemetry.mixed_load import mixed_load
 from tests.integration.telemetry.prometheus_server import JOB, PROMETHEUS, PROMTOOL, ask, ask_now, scraping
 
@@ -118,10 +119,13 @@ def grafana(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grafana]:
     """Two servers under load, one of a process and one of several, with the boards' variables at all that there is."""
     rules = sorted((HERE / "rules").glob("*.yml"))
     folder = tmp_path_factory.mktemp("prometheus")
+    where = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     with (
-        running(*QUICK, *FLAGS, command=FAKE, **BLIND) as one,
-        running(*QUICK, *FLAGS, "--server.frontends", "2", command=FAKE, **BLIND) as several,
-        scraping([one.ready["operations"], several.ready["operations"]], folder, rules) as url,
+        scraping(where, folder, rules) as url,  # which takes its time, and the servers theirs
+        running(*QUICK, *FLAGS, "--operations.address", where[0], command=FAKE, **BLIND) as one,
+        running(
+            *QUICK, *FLAGS, "--operations.address", where[1], "--server.frontends", "2", command=FAKE, **BLIND
+        ) as several,
     ):
         ask(url, "/api/v1/query", query=f"min(sum_over_time(up[1m])) >= {IDLE_S}")
         begun = time.time()

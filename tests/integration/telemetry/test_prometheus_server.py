@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,19 +21,22 @@ from tests.integration.telemetry.traffic import METHOD, ride_together
 pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")
 
 
-@pytest.fixture
-def telemetry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Telemetry]:
+@pytest.fixture(scope="module")
+def telemetry() -> Iterator[Telemetry]:
     # Spans are made, so that there is something to link to, and go to standard error.
-    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
-    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
-    made = setup_telemetry(TelemetrySettings(bucket_edges=(16, 32)))
+    with pytest.MonkeyPatch.context() as variables:
+        for name in [name for name in os.environ if name.startswith("OTEL_")]:
+            variables.delenv(name)
+        variables.setenv("OTEL_TRACES_EXPORTER", "console")
+        variables.setenv("OTEL_TRACES_SAMPLER", "always_on")
+        made = setup_telemetry(TelemetrySettings(bucket_edges=(16, 32)))
     assert isinstance(made._spans, SpanQueue)
     made.register_load(lambda: LoadSnapshot(lifecycle_state="serving", waiting_items_by_bucket={16: 3, 32: 0}))
     yield made
     made.shutdown(5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scraped(telemetry: Telemetry) -> Iterator[int]:
     """The port on which the metrics are served."""
     render = telemetry.render_metrics
@@ -59,10 +62,10 @@ def scraped(telemetry: Telemetry) -> Iterator[int]:
     server.server_close()
 
 
-@pytest.fixture
-def prometheus(scraped: int, tmp_path: Path) -> Iterator[str]:
-    """The URL of a Prometheus that scrapes every second."""
-    with scraping([f"127.0.0.1:{scraped}"], tmp_path) as url:
+@pytest.fixture(scope="module")
+def prometheus(scraped: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Prometheus that scrapes often."""
+    with scraping([f"127.0.0.1:{scraped}"], tmp_path_factory.mktemp("prometheus"), every="200ms") as url:
         yield url
 
 
