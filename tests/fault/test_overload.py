@@ -163,9 +163,9 @@ class TestThreeTimesTheCapacity:
 
 
 class TestForLong:
-    """Twenty thousand calls of all kinds: what one leaves behind would show."""
+    """Twelve thousand calls of all kinds: what one leaves behind would show."""
 
-    CALLS, SAMPLES = 20_000, 20
+    CALLS, SAMPLES = 12_000, 12
 
     async def test_memory_does_not_creep(self) -> None:
         rng = random.Random(31)

@@ -24,7 +24,7 @@ from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from tests.fault.fault_server import SERVER
 from tests.fault.figures import get, rss_bytes, settled
 from tests.integration.server.calls import expected, values
-from tests.integration.server.process import QUICK, ROOT, ServerProcess, environment, running
+from tests.integration.server.process import QUICK, ROOT, ServerProcess, environment, running, started
 
 pytestmark = pytest.mark.process
 
@@ -60,17 +60,16 @@ class TestWrongStarts:
             taken.listen()
             port = f"127.0.0.1:{taken.getsockname()[1]}"
             asked = flags if "--server.address" in flags else ["--server.address", port, *flags]
-            done = subprocess.run(
-                [sys.executable, *SERVER[:2], "--operations.address", "127.0.0.1:0", *asked],
-                env=environment(**env), capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
-            )  # fmt: skip
+            with started([*SERVER[:2], "--operations.address", "127.0.0.1:0", *asked], **env) as server:
+                code = server.ended()
 
-        assert done.returncode == 2, done.stderr
-        assert done.stdout == ""
+        told = "\n".join(server.stderr)
+        assert code == 2, told
+        assert server.stdout == []
         for word in said:
-            assert word in done.stderr
-        assert "Traceback" not in done.stderr
-        assert port not in done.stderr
+            assert word in told
+        assert "Traceback" not in told
+        assert port not in told
 
 
 def root_only() -> None:
