@@ -5,15 +5,33 @@ BIN    := $(VENV)/bin
 SEED ?= 17
 SCENARIO ?= burst
 FUZZ_SECONDS ?= 300
+# What no busy machine makes fail: no process of its own and no figure of time. It takes about as long as tests/unit.
+STORIES := tests/simulation tests/property tests/contract
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint types imports proto proto-check format generate dashboards dashboards-check simulate fuzz bench compare clean
+.PHONY: serve test test-unit test-stories test-machine check lint types imports proto proto-check format generate dashboards dashboards-check simulate fuzz bench compare clean
 
 serve: $(VENV)/.serve ## Install and serve all-MiniLM-L6-v2 on localhost:50051
 	@$(BIN)/embedserve serve $(ARGS)
 
-test: $(VENV)/.dev ## All tests
+test: $(VENV)/.dev ## All tests: first those of pure parts, on two cores, then those that want the machine for themselves
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	@failed=0; \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-unit test-stories || failed=1; \
+	$(MAKE) --no-print-directory test-machine || failed=1; \
+	exit $$failed
+endif
+
+test-unit:
+	$(BIN)/python -m pytest tests/unit
+
+test-stories:
+	$(BIN)/python -m pytest $(STORIES)
+
+test-machine:
+	$(BIN)/python -m pytest $(addprefix --ignore=,tests/unit $(STORIES))
 
 check: lint types imports proto-check generate-check dashboards-check ## What CI checks beside the tests
 

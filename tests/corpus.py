@@ -6,10 +6,11 @@ import ast
 import importlib.metadata
 import random
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-__all__ = ["real_texts"]
+__all__ = ["SHORT", "real_texts"]
 
 MODULES = (
     "argparse",
@@ -25,6 +26,7 @@ MODULES = (
 )
 MODULES += ("logging", "multiprocessing", "pathlib", "pickle", "random", "statistics", "tarfile", "threading", "typing")
 SHORT = ((1, 4), (4, 12), (12, 40))
+"""Words in a short text."""
 LENGTHS_WORDS = (*SHORT, *SHORT, (4, 12), (12, 40), (40, 100), (40, 100), (100, 180), (180, 400))
 """Words in a text, one range after the other: mostly short, as real traffic is. English has about 1.4 tokens a word, so
 that the last two ranges lie beyond 128 and 256 tokens."""
@@ -50,14 +52,13 @@ def _paragraphs() -> tuple[str, ...]:
     return tuple(text for text in found if len(text.split()) > 2)
 
 
-def real_texts(n: int, seed: int) -> list[str]:
-    """``n`` texts, the same for the same ``seed`` on the same machine, of 1 to 400 words in equal shares of each
-    range."""
+def real_texts(n: int, seed: int, lengths_words: Sequence[tuple[int, int]] = LENGTHS_WORDS) -> list[str]:
+    """``n`` texts, the same for the same ``seed`` on the same machine, in equal shares of each range of lengths."""
     rng = random.Random(seed)
     paragraphs = _paragraphs()
     texts = []
     for index in range(n):
-        words_min, words_max = LENGTHS_WORDS[index % len(LENGTHS_WORDS)]
+        words_min, words_max = lengths_words[index % len(lengths_words)]
         wanted = rng.randint(words_min, words_max)
         text = rng.choice(paragraphs)
         while len(text.split()) < wanted:

