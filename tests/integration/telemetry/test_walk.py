@@ -24,6 +24,7 @@ import pytest
 
 from embedserve.v1 import embedding_pb2 as pb
 from embedserve.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from tests.fault.fault_server import SERVER
 from tests.integration.server.process import FAKE, QUICK, ServerProcess, running
 from tests.integration.telemetry.collector import collecting, rotel_agent
 from tests.integration.telemetry.trace_file import ExportedSpan, TraceFile
@@ -39,9 +40,13 @@ SDK_LINKS = 128
 CROWD = 400
 SLOW = "~ hello"
 """The fake device takes 300 ms for a batch with this text."""
-HOLD_S = 0.25
+HOLD_S = 0.15
 PATIENT = ("--scheduling.max_queue_delay_ms", str(int(HOLD_S * 1000)))
 """So that requests that are sent together ride together."""
+STALL = "* hello"
+"""Another fake device takes 2 s for a batch with this text, and has taken no long one before."""
+LATE_S, HOPELESS_S = 1.0, 0.1
+"""The time of a caller that comes upon such a pass: it ends in the middle of it on any machine."""
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Story:
     quiet_ns: int = 0
     """When the crowd had gone: whoever is slow from then on is so for the device's sake."""
     late: str = ""
-    """A request whose deadline came while it waited."""
+    """A request whose deadline came while the device was at work on it."""
     hopeless: str = ""
     """One that was refused for its deadline."""
     forced: str = ""
@@ -71,10 +76,10 @@ class Story:
 class Sender:
     """Sends requests, each in a trace of its own that its caller samples."""
 
-    def __init__(self, stub: Any, story: Story) -> None:
+    def __init__(self, stub: Any, story: Story, seed: int) -> None:
         self._stub = stub
         self._story = story
-        self._random = random.Random(5)
+        self._random = random.Random(seed)
         self.largest_batch = 0
         """Of those that an answer rode in."""
 
@@ -112,11 +117,11 @@ class Sender:
 
 
 async def tell(address: str, story: Story) -> None:
-    """A thousand requests, a slow one among others, a crowd, and two with too little time."""
+    """A thousand requests, a crowd, and a slow one among others."""
     gate = asyncio.Semaphore(CALLERS)
     rng = random.Random(7)
     async with grpc.aio.insecure_channel(address) as channel:
-        sender = Sender(EmbeddingServiceStub(channel), story)
+        sender = Sender(EmbeddingServiceStub(channel), story, seed=5)
 
         async def one(number: int) -> None:
             text = " ".join(rng.choices(["hello", "world", "text"], k=rng.randint(1, 30)))
@@ -124,13 +129,6 @@ async def tell(address: str, story: Story) -> None:
                 await (sender.embed(text) if number % 10 else sender.stream([text] * 3))
 
         await asyncio.gather(*(one(number) for number in range(REQUESTS)))
-        # Before anybody knows how slow the device can be, who has little time is admitted beside a slow text and comes
-        # too late. While it is seen to be slow, he is refused.
-        for name, after_s, within_s in (("late", HOLD_S / 4, HOLD_S), ("hopeless", HOLD_S + 0.05, 0.1)):
-            slow = asyncio.ensure_future(sender.unseen(SLOW))
-            await asyncio.sleep(after_s)
-            setattr(story, name, await sender.embed("hello world", within_s=within_s))
-            await slow
         while sender.largest_batch <= SDK_LINKS and len(story.crowd) < 5 * CROWD:
             dam = asyncio.ensure_future(sender.unseen(SLOW))  # behind which they gather
             await asyncio.sleep(HOLD_S)
@@ -142,6 +140,14 @@ async def tell(address: str, story: Story) -> None:
         together.insert(7, sender.embed(SLOW, trace=story.slow))
         story.beside = set(await asyncio.gather(*together))
         story.forced = await sender.unseen("hello", ("x-force-trace", "1"))
+
+
+async def tell_of_too_little_time(address: str, story: Story) -> None:
+    """Nobody knows how slow the device can be: who has too little time is admitted. Who sees it at work is refused."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        sender = Sender(EmbeddingServiceStub(channel), story, seed=6)
+        story.late = await sender.embed(STALL, within_s=LATE_S)
+        story.hopeless = await sender.embed("hello world", within_s=HOPELESS_S)
 
 
 def curl(server: ServerProcess, trace: str) -> str:
@@ -161,8 +167,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     story = Story(file=None)  # type: ignore[arg-type]
     with collecting(AGENT, folder, traces=traces) as collector:
         exporting = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.grpc_endpoint, "OTEL_METRICS_EXPORTER": "none"}
+        exporting["OTEL_BSP_SCHEDULE_DELAY"] = "200"
+        with running(*QUICK, command=SERVER, **exporting) as stalling:
+            asyncio.run(tell_of_too_little_time(stalling.address, story))
+            assert stalling.stop() == 0
         flags = (*QUICK, *PATIENT, "--telemetry.force_trace", "true")
-        with running(*flags, command=FAKE, OTEL_BSP_SCHEDULE_DELAY="200", **exporting) as server:
+        with running(*flags, command=FAKE, **exporting) as server:
             asyncio.run(tell(server.address, story))
             if GRPCURL.exists():
                 story.curled = "ab" * 16
@@ -247,13 +257,13 @@ class TestThoseThatWereNotAnswered:
         late = request_of(story, story.late)
         assert late.attributes["rpc.response.status_code"] == "DEADLINE_EXCEEDED"
         assert late.attributes["embedserve.error.kind"] == "expected"
-        assert 0 < late.attributes["embedserve.deadline_ms"] < HOLD_S * 1000 + 10  # gRPC rounds up
+        assert 0 < late.attributes["embedserve.deadline_ms"] < LATE_S * 1000 + 10  # gRPC rounds up
 
         queue, forward = story.file.children(late)[-2:]
         assert (queue.name, forward.name) == ("queue", "forward")
         (batch,) = story.file.batches(late)
         assert batch.end_ns > late.end_ns, "it expired while the device was at work, and has its batch all the same"
-        assert queue.attributes["embedserve.predicted_ms"] < HOLD_S * 1000
+        assert queue.attributes["embedserve.predicted_ms"] < LATE_S * 1000
         assert queue.attributes["embedserve.bucket"] == 16
 
     def test_one_that_was_refused_says_by_whom_and_by_which_numbers(self, story: Story) -> None:
