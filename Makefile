@@ -7,7 +7,8 @@ SCENARIO ?= burst
 FUZZ_SECONDS ?= 300
 # What no busy machine makes fail: no process of its own and no figure of time. It takes about as long as tests/unit.
 STORIES := tests/simulation tests/property tests/contract
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported, which most of them never are.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: serve test test-unit test-stories test-machine check lint types imports proto proto-check format generate dashboards dashboards-check simulate fuzz bench compare clean
 
