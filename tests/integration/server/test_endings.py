@@ -58,9 +58,15 @@ class TestStopUnderLoad:
 
     RATE = 150.0
 
-    async def drive(self, server: ServerProcess, options: list[tuple[str, object]]) -> collections.Counter[str]:
-        """Send at a fixed rate over four channels, stop the server a second in, and count how the calls ended."""
+    async def drive(
+        self, server: ServerProcess, options: list[tuple[str, object]]
+    ) -> tuple[collections.Counter[str], float]:
+        """Send at a fixed rate over four channels, stop the server a second in, and count how the calls ended.
+
+        Also the longest round trip of a second on this machine, in seconds, of a call that waits for no device.
+        """
         ended: collections.Counter[str] = collections.Counter()
+        round_trips_s: list[float] = []
         channels = [
             grpc.aio.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1), *options])
             for _ in range(4)
@@ -81,23 +87,32 @@ class TestStopUnderLoad:
             except grpc.aio.AioRpcError as error:
                 ended[error.code().name] += 1
 
+        async def ping() -> None:
+            while not told:
+                sent = time.monotonic()
+                await stubs[0].GetLoad(pb.GetLoadRequest())
+                round_trips_s.append(time.monotonic() - sent)
+                await asyncio.sleep(0.02)
+
         calls, begun, told = [], time.monotonic(), False
+        pinging = asyncio.ensure_future(ping())
         while (now := time.monotonic() - begun) < 2.0:
             calls.append(asyncio.ensure_future(call(len(calls))))
             if now > 1 and not told:
                 told = True
+                await pinging
                 server.process.send_signal(signal.SIGTERM)
             await asyncio.sleep(max(0.0, begun + len(calls) / self.RATE - time.monotonic()))
         await asyncio.gather(*calls)
         await asyncio.gather(*(channel.close() for channel in channels))
         assert told
         assert ended["OK"] >= self.RATE
-        return ended
+        return ended, max(round_trips_s[1:])  # the first one connects
 
     async def test_clients_that_follow_health_lose_nothing(self) -> None:
         """They leave in the settle time; what they had sent is answered, the rest they keep to themselves."""
         with running(*QUICK, *ALL_IN, "--shutdown.settle_ms", "400", command=FAKE) as server:
-            ended = await self.drive(server, [("grpc.service_config", HEALTH_CHECKING)])
+            ended, _ = await self.drive(server, [("grpc.service_config", HEALTH_CHECKING)])
             code = server.ended()
 
         assert ended.keys() <= {"OK", "UNAVAILABLE"}
@@ -108,11 +123,11 @@ class TestStopUnderLoad:
     async def test_clients_that_know_nothing_lose_next_to_nothing(self) -> None:
         """gRPC ends what arrives in the round trip in which a client learns of the end with CANCELLED (grpc#41785)."""
         with running(*QUICK, *ALL_IN, command=FAKE) as server:
-            ended = await self.drive(server, [])
+            ended, round_trip_s = await self.drive(server, [])
             code = server.ended()
 
         assert ended.keys() <= {"OK", "UNAVAILABLE", "CANCELLED"}
-        assert ended["CANCELLED"] <= 3
+        assert ended["CANCELLED"] <= 3 + self.RATE * round_trip_s
         assert code == 0
         assert server.log[-1]["cut_off"] == 0
 

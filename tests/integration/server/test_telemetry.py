@@ -236,8 +236,9 @@ class TestDeadCollector:
             assert servers[1].stop() == 0
             stopped_s = time.monotonic() - begun
 
-        # Tracing every call costs some tens of microseconds; waiting for a collector would be seconds.
-        assert dead < plain + 2
+        # Tracing every call costs some tens of microseconds, which a busy machine stretches as it does the call itself;
+        # waiting for a collector would be seconds.
+        assert dead < 2 * plain + 2
         assert stopped_s < self.FLUSH_MS / 1000 + 1.5
 
     def medians_ms(self, servers: list[ServerProcess]) -> list[float]:
