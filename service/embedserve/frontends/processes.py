@@ -12,7 +12,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import DupFd
@@ -102,6 +102,7 @@ class FrontEndProcess:
 
     def _make_app(self) -> App:
         made: list[RemoteEngine] = []
+        apps: list[App] = []
 
         def keep(render: Render) -> Render:
             """The engine process asks for them."""
@@ -114,17 +115,19 @@ class FrontEndProcess:
 
         part = Part(
             self.role,
-            make_engine=partial(self._make_engine, made),
+            make_engine=partial(self._make_engine, made, apps),
             has_device=False,
             silent=lambda: made[0].engines.silent,
             metrics=keep,
             remember=remember,
         )
-        return App(self.config, checkpoint=self.checkpoint, part=part)
+        apps.append(App(self.config, checkpoint=self.checkpoint, part=part))
+        return apps[0]
 
     def _make_engine(
         self,
         made: list[RemoteEngine],
+        apps: list[App],
         config: Config,
         checkpoint: Checkpoint,
         observer: EngineObserver,
@@ -136,8 +139,11 @@ class FrontEndProcess:
     ) -> RemoteEngine:
         log = structlog.get_logger("embedserve.frontends")
 
-        def tell_of_engine(event: str, name: str, ns: int) -> None:
-            (log.error if event == "engine_silent" else log.warning)(event, engine=name, silent_ms=round(ns / 1e6))
+        def tell_of_engine(event: str, facts: Mapping[str, object]) -> None:
+            (log.warning if event == "engine_back" else log.error)(event, **facts)
+            if event == "engine_lost":  # whether its process has ended or only our way to it: half a service is none
+                for app in apps:
+                    app.stop()
 
         engine = RemoteEngine(
             [Ends(name, _number(link), _number(memory)) for name, link, memory in self.links],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -70,13 +70,13 @@ class RemoteEngine:
         on_fatal: Callable[[str], None],
         on_stall: Callable[[int], None] = lambda _age_ns: None,
         on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
-        on_engine: Callable[[str, str, int], None] = lambda _event, _name, _ns: None,
+        on_engine: Callable[[str, Mapping[str, object]], None] = lambda _event, _facts: None,
     ) -> None:
         """``ends`` are this process's own, one for each engine process.
 
         The callbacks are ``engine.engine.Engine``'s, of all engines together: ``on_stall`` when none is left that
-        takes calls. ``on_engine`` is told of each where there are several: ``engine_silent`` or ``engine_back``, its
-        name and how long.
+        takes calls. ``on_engine`` is told of each where there are several, for the log: ``engine_silent``,
+        ``engine_back`` or ``engine_lost``, after which this front end is to drain and end.
         """
         self._settings = settings
         self._observer = observer
@@ -191,20 +191,21 @@ class RemoteEngine:
     def silent(self, engine: EnginePeer, age_ns: int) -> None:
         """It gets nothing new. Where no other takes calls, this process takes none either."""
         if len(self.engines.all) > 1:
-            self._on_engine("engine_silent", engine.name, age_ns)
+            self._on_engine("engine_silent", {"engine": engine.name, "silent_ms": round(age_ns / 1e6)})
         self._see_whether_stalled(age_ns)
 
     def back(self, engine: EnginePeer, lasted_ns: int) -> None:
         """It gets calls again."""
         if len(self.engines.all) > 1:
-            self._on_engine("engine_back", engine.name, lasted_ns)
+            self._on_engine("engine_back", {"engine": engine.name, "silent_ms": round(lasted_ns / 1e6)})
         self._see_whether_stalled(lasted_ns)
 
-    def lost(self, engine: EnginePeer, why: str) -> None:  # noqa: ARG002 - whoever has started it says which
-        """It gets nothing any more. The supervisor ends this process too, in its order; without another it is now."""
+    def lost(self, engine: EnginePeer, why: str) -> None:
+        """It gets nothing any more. While another is there this process drains; without one it ends at once."""
         if self.engines.failure is not None:
             self._fail(why)
-        else:
+        elif self._identity is not None:
+            self._on_engine("engine_lost", {"engine": engine.name, "reason": why})
             self._see_whether_stalled(0)
 
     def _see_whether_stalled(self, ns: int) -> None:
