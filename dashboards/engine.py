@@ -12,13 +12,18 @@ from dashboards.board import Board, Row
 from dashboards.panels import Limits, Target, figure, heat, lines, timeline
 from dashboards.query import BOARD, share
 from embedserve.telemetry import instruments as m
+from embedserve.telemetry.exposition import LABEL
 
 __all__ = ["ENGINE"]
 
 EACH: Final = ("instance",)
 OK: Final = {"outcome": "ok"}
 TOKENS_PER_S: Final = "si:tok/s"
-BUSY: Final = BOARD.rate(m.DEVICE_BUSY, EACH)
+DEVICES: Final = ("instance", LABEL)
+"""Where there are several devices, each has a process; a process without front ends has no such label."""
+DEVICE: Final = "{{instance}} {{process}}"
+BUSY: Final = BOARD.worst(lambda each: each.rate(m.DEVICE_BUSY), EACH)
+"""Of the busiest device of each instance."""
 TOKENIZING: Final = BOARD.worst(
     lambda each: share(each.rate(m.TOKENIZER_DURATION, part="_sum"), each.gauge(m.TOKENIZER_THREADS)), EACH
 )
@@ -134,7 +139,7 @@ def _passes() -> Row:
             ),
             lines(
                 "Age of the running pass", "Does a pass hang, and since when?",
-                Target(BOARD.gauge(m.PASS_AGE, "max", EACH), "{{instance}}"), unit="s", limits=Limits(1, 5),
+                Target(BOARD.gauge(m.PASS_AGE, "max", DEVICES), DEVICE), unit="s", limits=Limits(1, 5),
             ),
             lines(
                 "Stalls", "How often was a device silent for longer than a pass may take?",
@@ -150,15 +155,15 @@ def _speed() -> Row:
         (
             lines(
                 "Tokens in a second of work", "How fast is the device? Falling under the same traffic: it slows.",
-                Target(BOARD.gauge(m.SERVICE_RATE, "max", EACH), "{{instance}}"), unit=TOKENS_PER_S,
+                Target(BOARD.gauge(m.SERVICE_RATE, "max", DEVICES), DEVICE), unit=TOKENS_PER_S,
             ),
             lines(
                 "Cost of an empty pass", "What does a pass cost whatever is in it? High: larger batches pay.",
-                Target(BOARD.gauge(m.COST_FIXED, "max", EACH), "{{instance}}"), unit="s",
+                Target(BOARD.gauge(m.COST_FIXED, "max", DEVICES), DEVICE), unit="s",
             ),
             lines(
                 "Cost of a token", "What does one more token cost?",
-                Target(BOARD.gauge(m.COST_PER_TOKEN, "max", EACH), "{{instance}}"), unit="s",
+                Target(BOARD.gauge(m.COST_PER_TOKEN, "max", DEVICES), DEVICE), unit="s",
             ),
         ),
     )  # fmt: skip
@@ -170,12 +175,12 @@ def _memory() -> Row:
         (
             lines(
                 "Device memory", "How near is the device to its memory's end? On a CPU: the process, and the machine.",
-                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "max", EACH), "used {{instance}}"),
-                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "max", EACH), "all {{instance}}"), unit="bytes",
+                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "max", DEVICES), f"used {DEVICE}"),
+                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "max", DEVICES), f"all {DEVICE}"), unit="bytes",
             ),
             lines(
                 "Token budget", "How much may ride in a pass? Less where it would take too long, or memory ran out.",
-                Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", EACH), "{{instance}}"), unit="si:tok",
+                Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", DEVICES), DEVICE), unit="si:tok",
             ),
             lines(
                 "Process memory", "Does an instance grow? Its processes together; what they share counts in each.",
@@ -191,7 +196,7 @@ def _compiling() -> Row:
         (
             timeline(
                 "Form of the model", "Which processes run a compiled model, and since when?",
-                Target(BOARD.gauge(m.MODEL_VARIANT, "max", EACH, where={"variant": "compiled"}), "{{instance}}"),
+                Target(BOARD.gauge(m.MODEL_VARIANT, "max", DEVICES, where={"variant": "compiled"}), DEVICE),
                 states={0: ("eager", "blue"), 1: ("compiled", "green")}, width=8,
             ),
             lines(
@@ -209,12 +214,12 @@ def _compiling() -> Row:
             ),
             lines(
                 "Start", "How long did loading and warm-up take?",
-                Target(BOARD.gauge(m.WARM_UP, "max", EACH), "{{instance}}"), unit="s", width=4,
+                Target(BOARD.gauge(m.WARM_UP, "max", DEVICES), DEVICE), unit="s", width=4,
             ),
             lines(
                 "CUDA graphs", "How many graphs are there, of those that were asked for? None without a GPU.",
-                Target(BOARD.gauge(m.GRAPHS_PLANNED, "max", EACH), "planned {{instance}}"),
-                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "max", EACH), "captured {{instance}}"), unit="short", width=6,
+                Target(BOARD.gauge(m.GRAPHS_PLANNED, "max", DEVICES), f"planned {DEVICE}"),
+                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "max", DEVICES), f"captured {DEVICE}"), unit="short", width=6,
             ),
             lines(
                 "Graph hits", "How many passes replay a graph, and how many does none fit?",
@@ -222,11 +227,11 @@ def _compiling() -> Row:
             ),
             lines(
                 "Capture", "How long did capturing take in all?",
-                Target(BOARD.gauge(m.GRAPHS_CAPTURE_DURATION, "max", EACH), "{{instance}}"), unit="s", width=6,
+                Target(BOARD.gauge(m.GRAPHS_CAPTURE_DURATION, "max", DEVICES), DEVICE), unit="s", width=6,
             ),
             lines(
                 "Graph memory", "How much of the device's memory do graphs share?",
-                Target(BOARD.gauge(m.GRAPHS_MEMORY, "max", EACH), "{{instance}}"), unit="bytes", width=6,
+                Target(BOARD.gauge(m.GRAPHS_MEMORY, "max", DEVICES), DEVICE), unit="bytes", width=6,
             ),
         ),
     )  # fmt: skip

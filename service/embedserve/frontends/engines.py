@@ -64,10 +64,10 @@ class EngineSide(Protocol):
 class EnginePeer:
     """One of them: its process, the memory that is shared with it, and the calls that are there."""
 
-    def __init__(self, ends: Ends, memory_bytes: int, stall: StallLimits, traces: Traces, engines: Engines) -> None:
+    def __init__(self, ends: Ends, watch: EngineWatch, memory_bytes: int, traces: Traces) -> None:
         """``ends`` are this process's own."""
         self.name = ends.name
-        self.watch = EngineWatch(ends.name, ends.link, stall, engines)
+        self.watch = watch
         assert ends.memory is not None
         self.memory = SharedMemory(ends.memory)
         self.slots = SlotAllocator(memory_bytes)
@@ -121,7 +121,10 @@ class Engines:
         self._side = side
         self._place = place
         self._turn = place.number
-        self.all = tuple(EnginePeer(one, memory_bytes, stall, traces, self) for one in ends)
+        # Of several the supervisor ends the one that hangs: who is gone and why is then one process's word.
+        alone = len(ends) == 1
+        watches = [EngineWatch(one.name, one.link, stall, self, gives_up=alone) for one in ends]
+        self.all = tuple(EnginePeer(one, watch, memory_bytes, traces) for one, watch in zip(ends, watches, strict=True))
         self._by_watch = {id(one.watch): one for one in self.all}
 
     async def start(self) -> ModelIdentity:

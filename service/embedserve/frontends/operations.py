@@ -31,6 +31,8 @@ __all__ = ["Operations"]
 
 SHOW_S = 2 * ASK_S
 """An engine process asks the front ends first, and waits ``ASK_S`` for them."""
+SCRAPE_S = 3 * SHOW_S
+"""Two that do not answer before one that does; Prometheus waits 10 s unless told otherwise."""
 METRICS_FORM = "text/plain; version=0.0.4; charset=utf-8"
 """Where no engine process answers there are no series, in the plain form."""
 _SNAPSHOT = TypeAdapter(Snapshot)
@@ -132,13 +134,13 @@ class Operations:
 
     # -------------------------------------------------------------------------------------------------------- questions
 
-    async def _ask(self, watch: EngineWatch, kind: int, body: bytes) -> bytes | None:
+    async def _ask(self, watch: EngineWatch, kind: int, body: bytes, within_s: float = SHOW_S) -> bytes | None:
         """Its answer; ``None`` where there is none in time."""
         question = next(self._questions)
         asked = self._asked[question] = self._loop.create_future()
         watch.send(kind, question, body)
         try:
-            async with asyncio.timeout(SHOW_S):
+            async with asyncio.timeout(within_s):
                 answer = await asked
         except TimeoutError:
             return None
@@ -147,29 +149,34 @@ class Operations:
         return None if answer.startswith(frames.UNSHOWN) else answer
 
     def _answering(self) -> list[EngineWatch]:
-        """Who can be asked; the first of them asks the front ends too."""
-        return [one for one in self._watches if one.identity is not None and one.failure is None and not one.stalled_ns]
+        """Who can be asked, who was heard last first: one that has just stopped is not known to be silent yet."""
+        return sorted((one for one in self._watches if one.usable), key=lambda one: -one.heard_ns)
 
     def _render(self, accept_header: str) -> tuple[str, bytes]:
         """The metrics of all processes that answer, in a scraper's thread."""
         header = accept_header.encode(errors="surrogateescape")
         asked = asyncio.run_coroutine_threadsafe(self._scrape(header), self._loop)
-        given = [answer.split(b"\n", 1) for answer in asked.result(2 * SHOW_S) if answer is not None]
+        given = [answer.split(b"\n", 1) for answer in asked.result(SCRAPE_S)]
         content_type = given[0][0].decode() if given else METRICS_FORM
         return content_type, merge_expositions([("", text) for _, text in given])
 
-    async def _scrape(self, accept_header: bytes) -> list[bytes | None]:
-        who = self._answering()
-        flags = [WITH_FRONT_ENDS, *[ALONE] * (len(who) - 1)] if who else []
-        asked = (
-            self._ask(one, frames.SHOW_METRICS, flag + accept_header) for one, flag in zip(who, flags, strict=True)
-        )
-        return list(await asyncio.gather(*asked))
+    async def _scrape(self, accept_header: bytes) -> list[bytes]:
+        """Of each engine, and with one of them of the front ends; with the next where that one does not answer."""
+        left = self._answering()
+        while left:
+            first, *left = left
+            asked = [self._ask(first, frames.SHOW_METRICS, WITH_FRONT_ENDS + accept_header)]
+            asked += [self._ask(one, frames.SHOW_METRICS, ALONE + accept_header, ASK_S) for one in left]
+            with_front_ends, *alone = await asyncio.gather(*asked)
+            if with_front_ends is not None:
+                return [answer for answer in (with_front_ends, *alone) if answer is not None]
+            left = [one for one, answer in zip(left, alone, strict=True) if answer is not None]
+        return []
 
     async def _snapshot(self) -> Snapshot:
         """The page of the first engine that answers, with a line for each. Raises ``NotServing`` where none does."""
-        for one in self._answering():
-            answer = await self._ask(one, frames.SHOW_PAGE, b"")
+        for one in self._watches:
+            answer = await self._ask(one, frames.SHOW_PAGE, b"") if one.usable else None
             if answer is not None:
                 snapshot = _SNAPSHOT.validate_json(answer)
                 engines = tuple(_facts(each, shown=each is one) for each in self._watches)

@@ -44,8 +44,13 @@ class Watcher(Protocol):
 class EngineWatch:
     """One engine process. Lives on one event loop."""
 
-    def __init__(self, name: str, descriptor: int, stall: StallLimits, watcher: Watcher) -> None:
-        """``descriptor`` is this process's end of the socket pair."""
+    def __init__(
+        self, name: str, descriptor: int, stall: StallLimits, watcher: Watcher, *, gives_up: bool = True
+    ) -> None:
+        """``descriptor`` is this process's end of the socket pair.
+
+        ``gives_up``: whether one that says nothing for ``hang_ns`` is lost; otherwise somebody else ends it.
+        """
         self.name = name
         self.failure: str | None = None
         """Why nothing more will come of it."""
@@ -57,6 +62,7 @@ class EngineWatch:
         self._descriptor = descriptor
         self._stall = stall
         self._watcher = watcher
+        self._gives_up = gives_up
         self._link: Link | None = None
         self._identity: ModelIdentity | None = None
         self._welcome: asyncio.Future[ModelIdentity] | None = None
@@ -160,7 +166,7 @@ class EngineWatch:
         now = time.monotonic_ns()
         silent_ns = now - self.heard_ns
         if now - due_ns < LATE_NS:
-            if silent_ns >= self._stall.hang_ns:
+            if silent_ns >= self._stall.hang_ns and self._gives_up:
                 self.hung = True
                 self.fail(f"the engine process has said nothing for {silent_ns / 1e9:.1f} s (health.hang_ms)")
                 return
