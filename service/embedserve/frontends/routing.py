@@ -7,16 +7,20 @@ A call goes to the engine that would have done it first. A report is some 50 ms 
 the same one: if each added only its own calls to it, all would fill the same gap, and the engine that had least to do
 would have ``n`` times too much (the herd of Mitzenmacher, "How Useful Is Old Information?", 2000). So what this front
 end has sent since the report counts ``n`` times: the others are taken to do as it does. Where connections are dealt
-unevenly, that is wrong by as much for every engine alike, until the next report. Equal engines have turns, and each
-front end begins with another one.
+unevenly, that is wrong by as much for every engine alike, until the next report. Engines that are alike have turns, and
+each front end begins with another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 __all__ = ["Standing", "choose"]
+
+
+ALIKE_S: Final = 0.001
+"""Engines that would be done within so much of each other are alike: no caller notices, and rates are estimates."""
 
 
 class Standing(NamedTuple):
@@ -42,19 +46,17 @@ def choose(standings: Sequence[Standing], tokens: int, *, front_ends: int, turn:
     ``turn`` is any number that differs from call to call: it decides between engines that are alike.
     """
     fastest = max((one.tokens_per_second for one in standings), default=0.0) or 1.0
-    count = len(standings)
-    best: tuple[bool, float] | None = None
-    place: int | None = None
-    for step in range(count):
-        at = (turn + step) % count
-        one = standings[at]
-        if not one.usable:
-            continue
-        # An engine that has not learned its rate is taken for as fast as the fastest: it never would otherwise.
-        seconds = (waiting_tokens(one, front_ends) + tokens) / (one.tokens_per_second or fastest)
-        if best is None or (one.late, seconds) < best:
-            best, place = (one.late, seconds), at
-    return place
+    # An engine that has not learned its rate is taken for as fast as the fastest: it never would otherwise.
+    done_in = {
+        place: (one.late, (waiting_tokens(one, front_ends) + tokens) / (one.tokens_per_second or fastest))
+        for place, one in enumerate(standings)
+        if one.usable
+    }
+    if not done_in:
+        return None
+    late, soonest = min(done_in.values())
+    alike = [place for place, (is_late, s) in done_in.items() if is_late == late and s <= soonest + ALIKE_S]
+    return min(alike, key=lambda place: (place - turn) % len(standings))
 
 
 def waiting_tokens(one: Standing, front_ends: int) -> int:

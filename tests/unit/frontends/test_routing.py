@@ -25,6 +25,11 @@ class TestChoice:
         for alike in (Standing(), Standing(tokens_per_second=1e6), Standing(True, False, 5000, 1e6, 100, 100)):
             assert turns([alike] * 3) == [0, 1, 2] * 4
 
+    def test_what_no_caller_notices_makes_no_difference(self):
+        """Rates are estimates: of idle engines the one that is said to be a little faster would have every call."""
+        assert turns([Standing(tokens_per_second=1e6), Standing(tokens_per_second=1.1e6)]) == [0, 1] * 6
+        assert turns([Standing(True, False, 14, 1e6), Standing(True, False, 90, 1e6)]) == [0, 1] * 6
+
     def test_the_one_that_is_done_first_takes_the_call(self):
         """By time and not by tokens: a fast engine with more to do may be done first."""
         slow, fast = Standing(reported_tokens=1000, tokens_per_second=1e4), Standing(True, False, 2000, 1e5)
@@ -37,7 +42,7 @@ class TestChoice:
         assert set(turns([slow, fast], tokens=10_000)) == {1}
 
     def test_an_engine_that_knows_no_rate_is_tried(self):
-        known, new = Standing(reported_tokens=100, tokens_per_second=1e5), Standing()
+        known, new = Standing(reported_tokens=1000, tokens_per_second=1e5), Standing()
         assert set(turns([known, new])) == {1}
 
     def test_who_is_not_usable_gets_nothing_and_nobody_gets_what_nobody_can_take(self):
