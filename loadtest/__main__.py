@@ -16,7 +16,7 @@ import click
 
 from loadtest import store, yardstick
 from loadtest.comparison import compared
-from loadtest.deployment import CLIENTS, Reach
+from loadtest.deployment import AUTO, CLIENTS, Reach
 from loadtest.drive import TargetFailed
 from loadtest.report import page_of
 from loadtest.result import Run
@@ -59,8 +59,8 @@ def _load_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--capacity", type=click.FloatRange(0, min_open=True), help="Calls/s; absent: measured first."),
         click.option("--processes", type=click.IntRange(1, 256), help="Client processes."),
         click.option("--connections", type=click.IntRange(1, 1000), default=4, help="Of each process; 4."),
-        click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True,
-                     help="wire takes less than half of what grpc (grpc.aio) takes of a core."),
+        click.option("--client", type=click.Choice([AUTO, *CLIENTS]), default=AUTO, show_default=True,
+                     help="By what they take of a core: native (C++, no TLS), wire, grpc (grpc.aio)."),
         click.option("--header", "headers", multiple=True, metavar="NAME=VALUE", help="Metadata sent with each call."),
         click.option("--tls", is_flag=True, help="Speak TLS to HOST:PORT."),
         click.option("--ca", type=click.Path(exists=True, dir_okay=False), help="Trusted certificates, PEM."),
@@ -173,7 +173,7 @@ def _yardstick_options(scenario: str, seconds: float, repeat: int) -> Callable[.
             click.argument("scenario", default=scenario),
             click.option("--repeat", type=click.IntRange(1, 100), default=repeat, show_default=True),
             click.option("--seconds", type=float, default=seconds, show_default=True, help="Of each turn."),
-            click.option("--client", type=click.Choice(list(CLIENTS)), default="wire", show_default=True),
+            click.option("--client", type=click.Choice([AUTO, *CLIENTS]), default=AUTO, show_default=True),
             click.option("--write", type=click.Path(path_type=Path, dir_okay=False), help="The result as JSON."),
             click.argument("settings", nargs=-1, type=click.UNPROCESSED),
         )

@@ -2,7 +2,8 @@
 
 Decides how a call is timed: an open loop's latency counts from the instant at which the call was *meant* to be sent
 (wrk2), so that a server that holds the client up does not hide it. Must never know what the figures prove. Nothing is
-retried, and of an answer only the status is read; ``wire_client.py`` says why it is not grpc.aio that sends.
+retried, and of an answer only the status is read. The client in C++ sends, where it can be built: ``wire_client.py``
+says why it is not grpc.aio.
 
     job = Job(target, requests, seconds=60, rate=226, timeout_s=1.0)
     calls = run(job)          # numpy record array, one row a call
@@ -13,6 +14,7 @@ retried, and of an answer only the status is read; ``wire_client.py`` says why i
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import os
 import pickle
@@ -28,8 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loadtest.native.volley import Ended, Unavailable, Volley, load_library
+from loadtest.plan import Crowd, Plan
 from loadtest.tether import tethered
-from loadtest.wire_client import Connection
+from loadtest.wire_client import Connection, head_of
 
 __all__ = ["CALLS", "DEADLINE_EXCEEDED", "OK", "RESOURCE_EXHAUSTED", "Calls", "Job", "begin", "run"]
 
@@ -38,6 +42,10 @@ EMBED = "/embedserve.v1.EmbeddingService/Embed"
 OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = 0, 4, 8
 GRACE_S = 0.5
 """After its deadline a call is waited for so long; an answer that comes then counts as expired."""
+HEAD_START_S = 0.1
+"""For the connections, before the first call."""
+IN_FLIGHT_MAX = 100_000
+"""Never reached: it would not be an open loop."""
 OVERRUN_S = 30.0
 """A client that has not ended so long after its time hangs."""
 
@@ -171,6 +179,38 @@ class _Client:
             await asyncio.wait(tasks)
 
 
+def _sent_by(library: ctypes.CDLL, job: Job) -> Calls:
+    """The job by the client in C++."""
+    arrivals = np.array([] if job.rate is None else schedule(job))
+    crowds = () if job.rate is not None else (Crowd(0.0, job.seconds, job.callers, 0),)
+    give_up_s = None if job.timeout_s is None else job.timeout_s + GRACE_S
+    plan = Plan(
+        calls=job.requests,
+        arrivals=arrivals,
+        phases=np.zeros(len(arrivals), np.uint16),
+        crowds=crowds,
+        start=time.monotonic() + HEAD_START_S,
+        ends=job.seconds + (give_up_s or OVERRUN_S / 2),
+        in_flight_max=IN_FLIGHT_MAX,
+    )
+    head = head_of(job.target, EMBED, job.timeout_s, job.metadata)
+    volley = Volley(
+        library, job.target, head, job.requests, plan, connections=job.connections, give_up_s=give_up_s, keep=False
+    )
+    try:
+        volley.run()
+        return np.array([_row(ended, job.timeout_s) for ended in volley.take()], dtype=CALLS)
+    finally:
+        volley.close()
+
+
+def _row(ended: Ended, timeout_s: float | None) -> tuple[float, float, float, int, float]:
+    code = ended.answer.code
+    if timeout_s is not None and code == OK and ended.ended - ended.sent > timeout_s:
+        code = DEADLINE_EXCEEDED
+    return ended.meant, ended.sent, ended.ended, code, ended.answer.pushback_ms
+
+
 async def _act(job: Job) -> Calls:
     client = _Client(job)
     await client.connect()
@@ -183,8 +223,13 @@ def _main() -> None:
     import uvloop  # noqa: PLC0415
 
     job = pickle.loads(sys.stdin.buffer.read())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        calls = runner.run(_act(job))
+    try:
+        library = load_library()
+    except Unavailable:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            calls = runner.run(_act(job))
+    else:
+        calls = _sent_by(library, job)
     sys.stdout.buffer.write(calls.tobytes())
 
 

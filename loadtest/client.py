@@ -20,9 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from loadtest.corpus import calls_of
 from loadtest.ledger import Ledger, Scribe
 from loadtest.pacer import Pacer
+from loadtest.plan import Crowd, Plan, Player
 from loadtest.scenario import Scenario
 from loadtest.schedule import Span, arrivals, timetable
 from loadtest.target import Reply, Target
@@ -79,7 +82,13 @@ class Client:
         self._broken: BaseException | None = None
         self._start = 0.0
         self._unsent = 0
+        self._played: tuple[int, int] | None = None
         self.scribe = Scribe()
+
+    @property
+    def so_far(self) -> tuple[int, int]:
+        """Calls that have ended, and how many of them failed."""
+        return self._played or (self.scribe.calls, self.scribe.failed)
 
     async def prepare(self) -> None:
         """Connect and warm up."""
@@ -97,6 +106,8 @@ class Client:
 
     async def play(self, start: float) -> Account:
         """The run itself, from the instant ``start`` of ``time.monotonic``."""
+        if isinstance(self._target, Player):
+            return await self._handed_over(self._target, start)
         self._start = start
         pacer = Pacer()
         await pacer.until(start)
@@ -114,6 +125,42 @@ class Client:
         if self._broken is not None:
             raise self._broken
         return Account(self.scribe.ledger(), time.process_time() - cpu, time.monotonic() - begun, self._unsent)
+
+    async def _handed_over(self, target: Player, start: float) -> Account:
+        """The run by a target that needs no telling of each call."""
+        job, spans = self._job, self._spans
+        edges = np.array([span.ends for span in spans[:-1]])
+        crowds = [
+            Crowd(span.begins, span.ends, len(range(job.part, span.phase.callers, job.parts)), number)
+            for number, span in enumerate(spans)
+            if span.phase.callers is not None
+        ]
+        arrivals = np.array(self._arrivals)
+        plan = Plan(
+            calls=self._calls,
+            turn=job.part,
+            step=job.parts,
+            arrivals=arrivals,
+            phases=np.searchsorted(edges, arrivals, side="right").astype(np.uint16),
+            crowds=crowds,
+            start=start,
+            ends=spans[-1].ends + self._timeout_s + GRACE_S,
+            in_flight_max=IN_FLIGHT_MAX,
+        )
+
+        def tell(calls: int, failed: int) -> None:
+            self._played = (calls, failed)
+
+        try:
+            played = await target.play(plan, self._note, tell, timeout_s=self._timeout_s)
+        finally:
+            await self._target.close()
+        return Account(self.scribe.ledger(), played.cpu_s, played.took_s, played.unsent)
+
+    def _note(self, meant: float, sent: float, ended: float, phase: int, texts: int, reply: Reply) -> None:
+        if reply.status == "OK" and ended - sent > self._timeout_s:
+            reply = Reply("DEADLINE_EXCEEDED", "LATE_ANSWER")
+        self.scribe.note(meant, sent, ended, phase, texts, reply)
 
     async def _warm(self, ends: float) -> None:
         while time.monotonic() < ends:
@@ -178,9 +225,7 @@ class Client:
             self.scribe.note(sent if meant is None else meant, sent, clock() - start, phase, len(texts), reply)
             raise
         ended = clock() - start
-        if reply.status == "OK" and ended - sent > self._timeout_s:
-            reply = Reply("DEADLINE_EXCEEDED", "LATE_ANSWER")
-        self.scribe.note(sent if meant is None else meant, sent, ended, phase, len(texts), reply)
+        self._note(sent if meant is None else meant, sent, ended, phase, len(texts), reply)
 
 
 def write(stream: BinaryIO, message: Any) -> None:
@@ -205,7 +250,7 @@ async def _serve(job: Job, hear: BinaryIO, say: BinaryIO) -> None:
     start: float = await asyncio.get_running_loop().run_in_executor(None, read, hear)
     playing = asyncio.ensure_future(client.play(start))
     while not (await asyncio.wait({playing}, timeout=TELL_S))[0]:
-        write(say, ("so far", (client.scribe.calls, client.scribe.failed)))
+        write(say, ("so far", client.so_far))
     write(say, ("done", await playing))
 
 

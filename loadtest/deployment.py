@@ -20,16 +20,23 @@ from typing import Any, Final
 
 from loadtest import scrape
 from loadtest.drive import MakeTarget, TargetFailed
+from loadtest.native.volley import Unavailable
 from loadtest.nullmodel import write_checkpoint
 from loadtest.scenario import Scenario
 from loadtest.server import Server, echo_server, null_server, product
 from loadtest.target import Target
-from loadtest.targets.embedserve import AioTarget, Options, WireTarget
+from loadtest.targets.embedserve import AioTarget, NativeTarget, Options, WireTarget
 
-__all__ = ["CLIENTS", "STARTED", "Deployment", "Reach", "deployed"]
+__all__ = ["AUTO", "CLIENTS", "STARTED", "Deployment", "Reach", "deployed"]
 
 STARTED: Final = ("serve:", "null:", "echo:")
-CLIENTS: Final[dict[str, Callable[[Options], Target]]] = {"wire": WireTarget, "grpc": AioTarget}
+CLIENTS: Final[dict[str, Callable[[Options], Target]]] = {
+    "native": NativeTarget,
+    "wire": WireTarget,
+    "grpc": AioTarget,
+}
+AUTO: Final = "auto"
+"""The one that takes least: ``native`` where it can be built and there is no TLS, ``wire`` otherwise."""
 SCRAPE_S: Final = 5.0
 NULL_DIMENSION: Final = 384
 """all-MiniLM-L6-v2's: the default model's answers have so many floats a vector."""
@@ -39,8 +46,8 @@ NULL_DIMENSION: Final = 384
 class Reach:
     """How calls get to the server, whichever it is."""
 
-    client: str = "wire"
-    """A key of ``CLIENTS``."""
+    client: str = AUTO
+    """``AUTO`` or a key of ``CLIENTS``."""
     connections: int = 4
     metadata: tuple[tuple[str, str], ...] = ()
     tls: bool = False
@@ -60,6 +67,8 @@ class Deployment:
     metrics_url: str | None
     server: Server | None = None
     """Where it was started for the test."""
+    client: str = ""
+    """Which of ``CLIENTS`` sends the calls."""
 
     def sample(self) -> dict[str, float]:
         """Its metrics now; nothing where they are not known. Raises ``TargetFailed`` when nobody answers there."""
@@ -98,7 +107,21 @@ def deployed(spec: str, scenario: Scenario, reach: Reach) -> Iterator[Deployment
         metrics = reach.metrics
         if server is not None:
             metrics = f"http://{server.ready['operations']}/metrics" if "operations" in server.ready else None
-        yield Deployment(spec, partial(CLIENTS[reach.client], options), metrics, server)
+        client = _client(reach.client, options)
+        yield Deployment(spec, partial(CLIENTS[client], options), metrics, server, client)
+
+
+def _client(wanted: str, options: Options) -> str:
+    """The client to use. It is tried here once, so that what it needs is built before clients are begun."""
+    if wanted not in (AUTO, "native"):
+        return wanted
+    try:
+        NativeTarget(options)
+    except Unavailable as why:
+        if wanted == "native":
+            raise TargetFailed(str(why)) from None
+        return "wire"
+    return "native"
 
 
 def _started(spec: str, scenario: Scenario, reach: Reach, stack: contextlib.ExitStack) -> Server:

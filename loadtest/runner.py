@@ -68,6 +68,7 @@ def run_in_turns(
                 "kind": "run",
                 **noted.facts(command),
                 "target": server.name,
+                "client": server.client,
                 "scenario": scenario.model_dump(mode="json"),
                 "summary": summary,
                 "marks": judged(scenario.marks, summary),

@@ -16,12 +16,13 @@ import re
 import struct
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
 from loadtest.answer import Answer
 from loadtest.header_block import fields_of, literal
 
-__all__ = ["Answer", "Connection"]
+__all__ = ["Answer", "Connection", "code_of_reset", "head_of", "read_ending"]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -47,7 +48,7 @@ GOOD: Final = re.compile(rb"\x0bgrpc-status\x010(?!\d)")
 class _Stream:
     """One call in flight."""
 
-    __slots__ = ("answer", "body", "done", "http_status", "keep", "window")
+    __slots__ = ("answer", "body", "done", "head", "keep", "window")
 
     def __init__(self, done: asyncio.Future[Answer], keep: bool, window: int) -> None:
         self.done = done
@@ -57,12 +58,57 @@ class _Stream:
         """Bytes of DATA that the server still takes on this stream."""
         self.body: memoryview | None = None
         """What is left to send."""
-        self.http_status = b""
+        self.head = b""
+        """The first header block, where it was no plain 200."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     """One frame."""
     return struct.pack("!I", len(payload) << 8 | kind) + struct.pack("!BI", flags, stream) + payload
+
+
+def head_of(
+    authority: str,
+    path: str,
+    timeout_s: float | None,
+    metadata: Sequence[tuple[str, str]],
+    *,
+    secure: bool = False,
+) -> bytes:
+    """The header block of a call."""
+    head = (b"\x83\x87" if secure else b"\x83\x86") + b"\x04" + literal("", path)[2:]
+    head += b"\x01" + literal("", authority)[2:]
+    head += literal("content-type", "application/grpc") + literal("te", "trailers")
+    if timeout_s is not None:
+        head += literal("grpc-timeout", f"{max(1, round(timeout_s * 1000))}m")
+    for name, value in metadata:
+        head += literal(name.lower(), value)
+    return head
+
+
+def code_of_reset(code: int) -> int:
+    """What a stream that was reset with an HTTP/2 code is to gRPC."""
+    return OF_RESET.get(code, INTERNAL)
+
+
+def read_ending(answer: Answer, block: bytes, head: bytes = b"") -> None:
+    """Fill in what the last header block of a call says; ``head`` is its first one where that was no plain 200."""
+    try:
+        fields = fields_of(block)
+        http_status = fields.get(b":status") or (fields_of(head).get(b":status", b"") if head else b"")
+    except ValueError:
+        answer.code = INTERNAL
+        return
+    status = fields.get(b"grpc-status", b"")
+    answer.code = int(status) if status.isdigit() else OF_HTTP.get(http_status, UNKNOWN)
+    pushback = fields.get(b"grpc-retry-pushback-ms", b"")
+    if pushback.removeprefix(b"-").isdigit():
+        answer.pushback_ms = float(pushback)
+    details = fields.get(b"grpc-status-details-bin", b"")
+    try:
+        answer.details = base64.b64decode(details + b"=" * (-len(details) % 4))
+    except binascii.Error:
+        answer.details = b""
 
 
 class Connection(asyncio.Protocol):
@@ -78,14 +124,7 @@ class Connection(asyncio.Protocol):
         secure: bool = False,
     ) -> None:
         """Every call has this path, deadline and metadata."""
-        head = (b"\x83\x87" if secure else b"\x83\x86") + b"\x04" + literal("", path)[2:]
-        head += b"\x01" + literal("", authority)[2:]
-        head += literal("content-type", "application/grpc") + literal("te", "trailers")
-        if timeout_s is not None:
-            head += literal("grpc-timeout", f"{max(1, round(timeout_s * 1000))}m")
-        for name, value in metadata:
-            head += literal(name.lower(), value)
-        self._head = head
+        self._head = head_of(authority, path, timeout_s, metadata, secure=secure)
         self._transport: Any = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._next = -1
@@ -243,7 +282,7 @@ class Connection(asyncio.Protocol):
         elif kind == WINDOW_UPDATE:
             self._grant(number, int.from_bytes(payload, "big"))
         elif kind == RST_STREAM:
-            self._settle(number, OF_RESET.get(int.from_bytes(payload[:4], "big"), INTERNAL))
+            self._settle(number, code_of_reset(int.from_bytes(payload[:4], "big")))
         elif kind == GOAWAY:
             self._leaving = True
             last = int.from_bytes(payload[:4], "big") & WINDOW
@@ -286,10 +325,7 @@ class Connection(asyncio.Protocol):
             self._end(number, self._block)
         elif self._block[:1] != b"\x88" and (stream := self._streams.get(number)) is not None:
             # Not the static table's ":status 200": remember what a proxy says, should it be the last word.
-            try:
-                stream.http_status = fields_of(self._block).get(b":status", b"")
-            except ValueError:
-                self._settle(number, INTERNAL)
+            stream.head = self._block
 
     def _settings(self, payload: bytes) -> None:
         for at in range(0, len(payload) - 5, 6):
@@ -324,23 +360,8 @@ class Connection(asyncio.Protocol):
         stream = self._streams.get(number)
         if stream is None:
             return
-        try:
-            fields = fields_of(block)
-        except ValueError:
-            self._settle(number, INTERNAL)
-            return
-        http_status = fields.get(b":status", stream.http_status)
-        status = fields.get(b"grpc-status", b"")
-        code = int(status) if status.isdigit() else OF_HTTP.get(http_status, UNKNOWN)
-        pushback = fields.get(b"grpc-retry-pushback-ms", b"")
-        if pushback.removeprefix(b"-").isdigit():
-            stream.answer.pushback_ms = float(pushback)
-        details = fields.get(b"grpc-status-details-bin", b"")
-        try:
-            stream.answer.details = base64.b64decode(details + b"=" * (-len(details) % 4))
-        except binascii.Error:
-            stream.answer.details = b""
-        self._settle(number, code)
+        read_ending(stream.answer, block, stream.head)
+        self._settle(number, stream.answer.code)
 
     # ------------------------------------------------------------------------------------------------------- endings
 

@@ -1,8 +1,8 @@
-"""embedserve's own API (``embedserve.v1.EmbeddingService``), by the wire client or by grpc.aio.
+"""embedserve's own API (``embedserve.v1.EmbeddingService``), by the client in C++, the wire client or grpc.aio.
 
 Decides what a call looks like on the wire and what of its answer is told. Must never know a schedule. Texts that are
-longer than the model takes are cut at their end: other servers do that without being asked. Both clients give the same
-replies; the wire client is the default because it takes less from a server that it shares cores with.
+longer than the model takes are cut at their end: other servers do that without being asked. All clients give the same
+replies; they differ in what they take from a server that they share cores with.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from google.rpc import error_details_pb2, status_pb2
 
 from embedserve.v1 import embedding_pb2 as pb
 from loadtest.answer import Answer
+from loadtest.native.volley import Unavailable, Volley, load_library
+from loadtest.plan import Note, Plan, Played, Tell
 from loadtest.target import Reply
-from loadtest.wire_client import Connection
+from loadtest.wire_client import Connection, head_of
 
-__all__ = ["AioTarget", "Options", "WireTarget"]
+__all__ = ["AioTarget", "NativeTarget", "Options", "WireTarget"]
 
 PATHS: Final = {
     "embed": "/embedserve.v1.EmbeddingService/Embed",
@@ -35,6 +37,10 @@ PATHS: Final = {
 OPEN_S: Final = 10.0
 RECEIVE_BYTES: Final = 64 << 20
 """More than a server may send by default: the limit under test is the server's."""
+LOOK_S: Final = 0.5
+"""How often somebody looks how far a run is."""
+KEPT_BYTES: Final = 256 << 20
+"""Answers that wait for the end of a run to be read."""
 KEPT_REQUESTS: Final = 16_384
 """Serialised requests that are kept for the next time that the same texts are sent."""
 STATUS_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -108,7 +114,9 @@ class WireTarget:
             except (OSError, TimeoutError):
                 return Reply("UNAVAILABLE", "NO_CONNECTION")
         sent = time.monotonic()
-        answer = await connection.exchange(self._requests.of(texts), timeout_s)
+        return self._reply(await connection.exchange(self._requests.of(texts), timeout_s), sent)
+
+    def _reply(self, answer: Answer, sent: float) -> Reply:
         if answer.code:
             return _refusal(STATUS_NAMES.get(answer.code, "UNKNOWN"), answer)
         try:
@@ -153,6 +161,54 @@ class WireTarget:
             _, connection = await loop.create_connection(make, host.strip("[]"), int(port), ssl=secure)
             await connection.ready()
         return connection
+
+
+class NativeTarget(WireTarget):
+    """As ``WireTarget`` in the warm-up; the run itself is sent by ``native/client.cpp``."""
+
+    def __init__(self, options: Options) -> None:
+        """Nothing is opened yet. Raises ``Unavailable`` where there is no such client, or with TLS."""
+        if options.tls:
+            raise Unavailable("the load generator in C++ speaks no TLS")
+        super().__init__(options)
+        self._library = load_library()
+
+    async def play(self, plan: Plan, note: Note, tell: Tell, *, timeout_s: float) -> Played:
+        """As ``Player`` says."""
+        options = self._options
+        volley = Volley(
+            self._library,
+            options.address,
+            head_of(options.address, PATHS[options.method], timeout_s, options.metadata),
+            [self._requests.of(texts) for texts in plan.calls],
+            plan,
+            connections=options.connections,
+            give_up_s=timeout_s,
+            keep=True,
+        )
+        cpu, begun = time.process_time(), max(plan.start, time.monotonic())
+        running = asyncio.ensure_future(asyncio.to_thread(volley.run))
+        try:
+            while not (await asyncio.wait({running}, timeout=LOOK_S))[0]:
+                calls, failed, _, kept_bytes = volley.progress()
+                tell(calls, failed)
+                if kept_bytes > KEPT_BYTES:
+                    self._note(volley, plan, note)
+            cpu, took = time.process_time() - cpu, time.monotonic() - begun
+            await running
+            self._note(volley, plan, note)
+            return Played(cpu, took, volley.progress()[2])
+        finally:
+            volley.stop()
+            await asyncio.wait({running})
+            volley.close()
+
+    def _note(self, volley: Volley, plan: Plan, note: Note) -> None:
+        """Answers are read when the run is over, or when they take much memory: the server is left alone meanwhile."""
+        for ended in volley.take():
+            answer = ended.answer
+            reply = self._reply(answer, ended.sent) if ended.connected else Reply("UNAVAILABLE", "NO_CONNECTION")
+            note(ended.meant, ended.sent, ended.ended, ended.phase, len(plan.calls[ended.request]), reply)
 
 
 class AioTarget:

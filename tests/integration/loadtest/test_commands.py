@@ -22,7 +22,7 @@ from embedserve.testing.backends import FakeBackend
 from embedserve.testing.server import serving
 from loadtest.drive import drive
 from loadtest.scenario import load_scenario
-from loadtest.targets.embedserve import AioTarget, Options, WireTarget
+from loadtest.targets.embedserve import AioTarget, NativeTarget, Options, WireTarget
 from tests.integration.server.process import FAKE, ROOT, ServerProcess, running
 
 pytestmark = pytest.mark.process
@@ -51,9 +51,9 @@ def sets() -> list[str]:
 class TestTargets:
     @pytest.mark.parametrize("method", ["embed", "stream"])
     @pytest.mark.parametrize("texts", [1, 40])
-    def test_both_clients_read_the_same_from_a_real_server(self, server, method, texts):
+    def test_all_clients_read_the_same_from_a_real_server(self, server, method, texts):
         asked = load_scenario("short", TINY | {"callers": 2, "texts.per_call": texts, "method": method})
-        for make in (WireTarget, AioTarget):
+        for make in (NativeTarget, WireTarget, AioTarget):
             target = partial(make, Options(address=server.address, method=method, connections=2))
             phase = asyncio.run(drive(asked, target, processes=0)).figures()["phases"][0]
             assert phase["statuses"] == {"OK": phase["calls"]}
@@ -63,9 +63,9 @@ class TestTargets:
             assert 0 < phase["server_ms"]["p50"] < phase["latency_ms"]["p50"]
             assert (phase["first_ms"] is not None) == (method == "stream")
 
-    def test_both_clients_read_the_same_refusal(self, server):
+    def test_all_clients_read_the_same_refusal(self, server):
         asked = load_scenario("short", TINY | {"callers": 1, "texts.words": (9000, 9000), "texts.distinct": 1})
-        for make in (WireTarget, AioTarget):
+        for make in (NativeTarget, WireTarget, AioTarget):
             options = Options(address=server.address, metadata=(("x-embedserve-priority", "nonsense"),))
             figures = asyncio.run(drive(asked, partial(make, options), processes=0)).figures()
             (reject,) = figures["phases"][0]["rejects"]
@@ -76,7 +76,7 @@ class TestTargets:
 class TestLastCalls:
     """The end of a phase, and of the run, cuts no call off: none is reported that the client itself has closed."""
 
-    @pytest.mark.parametrize("make", [WireTarget, AioTarget])
+    @pytest.mark.parametrize("make", [NativeTarget, WireTarget, AioTarget])
     @pytest.mark.parametrize("load", [{"callers": 3}, {"rate": 40.0}], ids=str)
     async def test_are_waited_for(self, make, load):
         async with serving(FakeBackend(pass_ns=lambda _batch: 300_000_000)) as slow:

@@ -1,4 +1,4 @@
-"""A shared library from a C++ file, made once for this processor and this torch.
+"""A shared library from a C++ file, made once for this processor and, where it uses it, this torch.
 
 Decides which compiler, which flags, where the result is kept and whether a kept one may be trusted: code is loaded only
 from a folder that nobody else can write. Must never know what the code computes.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -21,8 +23,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from embedserve.model.native.leash import run_on_leash
 
@@ -71,8 +71,8 @@ def default_cache() -> Path:
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "embedserve"
 
 
-def compile_library(source: Path, cache: Path, *, anew: bool = False) -> Compiled:
-    """Build ``source`` against this torch, or take what ``cache`` has of it. Raises ``CannotCompile``.
+def compile_library(source: Path, cache: Path, *, anew: bool = False, with_torch: bool = True) -> Compiled:
+    """Build ``source``, against this torch or on its own, or take what ``cache`` has of it. Raises ``CannotCompile``.
 
     The name of a kept library holds a digest of everything that its code depends on but for the compiler: source and
     the headers beside it, flags, processor and torch; so a machine without a compiler can use what another has built.
@@ -81,13 +81,14 @@ def compile_library(source: Path, cache: Path, *, anew: bool = False) -> Compile
     wins.
     """
     flags = [*FLAGS, *(X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())]
-    kept = cache / f"{source.stem}-{_digest(source, flags)}.so"
+    torch_folder = _torch_folder() if with_torch else None
+    kept = cache / f"{source.stem}-{_digest(source, flags, torch_folder)}.so"
     _make_private(cache)
     if not anew and _is_whole(kept):
         with contextlib.suppress(OSError):  # a cache that can only be read serves too
             os.utime(kept)
         return Compiled(kept, cached=True)
-    _build(source, _compiler(), flags, kept)
+    _build(source, _compiler(), flags, kept, torch_folder)
     _drop_oldest(cache, source.stem)
     return Compiled(kept, cached=False)
 
@@ -124,11 +125,13 @@ def _compiler() -> list[str]:
     raise CannotCompile(f"no C++ compiler was found ({names}); install g++ to have passes compiled for this processor")
 
 
-def _digest(source: Path, flags: Sequence[str]) -> str:
+def _digest(source: Path, flags: Sequence[str], torch_folder: Path | None) -> str:
     # A header that the source includes lies beside it.
     parts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
     parts += [" ".join(flags).encode(), _processor().encode()]
-    parts += [torch.__version__.encode(), str(_torch_folder()).encode(), sys.platform.encode()]
+    parts.append(sys.platform.encode())
+    if torch_folder is not None:
+        parts += [importlib.metadata.version("torch").encode(), str(torch_folder).encode()]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
@@ -146,7 +149,11 @@ def _processor() -> str:
 
 
 def _torch_folder() -> Path:
-    return Path(torch.__file__).parent / "lib"
+    """Where torch's libraries are, without its import: that takes seconds, and who asks may have no use for it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise CannotCompile("torch is not installed")
+    return Path(found.origin).parent / "lib"
 
 
 def _make_private(folder: Path) -> None:
@@ -167,15 +174,17 @@ def _check_owner(path: Path) -> None:
         )
 
 
-def _build(source: Path, compiler: Sequence[str], flags: Sequence[str], result: Path) -> None:
-    libraries = _torch_folder()
+def _build(
+    source: Path, compiler: Sequence[str], flags: Sequence[str], result: Path, torch_folder: Path | None
+) -> None:
     try:
         descriptor, fresh = tempfile.mkstemp(".so", f".{source.stem}-", result.parent)
     except OSError as error:
         raise CannotCompile(f"{result.parent} cannot be written: {error.strerror}; set model.compile_cache") from error
     os.close(descriptor)
     command = [*compiler, *flags, str(source), "-o", fresh]
-    command += [f"-L{libraries}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
+    if torch_folder is not None:
+        command += [f"-L{torch_folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}"]
     begun = time.monotonic()
     try:
         done = run_on_leash(command, timeout_s=COMPILE_MAX_S)
