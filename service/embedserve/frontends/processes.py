@@ -140,9 +140,13 @@ class FrontEndProcess:
         log = structlog.get_logger("embedserve.frontends")
 
         def tell_of_engine(event: str, facts: Mapping[str, object]) -> None:
-            (log.warning if event == "engine_back" else log.error)(event, **facts)
-            if event == "engine_lost":  # whether its process has ended or only our way to it: half a service is none
-                for app in apps:
+            if event == "engine_silent":
+                log.error("engine_silent", **facts)
+            elif event == "engine_back":
+                log.warning("engine_back", **facts)
+            else:
+                log.error("engine_lost", **facts)
+                for app in apps:  # whether its process has ended or only our way to it: half a service is none
                     app.stop()
 
         engine = RemoteEngine(
