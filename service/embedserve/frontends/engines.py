@@ -120,7 +120,6 @@ class Engines:
         """``memory_bytes`` is the memory of each."""
         self._side = side
         self._place = place
-        self._turn = place.number
         # Of several the supervisor ends the one that hangs: who is gone and why is then one process's word.
         alone = len(ends) == 1
         watches = [EngineWatch(one.name, one.link, stall, self, gives_up=alone) for one in ends]
@@ -145,8 +144,8 @@ class Engines:
         """Who takes a call of so many tokens; ``None`` where nobody can."""
         if len(self.all) == 1:
             return self.all[0] if self.all[0].watch.usable else None
-        self._turn += 1
-        at = choose([one.standing for one in self.all], tokens, front_ends=self._place.front_ends, turn=self._turn)
+        place = self._place
+        at = choose([one.standing for one in self.all], tokens, front_ends=place.front_ends, home=place.number)
         return None if at is None else self.all[at]
 
     @property

@@ -7,8 +7,10 @@ A call goes to the engine that would have done it first. A report is some 50 ms 
 the same one: if each added only its own calls to it, all would fill the same gap, and the engine that had least to do
 would have ``n`` times too much (the herd of Mitzenmacher, "How Useful Is Old Information?", 2000). So what this front
 end has sent since the report counts ``n`` times: the others are taken to do as it does. Where connections are dealt
-unevenly, that is wrong by as much for every engine alike, until the next report. Engines that are alike have turns, and
-each front end begins with another one.
+unevenly, that is wrong by as much for every engine alike, until the next report. Engines that are alike do not
+have turns: each front end has a home, which takes its calls until it has a millisecond more to do than another. Calls
+that are dealt one by one make small passes and small writes on every engine: with turns a null model on two cores took
+2,260 calls/s, without 2,950.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ class Standing(NamedTuple):
     """... and that were when it told its load."""
 
 
-def choose(standings: Sequence[Standing], tokens: int, *, front_ends: int, turn: int) -> int | None:
+def choose(standings: Sequence[Standing], tokens: int, *, front_ends: int, home: int) -> int | None:
     """The place of the engine for a call of ``tokens``, or ``None`` where none is usable.
 
-    ``turn`` is any number that differs from call to call: it decides between engines that are alike.
+    Of engines that are alike ``home`` takes it, or the next one after it.
     """
     fastest = max((one.tokens_per_second for one in standings), default=0.0) or 1.0
     # An engine that has not learned its rate is taken for as fast as the fastest: it never would otherwise.
@@ -56,7 +58,7 @@ def choose(standings: Sequence[Standing], tokens: int, *, front_ends: int, turn:
         return None
     late, soonest = min(done_in.values())
     alike = [place for place, (is_late, s) in done_in.items() if is_late == late and s <= soonest + ALIKE_S]
-    return min(alike, key=lambda place: (place - turn) % len(standings))
+    return min(alike, key=lambda place: (place - home) % len(standings))
 
 
 def waiting_tokens(one: Standing, front_ends: int) -> int:

@@ -15,45 +15,48 @@ REPORT_STEPS = 50
 """A report each 50 ms."""
 
 
-def turns(standings: list[Standing], calls: int = 12, front_ends: int = 1, tokens: int = 10) -> list[int | None]:
-    return [choose(standings, tokens, front_ends=front_ends, turn=turn) for turn in range(calls)]
+def chosen(standings: list[Standing], tokens: int = 10) -> list[int | None]:
+    """Wherever the front end is at home."""
+    return [choose(standings, tokens, front_ends=1, home=home) for home in range(max(1, len(standings)))]
 
 
 class TestChoice:
-    def test_engines_that_are_alike_have_turns(self):
+    def test_of_engines_that_are_alike_the_home_takes_it(self):
         """Whatever they say alike: nothing, a rate, or work."""
         for alike in (Standing(), Standing(tokens_per_second=1e6), Standing(True, False, 5000, 1e6, 100, 100)):
-            assert turns([alike] * 3) == [0, 1, 2] * 4
+            assert chosen([alike] * 3) == [0, 1, 2]
+        assert choose([Standing(usable=False), Standing(), Standing()], 10, front_ends=1, home=0) == 1
 
     def test_what_no_caller_notices_makes_no_difference(self):
-        """Rates are estimates: of idle engines the one that is said to be a little faster would have every call."""
-        assert turns([Standing(tokens_per_second=1e6), Standing(tokens_per_second=1.1e6)]) == [0, 1] * 6
-        assert turns([Standing(True, False, 14, 1e6), Standing(True, False, 90, 1e6)]) == [0, 1] * 6
+        """Up to a millisecond of work; beyond it the other takes the call."""
+        assert chosen([Standing(tokens_per_second=1e6), Standing(tokens_per_second=1.1e6)]) == [0, 1]
+        assert chosen([Standing(True, False, 14, 1e6), Standing(True, False, 900, 1e6)]) == [0, 1]
+        assert chosen([Standing(True, False, 14, 1e6), Standing(True, False, 1100, 1e6)]) == [0, 0]
 
     def test_the_one_that_is_done_first_takes_the_call(self):
         """By time and not by tokens: a fast engine with more to do may be done first."""
         slow, fast = Standing(reported_tokens=1000, tokens_per_second=1e4), Standing(True, False, 2000, 1e5)
-        assert set(turns([slow, fast])) == {1}
-        assert set(turns([fast, slow])) == {0}
+        assert set(chosen([slow, fast])) == {1}
+        assert set(chosen([fast, slow])) == {0}
 
     def test_the_calls_own_size_counts(self):
         """Of two idle engines the faster takes what is large."""
         slow, fast = Standing(tokens_per_second=1e4), Standing(True, False, 10, 1e6)
-        assert set(turns([slow, fast], tokens=10_000)) == {1}
+        assert set(chosen([slow, fast], tokens=10_000)) == {1}
 
     def test_an_engine_that_knows_no_rate_is_tried(self):
         known, new = Standing(reported_tokens=1000, tokens_per_second=1e5), Standing()
-        assert set(turns([known, new])) == {1}
+        assert set(chosen([known, new])) == {1}
 
     def test_who_is_not_usable_gets_nothing_and_nobody_gets_what_nobody_can_take(self):
-        assert set(turns([Standing(usable=False), Standing(reported_tokens=10**9, tokens_per_second=1.0)])) == {1}
-        assert turns([Standing(usable=False)] * 2, 1) == [None]
-        assert turns([], 1) == [None]
+        assert set(chosen([Standing(usable=False), Standing(reported_tokens=10**9, tokens_per_second=1.0)])) == {1}
+        assert chosen([Standing(usable=False)] * 2) == [None, None]
+        assert chosen([]) == [None]
 
     def test_who_is_late_is_asked_last(self):
         late, busy = Standing(late=True), Standing(reported_tokens=10**6, tokens_per_second=1e3)
-        assert set(turns([late, busy])) == {1}
-        assert set(turns([late, Standing(usable=False)])) == {0}
+        assert set(chosen([late, busy])) == {1}
+        assert set(chosen([late, Standing(usable=False)])) == {0}
 
     def test_what_was_sent_since_the_report_counts_for_each_front_end(self):
         """And what has come back since counts as much; never less than what is known to be there."""
@@ -99,14 +102,12 @@ class Service:
         self.ours = [[0.0] * front_ends for _ in rates]
         self.told = [[0.0] * front_ends for _ in rates]
         self.reported = [0.0] * len(rates)
-        self.turns = list(range(front_ends))
         self._counted = counted
         self._chance = random.Random(seed)
         self.gaps: list[float] = []
         """Each step: drain time between the fullest engine and the emptiest."""
 
     def send(self, front_end: int, tokens: int) -> int:
-        self.turns[front_end] += 1
         standings = [
             Standing(
                 reported_tokens=int(self.reported[e]),
@@ -116,7 +117,7 @@ class Service:
             )
             for e, engine in enumerate(self.engines)
         ]
-        place = choose(standings, tokens, front_ends=self._counted, turn=self.turns[front_end])
+        place = choose(standings, tokens, front_ends=self._counted, home=front_end)
         assert place is not None
         self.engines[place].queue.append([tokens, front_end, tokens])
         self.ours[place][front_end] += tokens
