@@ -12,16 +12,12 @@ from dashboards.board import Board, Row
 from dashboards.panels import Limits, Target, figure, heat, lines, timeline
 from dashboards.query import BOARD, share
 from embedserve.telemetry import instruments as m
-from embedserve.telemetry.exposition import LABEL
 
 __all__ = ["ENGINE"]
 
 EACH: Final = ("instance",)
 OK: Final = {"outcome": "ok"}
 TOKENS_PER_S: Final = "si:tok/s"
-DEVICES: Final = ("instance", LABEL)
-"""Where there are several devices, each has a process; a process without front ends has no such label."""
-DEVICE: Final = "{{instance}} {{process}}"
 BUSY: Final = BOARD.worst(lambda each: each.rate(m.DEVICE_BUSY), EACH)
 """Of the busiest device of each instance."""
 TOKENIZING: Final = BOARD.worst(
@@ -139,7 +135,7 @@ def _passes() -> Row:
             ),
             lines(
                 "Age of the running pass", "Does a pass hang, and since when?",
-                Target(BOARD.gauge(m.PASS_AGE, "max", DEVICES), DEVICE), unit="s", limits=Limits(1, 5),
+                Target(BOARD.gauge(m.PASS_AGE, "max", EACH), "{{instance}}"), unit="s", limits=Limits(1, 5),
             ),
             lines(
                 "Stalls", "How often was a device silent for longer than a pass may take?",
@@ -154,16 +150,17 @@ def _speed() -> Row:
         "Speed",
         (
             lines(
-                "Tokens in a second of work", "How fast is the device? Falling under the same traffic: it slows.",
-                Target(BOARD.gauge(m.SERVICE_RATE, "max", DEVICES), DEVICE), unit=TOKENS_PER_S,
+                "Tokens in a second of work",
+                "How fast are all devices of an instance? Falling under the same traffic: they slow.",
+                Target(BOARD.gauge(m.SERVICE_RATE, "sum", EACH), "{{instance}}"), unit=TOKENS_PER_S,
             ),
             lines(
                 "Cost of an empty pass", "What does a pass cost whatever is in it? High: larger batches pay.",
-                Target(BOARD.gauge(m.COST_FIXED, "max", DEVICES), DEVICE), unit="s",
+                Target(BOARD.gauge(m.COST_FIXED, "max", EACH), "{{instance}}"), unit="s",
             ),
             lines(
                 "Cost of a token", "What does one more token cost?",
-                Target(BOARD.gauge(m.COST_PER_TOKEN, "max", DEVICES), DEVICE), unit="s",
+                Target(BOARD.gauge(m.COST_PER_TOKEN, "max", EACH), "{{instance}}"), unit="s",
             ),
         ),
     )  # fmt: skip
@@ -175,12 +172,12 @@ def _memory() -> Row:
         (
             lines(
                 "Device memory", "How near is the device to its memory's end? On a CPU: the process, and the machine.",
-                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "max", DEVICES), f"used {DEVICE}"),
-                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "max", DEVICES), f"all {DEVICE}"), unit="bytes",
+                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "sum", EACH), "used {{instance}}"),
+                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "sum", EACH), "all {{instance}}"), unit="bytes",
             ),
             lines(
                 "Token budget", "How much may ride in a pass? Less where it would take too long, or memory ran out.",
-                Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", DEVICES), DEVICE), unit="si:tok",
+                Target(BOARD.gauge(m.MAX_BATCH_TOKENS, "min", EACH), "{{instance}}"), unit="si:tok",
             ),
             lines(
                 "Process memory", "Does an instance grow? Its processes together; what they share counts in each.",
@@ -196,7 +193,7 @@ def _compiling() -> Row:
         (
             timeline(
                 "Form of the model", "Which processes run a compiled model, and since when?",
-                Target(BOARD.gauge(m.MODEL_VARIANT, "max", DEVICES, where={"variant": "compiled"}), DEVICE),
+                Target(BOARD.gauge(m.MODEL_VARIANT, "min", EACH, where={"variant": "compiled"}), "{{instance}}"),
                 states={0: ("eager", "blue"), 1: ("compiled", "green")}, width=8,
             ),
             lines(
@@ -214,12 +211,12 @@ def _compiling() -> Row:
             ),
             lines(
                 "Start", "How long did loading and warm-up take?",
-                Target(BOARD.gauge(m.WARM_UP, "max", DEVICES), DEVICE), unit="s", width=4,
+                Target(BOARD.gauge(m.WARM_UP, "max", EACH), "{{instance}}"), unit="s", width=4,
             ),
             lines(
                 "CUDA graphs", "How many graphs are there, of those that were asked for? None without a GPU.",
-                Target(BOARD.gauge(m.GRAPHS_PLANNED, "max", DEVICES), f"planned {DEVICE}"),
-                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "max", DEVICES), f"captured {DEVICE}"), unit="short", width=6,
+                Target(BOARD.gauge(m.GRAPHS_PLANNED, "sum", EACH), "planned {{instance}}"),
+                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "sum", EACH), "captured {{instance}}"), unit="short", width=6,
             ),
             lines(
                 "Graph hits", "How many passes replay a graph, and how many does none fit?",
@@ -227,11 +224,11 @@ def _compiling() -> Row:
             ),
             lines(
                 "Capture", "How long did capturing take in all?",
-                Target(BOARD.gauge(m.GRAPHS_CAPTURE_DURATION, "max", DEVICES), DEVICE), unit="s", width=6,
+                Target(BOARD.gauge(m.GRAPHS_CAPTURE_DURATION, "max", EACH), "{{instance}}"), unit="s", width=6,
             ),
             lines(
                 "Graph memory", "How much of the device's memory do graphs share?",
-                Target(BOARD.gauge(m.GRAPHS_MEMORY, "max", DEVICES), DEVICE), unit="bytes", width=6,
+                Target(BOARD.gauge(m.GRAPHS_MEMORY, "sum", EACH), "{{instance}}"), unit="bytes", width=6,
             ),
         ),
     )  # fmt: skip

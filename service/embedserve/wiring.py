@@ -118,10 +118,9 @@ def bucket_edges(config: Config, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 def device_name(config: Config) -> str:
     """The device of this process; what ``auto`` means as far as it can be told without loading torch."""
-    if config.model.devices:
-        return config.model.devices[0]
-    if config.model.device != "auto":
-        return config.model.device
+    (named, *_) = (*config.model.devices, config.model.device)
+    if named != "auto":
+        return named
     return "cuda:0" if os.path.exists("/dev/nvidia0") else "cpu"  # noqa: PTH110 - a device node, not a file
 
 

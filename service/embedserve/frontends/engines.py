@@ -167,8 +167,8 @@ class Engines:
 
     @property
     def silent(self) -> dict[str, bool]:
-        """Each engine, and whether it gets nothing new."""
-        return {one.name: not one.watch.usable for one in self.all}
+        """Each engine, and whether it gets nothing new although it was ready once."""
+        return {one.name: one.watch.identity is not None and not one.watch.usable for one in self.all}
 
     @property
     def memory_used(self) -> int:

@@ -158,6 +158,10 @@ class EngineHost:
                 given.append((one.name, future.result()))
         return Answers(given, [name for name, silent in self.silent.items() if silent])
 
+    def forget_silent(self) -> None:
+        """Another engine process asks front ends now, and says who is silent."""
+        self.silent = dict.fromkeys(self.silent, False)
+
     def answered(self, front_end: _FrontEnd, question: int, answer: bytes) -> None:
         """A front end has answered, in time or not."""
         future = self._asked.get(question, {}).get(id(front_end))

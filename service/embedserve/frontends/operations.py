@@ -186,11 +186,13 @@ class Operations:
 
 
 def _facts(watch: EngineWatch, *, shown: bool) -> EngineFacts:
-    load = watch.load
+    load, state = watch.load, watch.load.state
+    if not watch.usable:
+        state = "lost" if watch.failure is not None else "silent" if watch.identity is not None else "starting"
     return EngineFacts(
         name=watch.name,
         device=watch.identity.device if watch.identity else None,
-        state=load.state if watch.usable else "silent" if watch.failure is None else "lost",
+        state=state,
         held_tokens=load.queued_tokens + load.running_tokens,
         tokens_per_s=load.service_rate_tokens_per_second,
         drain_s=load.estimated_drain_time_ms / 1000,

@@ -303,7 +303,11 @@ async def _show(
         assert take is not None, "not asked where there is no page"
         return orjson.dumps(await take())
     assert render is not None, "not asked where metrics are off"
-    others = (await host.ask(frames.SCRAPE, body[1:])).given if body[:1] == WITH_FRONT_ENDS else []
+    others: list[tuple[str, bytes]] = []
+    if body[:1] == WITH_FRONT_ENDS:
+        others = (await host.ask(frames.SCRAPE, body[1:])).given
+    else:
+        host.forget_silent()
     loop, accept_header = asyncio.get_running_loop(), body[1:].decode(errors="surrogateescape")
     content_type, own = await loop.run_in_executor(None, render, accept_header)
     return content_type.encode() + b"\n" + merge_expositions([(role, own), *others])
