@@ -103,6 +103,7 @@ class Status:
         """Answer from now on of what all processes remember: for a copy that is asked once."""
         assert self._engine is not None
         now = time.monotonic_ns()
+        self.recent.settle()
         self.recent.update_full(now, self.recent.busy(now, self._engine.pass_age_ns))
         self._memories, self._merged = memories, merge_memories(self.recent, memories.given)
         self.recent = self._merged.recent
@@ -115,6 +116,7 @@ class Status:
         scheduler, recent = engine.scheduler, self.recent
         now, wall_ns = time.monotonic_ns(), time.time_ns()
         offset = wall_ns - now
+        recent.settle()
         busy = recent.busy(now, engine.pass_age_ns)
         recent.update_full(now, busy)
         depth, load = scheduler.depth, scheduler.load(now)

@@ -9,9 +9,11 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from embedserve.scheduling.item import Rejection
+from embedserve.telemetry.logs import LineLogger
 from embedserve.telemetry.settings import LogRequests
 from embedserve.telemetry.spans import error_kind
 from embedserve.telemetry.tracing import CallEnd
@@ -38,6 +40,7 @@ class CallLog:
         refusal, and under overload there are thousands.
         """
         self._logger = logger
+        self._later = logger.later if isinstance(logger, LineLogger) else None
         self._shed_too = which == "all"
         self._ratio = {"all": 1.0, "sampled": ratio}.get(which, 0.0)
         self._random = random.Random()  # noqa: S311 - which lines are kept is no secret
@@ -50,22 +53,31 @@ class CallLog:
                 return
         elif self._random.random() >= self._ratio:
             return
-        shown = {_RENAMED.get(key, key): call.attributes[key] for key in _SHOWN if key in call.attributes}
-        if call.tokens:
-            shown["tokens"] = call.tokens
-        if failed:
-            shown["error_kind"] = error_kind(call.status, call.error_type, call.attributes)
-        if call.error_type is not None:
-            shown["error_type"] = call.error_type
-        write = self._logger.warning if failed else self._logger.info
-        write(
-            "rpc",
-            method=call.method,
-            status=call.status,
-            duration_ms=round(call.duration_ns / _NS_PER_MS, 3),
-            peer=call.peer,
-            **shown,
-        )
+        level = "warning" if failed else "info"
+        if self._later is not None:
+            self._later("rpc", level, partial(_fields, call), call.trace)
+        else:
+            getattr(self._logger, level)("rpc", **_fields(call))
+
+
+def _fields(call: CallEnd) -> dict[str, object]:
+    """What a line says of ``call``."""
+    fields: dict[str, object] = {
+        "method": call.method,
+        "status": call.status,
+        "duration_ms": round(call.duration_ns / _NS_PER_MS, 3),
+        "peer": call.peer,
+    }
+    for key in _SHOWN:
+        if key in call.attributes:
+            fields[_RENAMED.get(key, key)] = call.attributes[key]
+    if call.tokens:
+        fields["tokens"] = call.tokens
+    if call.status != "OK":
+        fields["error_kind"] = error_kind(call.status, call.error_type, call.attributes)
+    if call.error_type is not None:
+        fields["error_type"] = call.error_type
+    return fields
 
 
 class ShedLog:

@@ -15,17 +15,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, BinaryIO, Final, TextIO, cast
 
 import orjson
 import structlog
+from opentelemetry.trace import SpanContext
 from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from embedserve.telemetry.log_stream import LogStream
+from embedserve.telemetry.log_stream import Line, LogStream
 from embedserve.telemetry.settings import LogFormat
 from embedserve.telemetry.tracing import current_span_context
 
@@ -88,24 +91,46 @@ class LineLogger:
         if self._level <= logging.WARNING:
             self._write(event, "warning", fields)
 
+    def later(self, event: str, level: str, make: Callable[[], dict[str, object]], context: SpanContext | None) -> None:
+        """Write a line whose fields are made when it goes out, with others; ``context`` is whose line it is."""
+        if self._level > _number(level):
+            return
+        self._hold(partial(self._made, event, level, make, context, _process, time.time()))
+
     def _write(self, event: str, level: str, fields: dict[str, object]) -> None:
+        self._hold(self._made(event, level, lambda: fields, current_span_context.get(), _process, time.time()))
+
+    def _made(
+        self,
+        event: str,
+        level: str,
+        make: Callable[[], dict[str, object]],
+        context: SpanContext | None,
+        process: Mapping[str, str],
+        at_s: float,
+    ) -> bytes:
+        fields = make()
         for key, value in fields.items():
             if type(value) is str and len(value) > VALUE_CHARS_MAX:
                 fields[key] = _safe(value)
         fields["event"] = event
         fields["logger"] = self._name
-        _add_process(None, level, fields)
-        _add_trace(None, level, fields)
+        fields.update(process)
+        if context is not None:
+            _name_trace(context, fields)
         fields["level"] = level
-        fields["timestamp"] = datetime.now(UTC).isoformat()[:-6] + "Z"
-        line = orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
-        if not isinstance(self._stream, LogStream):
-            self._stream.write(line)
-        elif self._stream.hold(line):
+        fields["timestamp"] = datetime.fromtimestamp(at_s, UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+        return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+
+    def _hold(self, line: Line) -> None:
+        stream = self._stream
+        if not isinstance(stream, LogStream):
+            stream.write(line if isinstance(line, bytes) else line())
+        elif stream.hold(line):
             try:
-                asyncio.get_running_loop().call_later(HOLD_S, self._stream.flush)
+                asyncio.get_running_loop().call_later(HOLD_S, stream.flush)
             except RuntimeError:  # no event loop runs here
-                self._stream.flush()
+                stream.flush()
 
 
 class _Text:
@@ -258,10 +283,14 @@ def _add_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventD
     """The ids of OpenTelemetry's log data model, where the line belongs to a call with a trace."""
     context = current_span_context.get()
     if context is not None:
-        event["trace_id"] = f"{context.trace_id:032x}"
-        event["span_id"] = f"{context.span_id:016x}"
-        event["trace_flags"] = f"{context.trace_flags:02x}"
+        _name_trace(context, event)
     return event
+
+
+def _name_trace(context: SpanContext, event: MutableMapping[str, Any]) -> None:
+    event["trace_id"] = f"{context.trace_id:032x}"
+    event["span_id"] = f"{context.span_id:016x}"
+    event["trace_flags"] = f"{context.trace_flags:02x}"
 
 
 def _redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

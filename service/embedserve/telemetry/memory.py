@@ -53,6 +53,7 @@ class Merged:
 def pack_memory(recent: Recent, tokenizer_pending: int) -> bytes:
     """What ``recent`` knows of calls, as JSON."""
     now = recent.clock()
+    recent.settle()
     seconds = recent.seconds
     recent.update_full(now, recent.busy(now))
     facts = {

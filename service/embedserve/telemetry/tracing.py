@@ -32,8 +32,9 @@ from embedserve.telemetry.call_figures import StageFigures, answered_calls
 from embedserve.telemetry.head_sampling import HeadSampling
 from embedserve.telemetry.instruments import Instruments
 from embedserve.telemetry.loop_lag import LoopLag
+from embedserve.telemetry.pending import Columns
 from embedserve.telemetry.propagation import Propagation, asks_for_a_trace
-from embedserve.telemetry.segments import Marks, marks_of
+from embedserve.telemetry.segments import marks_of
 from embedserve.telemetry.span_queue import SpanQueue
 from embedserve.telemetry.spans import CallRecord, error_kind
 from embedserve.telemetry.tally import CounterCell, HistogramCell, observe
@@ -57,6 +58,8 @@ class CallEnd(NamedTuple):
     attributes: Mapping[str, str | int | float | bool]
     tokens: int = 0
     """Of all its texts; 0 where it ended before they were counted."""
+    trace: SpanContext | None = None
+    """Of its span, or of the caller's where it has none."""
 
 
 class _Method:
@@ -100,6 +103,7 @@ class RequestTracer:
         self._methods = {name: _Method(name, instruments) for name in semconv.METHODS}
         self._other: _Method | None = None
         self._stages = StageFigures(instruments)
+        self._unanswered = instruments.pending.rows(self._count_unanswered)
         retries = instruments.counter(table.RETRIES)
         self._retries = {attempt: retries.cell(str(attempt)) for attempt in range(2, 6)}
         self._active = 0
@@ -145,7 +149,10 @@ class RequestTracer:
         if status == "OK" and marks is not None and 0 not in marks:
             method.answered.add((call.arrived_ns, *marks, ended_ns, traced))
         else:
-            self._count_one(call, status, marks, ended_ns, traced)
+            # The series is found now, since it may be a new one: a scrape that counts these rows has listed them all.
+            duration = method.durations.get(status) or self._new_duration(method, status)
+            wall_ns = 0 if traced is None else time.time_ns()
+            self._unanswered.add((duration, call.arrived_ns, marks, ended_ns, traced, wall_ns, status == "OK"))
         if "attempt" in attributes:
             self._retries[int(attributes["attempt"])].value += 1
         if status != "OK":
@@ -160,21 +167,20 @@ class RequestTracer:
         if self._log_call is not None:
             tokens = stages.tokens if stages is not None else 0
             took_ns = ended_ns - call.arrived_ns
-            self._log_call(CallEnd(method.name, status, took_ns, error_type, call.peer, attributes, tokens))
+            trace = context or call.parent
+            self._log_call(CallEnd(method.name, status, took_ns, error_type, call.peer, attributes, tokens, trace))
 
-    def _count_one(
-        self, call: _Call, status: str, marks: Marks | None, ended_ns: int, traced: SpanContext | None
-    ) -> None:
-        """A call that was not answered, or that did not go through all stages."""
-        durations = call.method.durations
-        duration = durations.get(status)
-        if duration is None:
-            name = status if status in semconv.STATUSES else "UNKNOWN"
-            duration = durations[name] = self._instruments.histogram(table.RPC_DURATION).cell(call.method.name, name)
-        now_ns = 0 if traced is None else time.time_ns()
-        observe(duration, (ended_ns - call.arrived_ns) * S_PER_NS, traced, now_ns)
-        if marks is not None:
-            self._stages.count(call.arrived_ns, marks, ended_ns, traced, now_ns, answered=status == "OK")
+    def _new_duration(self, method: _Method, status: str) -> HistogramCell:
+        name = status if status in semconv.STATUSES else "UNKNOWN"
+        found = method.durations[name] = self._instruments.histogram(table.RPC_DURATION).cell(method.name, name)
+        return found
+
+    def _count_unanswered(self, columns: Columns) -> None:
+        """Calls that were not answered, or that did not go through all stages, one by one but in a row."""
+        for duration, arrived_ns, marks, ended_ns, traced, wall_ns, answered in zip(*columns, strict=True):
+            observe(duration, (ended_ns - arrived_ns) * S_PER_NS, traced, wall_ns)
+            if marks is not None:
+                self._stages.count(arrived_ns, marks, ended_ns, traced, wall_ns, answered=answered)
 
     def _count_error(
         self, method: _Method, status: str, error_type: str | None, attributes: Mapping[str, str | int | float | bool]

@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from embedserve.telemetry import logs
-from embedserve.telemetry.log_stream import HELD_BYTES_MAX, PATIENCE_MS, LogStream
+from embedserve.telemetry.log_stream import HELD_BYTES_MAX, PATIENCE_MS, UNMADE_BYTES, LogStream
 from embedserve.telemetry.logs import configure_logs
 
 LINE = b"x" * 99 + b"\n"
@@ -198,6 +198,27 @@ class TestHeldLines:
         stream.write(b"at once\n")
         assert drain(pipe[0]) == b"held\nat once\n"
         assert stream.lines_written == 2
+
+    def test_a_line_may_be_made_when_it_goes_out(self, pipe: tuple[int, int]) -> None:
+        stream, made = LogStream(pipe[1]), []
+
+        def make() -> bytes:
+            made.append(1)
+            return b"late\n"
+
+        stream.hold(b"held\n")
+        stream.hold(make)
+        assert not made
+        stream.write(b"at once\n")
+        stream.flush()
+        assert drain(pipe[0]) == b"held\nlate\nat once\n"
+        assert (made, stream.lines_written) == ([1], 3)
+
+    def test_lines_that_are_not_made_yet_have_a_limit_too(self, pipe: tuple[int, int]) -> None:
+        stream = LogStream(pipe[1])
+        for _ in range(HELD_BYTES_MAX // UNMADE_BYTES):
+            stream.hold(lambda: b"late\n")
+        assert drain(pipe[0]) == b"late\n" * (HELD_BYTES_MAX // UNMADE_BYTES)
 
     def test_what_is_held_has_a_limit(self, pipe: tuple[int, int]) -> None:
         stream = LogStream(pipe[1])

@@ -13,9 +13,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 import numpy as np
+import orjson
 import pytest
 import structlog
 from opentelemetry.trace import SpanContext, TraceFlags
@@ -340,6 +342,31 @@ class TestLinesByTheThousand:
         assert {**ours, "timestamp": 0} == {**theirs, "timestamp": 0}
         assert len(ours["tenant"]) < VALUE_CHARS_MAX + 50
         assert ("trace_id" in ours) is traced
+
+    @pytest.mark.parametrize("status", ["OK", "INTERNAL"])
+    def test_a_line_that_is_made_later_says_what_was_so_at_the_calls_end(
+        self, capture: Capture, monkeypatch: pytest.MonkeyPatch, status: str
+    ) -> None:
+        configure(capture)
+        context = SpanContext(int(TRACE, 16), int(SPAN, 16), is_remote=False, trace_flags=TraceFlags(1))
+        call = CallEnd(EMBED, status, 1_500_000, None, "ipv4:1:2", {"texts": 1, "tenant": "x" * 3000}, 7, context)
+        held: list[Callable[[], bytes]] = []
+        quick = line_logger("embedserve.access")
+        monkeypatch.setattr(quick, "_hold", held.append)
+        before = datetime.now(UTC)
+        CallLog(quick, "all", 1.0)(call)
+        after = datetime.now(UTC)
+        token = current_span_context.set(None)
+        try:
+            late = orjson.loads(held[0]())
+        finally:
+            current_span_context.reset(token)
+        CallLog(structlog.get_logger("embedserve.access").bind(), "all", 1.0)(call)
+        (at_once,) = capture.lines
+
+        assert before <= datetime.fromisoformat(late.pop("timestamp")) <= after
+        assert (late.pop("trace_id"), late.pop("span_id"), late.pop("trace_flags")) == (TRACE, SPAN, "01")
+        assert {**late, "timestamp": 0} == {**at_once, "timestamp": 0}
 
     @pytest.mark.parametrize(
         ("levels", "written"),

@@ -34,15 +34,15 @@ def answered(recent: Recent, time: Time, took_ms: int, *, bucket: int = 16, trac
     begun = time.now - took_ms * MS
     marks = [begun + n * MS // 8 for n in range(1, 7)]
     stages = Stages(begun, *marks, time.now, texts=2, tokens=20, bucket=bucket)
-    recent.call_ended(UNARY, begun, "OK", stages, None, {}, trace)
+    recent.call_ended(time.now, UNARY, begun, "OK", stages, None, {}, trace)
 
 
 def refused(recent: Recent, time: Time, reason: str = "QUEUE_FULL", trace: str | None = None) -> None:
-    recent.call_ended(UNARY, time.now - MS, "RESOURCE_EXHAUSTED", None, reason, REFUSED, trace)
+    recent.call_ended(time.now, UNARY, time.now - MS, "RESOURCE_EXHAUSTED", None, reason, REFUSED, trace)
 
 
 def failed(recent: Recent, time: Time) -> None:
-    recent.call_ended(UNARY, time.now - MS, "INTERNAL", None, "EngineFailed", {}, None)
+    recent.call_ended(time.now, UNARY, time.now - MS, "INTERNAL", None, "EngineFailed", {}, None)
 
 
 Event = Callable[[Recent, Time], None]

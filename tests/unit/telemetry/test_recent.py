@@ -12,7 +12,7 @@ from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.stages import Stages
 from embedserve.snapshot import Latency
 from embedserve.telemetry.ended_calls import STAGES, Samples, latency_of, longest_stage
-from embedserve.telemetry.recent import RING, RING_REASON, UNARY, Recent, RecentCalls, RecentEngine
+from embedserve.telemetry.recent import ENDED_MAX, RING, RING_REASON, UNARY, Recent, RecentCalls, RecentEngine
 from embedserve.telemetry.seconds import NS, RECENT_S, STEP_S, Seconds
 from tests.unit.telemetry.pipeline import MS, record_of, stages_of
 
@@ -53,7 +53,7 @@ def call(
 ) -> None:
     """A call that ends now."""
     stages = stages or (stages_of(clock.now - 10 * MS) if status == "OK" else None)
-    recent.call_ended(method, clock.now - took_ns, status, stages, reason, attributes, trace_id)
+    recent.call_ended(clock.now, method, clock.now - took_ns, status, stages, reason, attributes, trace_id)
 
 
 class TestSeconds:
@@ -338,6 +338,28 @@ class TestBounds:
 class TestObservers:
     """What stands before the other observers passes everything on."""
 
+    def test_calls_that_are_counted_later_belong_to_the_second_in_which_they_ended(
+        self, recent: Recent, clock: Clock
+    ) -> None:
+        observer = RecentCalls(recent, SilentCallObserver())
+        for _ in range(2):
+            observer.begin(UNARY, (), clock.now - MS, "peer").end(
+                status="INTERNAL", stages=None, error_type="X", attributes={}
+            )
+            clock.now += 3 * NS
+            recent.tokenized(0, MS)
+
+        slots = list(recent.seconds.last(10, clock.now))
+        assert [(slot.calls, slot.tokenized) for slot in slots] == [(1, 0), (1, 1), (0, 1)]
+
+    def test_no_more_than_some_wait_to_be_counted(self, recent: Recent, clock: Clock) -> None:
+        observer = RecentCalls(recent, SilentCallObserver())
+        for _ in range(ENDED_MAX + 1):
+            observer.begin(UNARY, (), clock.now - MS, "peer").end(
+                status="OK", stages=None, error_type=None, attributes={}
+            )
+        assert recent.by_status == {"OK": ENDED_MAX}
+
     def test_every_event_of_the_engine_reaches_the_other_one(self, recent: Recent) -> None:
         told: list[str] = []
 
@@ -379,6 +401,8 @@ class TestObservers:
         trace.end(status="INTERNAL", stages=None, error_type="X", attributes={})
 
         assert ended == [{"status": "INTERNAL", "stages": None, "error_type": "X", "attributes": {}}]
+        assert (recent.in_flight, len(recent.failed)) == (0, 0), "it is counted with others, or before anybody reads"
+        recent.settle()
         assert (recent.in_flight, recent.failed[0].trace_id) == (0, "abc")
 
     def test_calls_that_cost_nothing_are_not_watched(self, recent: Recent, clock: Clock) -> None:
