@@ -65,6 +65,8 @@ class CompiledModel:
         """
         self._pooling = pooling
         self._control_ids = pooling.control_ids.numpy()
+        self._mean = pooling.modes == ("mean",) and not self._control_ids.size
+        """Nearly every model: every token of a row counts alike."""
         self._dense = dense
         self._offset_pad_id = offset_pad_id
         self._cosine_min = cosine_min
@@ -94,8 +96,7 @@ class CompiledModel:
     def embed(self, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch) -> BatchResult:
         """One packed pass over checked rows of ``lengths``; only when ``ready``."""
         assert self._encoder is not None
-        pooled = self._pooled(self._encoder, batch, lengths, watch)
-        vectors = self._finished(pooled, batch)
+        vectors = self._vectors(self._encoder, batch, lengths, watch)
         watch.mark_device()
         return BatchResult(vectors, watch.stop())
 
@@ -116,26 +117,31 @@ class CompiledModel:
             if end is not None:
                 self._encoder, self._end, self._compilation = end.encoder, end, None
 
-    def _pooled(
+    def _vectors(
         self, encoder: NativeEncoder, batch: TokenBatch, lengths: npt.NDArray[np.int64], watch: Stopwatch | None = None
     ) -> npt.NDArray[np.float32]:
-        skip = None if batch.skip is None else batch.skip.astype(np.int64)
-        weights = token_weights(self._pooling.modes, self._control_ids, batch.ids, lengths, skip)
-        assert weights is not None, "a mode that is no weighted sum is not compiled"
-        positions = row_positions(batch.ids, lengths, self._offset_pad_id).astype(np.int32)
-        offsets = batch.offsets.astype(np.int64)
+        positions = weights = None
+        if self._offset_pad_id is not None:
+            positions = row_positions(batch.ids, lengths, self._offset_pad_id).astype(np.int32)
+        if not self._mean or batch.skip is not None:
+            skip = None if batch.skip is None else batch.skip.astype(np.int64)
+            weights = token_weights(self._pooling.modes, self._control_ids, batch.ids, lengths, skip)
+            assert weights is not None, "a mode that is no weighted sum is not compiled"
         if watch is not None:
             watch.mark_assembled()
             watch.mark_device()  # a CPU reads where the batch lies: nothing is copied in
-        pooled = encoder.run(batch.ids, positions, offsets, weights)
+        normalize = batch.normalize if self._dense is None else None
+        vectors = encoder.run(batch.ids, batch.offsets, positions=positions, pooling=weights, normalize=normalize)
         if watch is not None:
             watch.mark_device()
-        return pooled
+        return vectors if self._dense is None else self._densified(self._dense, vectors, batch)
 
-    def _finished(self, pooled: npt.NDArray[np.float32], batch: TokenBatch) -> npt.NDArray[np.float32]:
-        vectors = pooled
-        if self._dense is not None:
-            vectors = self._dense(torch.from_numpy(pooled)).numpy()
+    @staticmethod
+    def _densified(
+        dense: Callable[[Tensor], Tensor], pooled: npt.NDArray[np.float32], batch: TokenBatch
+    ) -> npt.NDArray[np.float32]:
+        with torch.inference_mode():
+            vectors: npt.NDArray[np.float32] = dense(torch.from_numpy(pooled)).numpy()
         # As torch.nn.functional.normalize, which takes ten times as long for one row.
         norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
         scale = np.where(batch.normalize, 1.0 / np.maximum(norms, VANISHING_NORM), 1.0).astype(np.float32)
@@ -146,7 +152,7 @@ class CompiledModel:
         """In the thread that compiled, beside passes that serve. Raises ``CannotCompile``."""
         for batch, vectors in known:
             lengths = np.diff(batch.offsets).astype(np.int64)
-            result = self._finished(self._pooled(encoder, batch, lengths), batch)
+            result = self._vectors(encoder, batch, lengths)
             cosine = least_cosine(result, vectors)
             if not cosine >= self._cosine_min:  # NaN too
                 raise CannotCompile(

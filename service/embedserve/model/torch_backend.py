@@ -181,8 +181,7 @@ class TorchBackend:
         """One pass, as ``Backend.embed``. Raises ``ValueError`` naming the row where a batch is malformed."""
         bind_thread(self._device)  # any thread of the worker
         try:
-            with torch.inference_mode():
-                return self._embed(batch)
+            return self._embed(batch)
         except RuntimeError as error:
             fault = fault_of(error)
             if fault is None:
@@ -235,10 +234,11 @@ class TorchBackend:
         if self._compiled is not None and self._packs(batch) and self._compiled.ready:
             watch = Stopwatch(self._device)
             return self._compiled.embed(batch, self._checked(batch), watch)
-        if self._passes is not None and self._packs(batch):
-            begun_ns = time.monotonic_ns()
-            return self._passes.embed(batch, self._checked(batch), begun_ns)
-        return self._alone(partial(self._embed_alone, batch))
+        with torch.inference_mode():
+            if self._passes is not None and self._packs(batch):
+                begun_ns = time.monotonic_ns()
+                return self._passes.embed(batch, self._checked(batch), begun_ns)
+            return self._alone(partial(self._embed_alone, batch))
 
     def _embed_alone(self, batch: TokenBatch) -> BatchResult:
         watch = Stopwatch(self._device)

@@ -57,7 +57,8 @@ class CallLog:
         if self._later is not None:
             self._later("rpc", level, partial(_fields, call), call.trace)
         else:
-            getattr(self._logger, level)("rpc", **_fields(call))
+            write = getattr(self._logger, level)
+            write("rpc", **_fields(call))
 
 
 def _fields(call: CallEnd) -> dict[str, object]:

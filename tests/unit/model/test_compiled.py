@@ -94,7 +94,7 @@ class Oracle:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
         weights = np.repeat(1.0 / np.asarray(lengths), lengths).astype(np.float32)[None]
-        return self.encoder.run(ids, positions, offsets, weights)
+        return self.encoder.run(ids, offsets, positions=positions, pooling=weights)
 
     def reference(self, ids: npt.NDArray[np.int32], lengths: list[int]) -> npt.NDArray[np.float32]:
         means = []
@@ -215,7 +215,7 @@ class TestVectors:
         positions = np.concatenate([np.arange(n) for n in LENGTHS]).astype(np.int32)
         weights = np.repeat(1.0 / np.asarray(LENGTHS), LENGTHS).astype(np.float32)[None]
 
-        assert np.isnan(broken.run(ids, positions, offsets, weights)).any(axis=1).all()
+        assert np.isnan(broken.run(ids, offsets, positions=positions, pooling=weights)).any(axis=1).all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_a_nan_row_leaves_its_neighbours_alone(self, library: Path, dtype: torch.dtype) -> None:
@@ -233,6 +233,56 @@ class TestVectors:
 
         assert np.isnan(vectors[1]).any()
         np.testing.assert_array_equal(vectors[[0, 2, 3]], clean[[0, 2, 3]])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_is_left_out_is_the_usual(self, library: Path, dtype: torch.dtype) -> None:
+        """Positions from 0, the mean, and no scaling; and a row alone, which its caller computes."""
+        oracle = Oracle(library, dtype)
+        for lengths in ([12], [32], [33], [20, 9, 33, 3], [1]):
+            ids = ids_of(lengths)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            np.testing.assert_allclose(
+                oracle.encoder.run(ids, offsets), oracle.compiled(ids, lengths), rtol=1e-6, atol=1e-6
+            )
+
+    def test_rows_are_scaled_to_unit_length_where_that_is_asked(self, library: Path) -> None:
+        oracle = Oracle(library)
+        lengths = [20, 9, 33]
+        ids, offsets = ids_of(lengths), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        plain = oracle.encoder.run(ids, offsets)
+        two_modes = np.stack([np.ones(sum(lengths)), np.full(sum(lengths), 0.5)]).astype(np.float32)
+        chosen = np.array([True, False, True])
+
+        vectors = oracle.encoder.run(ids, offsets, normalize=chosen)
+        double = oracle.encoder.run(ids, offsets, pooling=two_modes, normalize=chosen)
+        nothing = oracle.encoder.run(ids, offsets, pooling=np.zeros((1, ids.size), np.float32), normalize=chosen)
+
+        lengths_of_vectors = np.linalg.norm(plain, axis=1, keepdims=True)
+        np.testing.assert_allclose(
+            vectors, np.where(chosen[:, None], plain / lengths_of_vectors, plain), rtol=1e-5, atol=1e-7
+        )
+        np.testing.assert_allclose(np.linalg.norm(double, axis=1)[chosen], 1.0, rtol=1e-5)
+        assert np.linalg.norm(double[1]) > 2
+        assert not nothing.any()
+
+    def test_short_passes_at_once_are_computed_by_one_caller_and_the_lanes(self, library: Path) -> None:
+        oracle = Oracle(library)
+        batches = [([3 + k], ids_of([3 + k], k)) for k in range(4)]
+        wanted = [oracle.compiled(ids, lengths) for lengths, ids in batches]
+        wrong: list[int] = []
+
+        def call(k: int) -> None:
+            lengths, ids = batches[k]
+            for _ in range(200):
+                if not np.array_equal(oracle.compiled(ids, lengths), wanted[k]):
+                    wrong.append(k)
+
+        threads = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
 
     @pytest.mark.parametrize("lanes", [1, 2, 4])
     def test_many_passes_at_once(self, library: Path, lanes: int) -> None:
@@ -361,7 +411,7 @@ class TestTakeOver:
     def test_other_vectors_are_not_served(self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = save_encoder(tmp_path, "bert")
         run = NativeEncoder.run
-        monkeypatch.setattr(NativeEncoder, "run", lambda *given: np.roll(run(*given), 1, axis=1))
+        monkeypatch.setattr(NativeEncoder, "run", lambda *given, **named: np.roll(run(*given, **named), 1, axis=1))
         backend = TorchBackend(load_checkpoint(str(folder)), dtype="float32", compiled=True, compile_cache=cache)
         backend.warm_up(256)
 

@@ -56,6 +56,8 @@ using BFloat16 = c10::BFloat16;
 
 constexpr int64_t TOKENS_OF_CHUNK = 128;  // Fits a core's cache; more brought nothing, 64 cost 3 %.
 constexpr int64_t TOKENS_WORTH_A_CHUNK = 32;  // Fewer take longer each: all weights are read for every chunk.
+constexpr int64_t TOKENS_HERE = 32;       // A pass of no more may be computed by its caller: 2 ms.
+constexpr float VANISHING_NORM = 1e-12f;
 constexpr int64_t TOKENS_OF_BLOCK = 64;   // Rows of A in one matrix product.
 constexpr int64_t QUERIES_OF_BLOCK = 32;  // Scores of 32 queries and 256 keys fill 32 KiB, a core's first cache.
 constexpr int64_t KEYS_OF_BLOCK = 256;    // Longer rows go by blocks of keys with a running maximum (flash attention).
@@ -523,12 +525,13 @@ void attend_row(const Shape& shape, const T* base, int64_t stride, int64_t count
 struct Pass {
   int64_t rows;
   const int32_t* ids;        // [tokens], row after row
-  const int32_t* positions;  // [tokens]
-  const int64_t* offsets;    // [rows + 1]
-  const float* pooling;      // [modes, tokens]: what each token counts in each mode
+  const int32_t* positions;  // [tokens]; null: from 0 in each row
+  const int32_t* offsets;    // [rows + 1]
+  const float* pooling;      // [modes, tokens]: what each token counts in each mode; null: the mean
   int64_t modes;
-  float* vectors;  // [rows, modes * hidden]
-  int64_t lanes;   // cores, at most
+  const uint8_t* normalize;  // [rows]: whether the vector is scaled to unit length; null: none is
+  float* vectors;            // [rows, modes * hidden]
+  int64_t lanes;             // cores, at most
 };
 
 struct Chunk {
@@ -583,11 +586,22 @@ class EncoderOf final : public Encoder {
 
   ~EncoderOf() override { end(); }
 
+  // A short pass for which nobody else waits is computed by its caller: two threads need not wake for it. Otherwise a
+  // caller must not: it holds a processor at full priority, which the lanes do not.
+  //
   // Several threads may be in here. A pass's chunks are taken in the order in which the passes came: while one core is
   // at the last chunk of a pass, the others begin with the next one.
   void run(const Pass& pass) override {
     Job job(pass, cut(pass));
     std::unique_lock<std::mutex> lock(mutex_);
+    if (working_ == 0 && jobs_.empty() && pass.offsets[pass.rows] <= TOKENS_HERE) {
+      jobs_.push_back(&job);
+      work(lock, job, lent_);
+      lock.unlock();
+      at::native::cpublas::brgemm_release(IN_PAIRS<T>);
+      if (job.failure) std::rethrow_exception(job.failure);
+      return;
+    }
     jobs_.push_back(&job);
     for (size_t lanes = std::min(job.chunks.size(), threads_.size()); lanes > 0; --lanes) wake_.notify_one();
     job.done.wait(lock, [&job] { return job.undone == 0; });
@@ -611,8 +625,8 @@ class EncoderOf final : public Encoder {
   // is half of what a lane's share of the rest would be. Cores are not equally fast, an event loop may sit on one.
   static std::vector<Chunk> cut(const Pass& pass) {
     std::vector<Chunk> chunks;
-    const int64_t* offsets = pass.offsets;
-    const auto tokens_of = [offsets](int64_t row) { return offsets[row + 1] - offsets[row]; };
+    const int32_t* offsets = pass.offsets;
+    const auto tokens_of = [offsets](int64_t row) { return int64_t{offsets[row + 1]} - offsets[row]; };
     std::vector<int64_t> order(pass.rows);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
@@ -664,6 +678,7 @@ class EncoderOf final : public Encoder {
   void work(std::unique_lock<std::mutex>& lock, Job& job, Scratch<T>& own) {
     const Chunk& chunk = job.chunks[job.taken++];
     if (!job.has_more()) jobs_.pop_front();
+    ++working_;
     lock.unlock();
     std::exception_ptr failure;
     try {
@@ -672,6 +687,7 @@ class EncoderOf final : public Encoder {
       failure = std::current_exception();
     }
     lock.lock();
+    --working_;
     if (failure && !job.failure) {
       job.failure = failure;
       if (job.has_more()) {  // nobody needs the others
@@ -684,7 +700,7 @@ class EncoderOf final : public Encoder {
   }
 
   void compute(const Pass& pass, const Chunk& chunk, Scratch<T>& own) const {
-    const int64_t* offsets = pass.offsets;
+    const int32_t* offsets = pass.offsets;
     const int64_t longest = offsets[chunk.rows[0] + 1] - offsets[chunk.rows[0]];
     own.fit(shape_, chunk.tokens, longest);
     embed(pass, chunk, own);
@@ -702,9 +718,10 @@ class EncoderOf final : public Encoder {
     float* state = own.states.get();
     T* input = own.inputs.get();
     for (const int64_t row : chunk.rows) {
-      for (int64_t t = pass.offsets[row]; t < pass.offsets[row + 1]; ++t, state += h, input += h) {
+      const int64_t first = pass.offsets[row];
+      for (int64_t t = first; t < pass.offsets[row + 1]; ++t, state += h, input += h) {
         const T* __restrict word = words_ + static_cast<int64_t>(pass.ids[t]) * h;
-        const float* __restrict place = positions_ + static_cast<int64_t>(pass.positions[t]) * h;
+        const float* __restrict place = positions_ + (pass.positions ? pass.positions[t] : t - first) * h;
 #pragma omp simd
         for (int64_t j = 0; j < h; ++j) state[j] = to_float(word[j]) + place[j];
         embedded_.apply(state, input, h);
@@ -742,6 +759,16 @@ class EncoderOf final : public Encoder {
     });
   }
 
+  // As torch.nn.functional.normalize: a vector of nothing stays one.
+  static void scale_to_unit_length(float* __restrict vector, int64_t size) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < size; ++j) sum += vector[j] * vector[j];
+    const float scale = 1.0f / std::max(std::sqrt(sum), VANISHING_NORM);
+#pragma omp simd
+    for (int64_t j = 0; j < size; ++j) vector[j] *= scale;
+  }
+
   void pool(const Pass& pass, const Chunk& chunk, const Scratch<T>& own) const {
     const int64_t h = shape_.hidden, tokens = pass.offsets[pass.rows];
     const float* state = own.states.get();
@@ -752,13 +779,14 @@ class EncoderOf final : public Encoder {
         float* __restrict to = pass.vectors + (row * pass.modes + mode) * h;
         for (int64_t j = 0; j < h; ++j) to[j] = 0.0f;
         for (int64_t t = 0; t < count; ++t) {
-          const float weight = pass.pooling[mode * tokens + first + t];
+          const float weight = pass.pooling ? pass.pooling[mode * tokens + first + t] : 1.0f / static_cast<float>(count);
           if (weight == 0.0f) continue;  // a token that does not count may be anything, NaN too
           const float* __restrict from = state + t * h;
 #pragma omp simd
           for (int64_t j = 0; j < h; ++j) to[j] += weight * from[j];
         }
       }
+      if (pass.normalize && pass.normalize[row]) scale_to_unit_length(pass.vectors + row * pass.modes * h, pass.modes * h);
       state += count * h;
     }
   }
@@ -774,6 +802,8 @@ class EncoderOf final : public Encoder {
   std::condition_variable wake_;
   std::deque<Job*> jobs_;  // with chunks that nobody has taken, oldest first
   bool ended_ = false;
+  int working_ = 0;  // threads that compute
+  Scratch<T> lent_;  // to a caller that computes here: one at a time, since another one finds it working
   std::vector<std::thread> threads_;
 };
 

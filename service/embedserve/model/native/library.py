@@ -73,6 +73,7 @@ class _Pass(ctypes.Structure):
         ("offsets", ctypes.c_void_p),
         ("pooling", ctypes.c_void_p),
         ("modes", ctypes.c_int64),
+        ("normalize", ctypes.c_void_p),
         ("vectors", ctypes.c_void_p),
         ("lanes", ctypes.c_int64),
     )
@@ -128,27 +129,37 @@ class NativeEncoder:
     def run(
         self,
         ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        offsets: npt.NDArray[np.int64],
-        pooling: npt.NDArray[np.float32],
+        offsets: npt.NDArray[np.int32],
+        *,
+        positions: npt.NDArray[np.int32] | None = None,
+        pooling: npt.NDArray[np.float32] | None = None,
+        normalize: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Pooled vectors ``[rows, modes * hidden]`` of rows that lie end to end.
 
         ``ids`` and ``positions`` are ``[tokens]``, ``offsets`` is ``[rows + 1]``; ``pooling`` is ``[modes, tokens]``,
-        what each token counts in each mode. Every id and position must be inside its table: nobody checks it after
-        this. Raises ``DeviceOutOfMemory``, or ``RuntimeError`` with what the machine code says.
+        what each token counts in each mode; ``normalize`` is ``[rows]``, whose vectors are scaled to unit length.
+        Without ``positions`` each row counts from 0, without ``pooling`` its vector is the mean of its tokens, without
+        ``normalize`` none is scaled. Every id and position must be inside its table: nobody checks it after this.
+        Raises ``DeviceOutOfMemory``, or ``RuntimeError`` with what the machine code says.
         """
-        modes, tokens = pooling.shape
-        assert ids.size == positions.size == tokens == offsets[-1], "one id, position and weight for each token"
-        arrays: list[npt.NDArray[Any]] = [
-            np.ascontiguousarray(ids, np.int32),
-            np.ascontiguousarray(positions, np.int32),
-            np.ascontiguousarray(offsets, np.int64),
-            np.ascontiguousarray(pooling, np.float32),
-        ]
+        modes = 1 if pooling is None else pooling.shape[0]
         rows = offsets.size - 1
+        assert ids.size == offsets[-1], "the offsets span the ids"
+        assert positions is None or positions.size == ids.size, "one position for each token"
+        assert pooling is None or pooling.shape[1] == ids.size, "one weight for each token"
+        assert normalize is None or normalize.size == rows, "one word for each row"
+        # Held until the pass is over: those that had to be copied are nobody else's.
+        held = (
+            np.ascontiguousarray(ids, np.int32),
+            None if positions is None else np.ascontiguousarray(positions, np.int32),
+            np.ascontiguousarray(offsets, np.int32),
+            None if pooling is None else np.ascontiguousarray(pooling, np.float32),
+            None if normalize is None else np.ascontiguousarray(normalize, np.bool_),
+        )
+        places = [None if array is None else array.ctypes.data for array in held]
         vectors = np.empty((rows, modes * self._hidden), np.float32)
-        given = _Pass(rows, *(array.ctypes.data for array in arrays), modes, vectors.ctypes.data, self._lanes)
+        given = _Pass(rows, *places[:4], modes, places[4], vectors.ctypes.data, self._lanes)
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         code = self._run(self._handle, ctypes.byref(given), message, MESSAGE_BYTES)
         if code == NO_MEMORY:
