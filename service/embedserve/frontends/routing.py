@@ -9,8 +9,9 @@ would have ``n`` times too much (the herd of Mitzenmacher, "How Useful Is Old In
 end has sent since the report counts ``n`` times: the others are taken to do as it does. Where connections are dealt
 unevenly, that is wrong by as much for every engine alike, until the next report. Engines that are alike do not
 have turns: each front end has a home, which takes its calls until it has a millisecond more to do than another. Calls
-that are dealt one by one make small passes and small writes on every engine: with turns two engines of a null model
-took 2,260 calls/s on two cores, with homes 2,560. Homes are dealt out, since an engine's event loop has its limit too.
+that are dealt one by one make small passes and small writes on every engine: on two cores, where a second engine can
+only lose, two of a null model did 31 % less than one with turns, 17 % less with homes. Homes are dealt out, since an
+engine's event loop has its limit too.
 """
 
 from __future__ import annotations
