@@ -89,7 +89,10 @@ def _month(objective: Objective) -> Record:
     return Record("slo:sli_error:ratio_rate30d", query, (("slo", objective.name),))
 
 
-BUSY: Final = Record("job_instance:embedserve_device_busy:ratio_rate5m", EACH.rate(m.DEVICE_BUSY))
+BUSY: Final = Record(
+    "job_instance:embedserve_device_busy:ratio_rate5m",
+    RULE.worst(lambda each: each.rate(m.DEVICE_BUSY), ("instance",)),
+)
 TOKENIZING: Final = Record(
     "job_instance:embedserve_tokenizer_busy:ratio_rate5m",
     RULE.worst(
@@ -142,8 +145,7 @@ def _burn(objective: Objective, severity: str, speed: str, spent: str) -> Alert:
 
 
 def _symptoms() -> tuple[Alert, ...]:
-    # An instance serves where all its processes do: its calls come to front ends, and need the engine.
-    serving = f"sum by (job) ({EACH.gauge(m.LIFECYCLE, 'min', where={'state': 'serving'})})"
+    serving = f"sum by (job) ({EACH.of_takers().gauge(m.LIFECYCLE, 'min', where={'state': 'serving'})})"
     known = f"count by (job) (count_over_time({RULE.series(m.ACCEPTING)}[1d]))"
     return (
         *(
@@ -280,6 +282,13 @@ def _process_causes() -> tuple[Alert, ...]:
             "{{ $labels.frontend }} of {{ $labels.instance }} does not answer",
             "Its calls are missing in all other figures. It is stopped, or its event loop stands still.",
             "Front end silent", "service",
+        ),
+        Alert(
+            "EmbedserveEngineSilent", "ticket",
+            [[Condition(EACH.gauge(m.ENGINE_SILENT, "max", ("engine",)), ">", 0)]], "2m",
+            "{{ $labels.engine }} of {{ $labels.instance }} gets no calls",
+            "Its device does not answer, or its process. The other engines serve, and the rate is theirs alone.",
+            "Engine silent", "service",
         ),
         Alert(
             "EmbedserveTelemetryLost", "ticket", [[Condition(f"({lost})", ">", 0)]], "15m",

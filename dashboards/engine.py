@@ -18,7 +18,8 @@ __all__ = ["ENGINE"]
 EACH: Final = ("instance",)
 OK: Final = {"outcome": "ok"}
 TOKENS_PER_S: Final = "si:tok/s"
-BUSY: Final = BOARD.rate(m.DEVICE_BUSY, EACH)
+BUSY: Final = BOARD.worst(lambda each: each.rate(m.DEVICE_BUSY), EACH)
+"""Of the busiest device of each instance."""
 TOKENIZING: Final = BOARD.worst(
     lambda each: share(each.rate(m.TOKENIZER_DURATION, part="_sum"), each.gauge(m.TOKENIZER_THREADS)), EACH
 )
@@ -149,8 +150,9 @@ def _speed() -> Row:
         "Speed",
         (
             lines(
-                "Tokens in a second of work", "How fast is the device? Falling under the same traffic: it slows.",
-                Target(BOARD.gauge(m.SERVICE_RATE, "max", EACH), "{{instance}}"), unit=TOKENS_PER_S,
+                "Tokens in a second of work",
+                "How fast are all devices of an instance? Falling under the same traffic: they slow.",
+                Target(BOARD.gauge(m.SERVICE_RATE, "sum", EACH), "{{instance}}"), unit=TOKENS_PER_S,
             ),
             lines(
                 "Cost of an empty pass", "What does a pass cost whatever is in it? High: larger batches pay.",
@@ -170,8 +172,8 @@ def _memory() -> Row:
         (
             lines(
                 "Device memory", "How near is the device to its memory's end? On a CPU: the process, and the machine.",
-                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "max", EACH), "used {{instance}}"),
-                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "max", EACH), "all {{instance}}"), unit="bytes",
+                Target(BOARD.gauge(m.DEVICE_MEMORY_USED, "sum", EACH), "used {{instance}}"),
+                Target(BOARD.gauge(m.DEVICE_MEMORY_TOTAL, "sum", EACH), "all {{instance}}"), unit="bytes",
             ),
             lines(
                 "Token budget", "How much may ride in a pass? Less where it would take too long, or memory ran out.",
@@ -191,7 +193,7 @@ def _compiling() -> Row:
         (
             timeline(
                 "Form of the model", "Which processes run a compiled model, and since when?",
-                Target(BOARD.gauge(m.MODEL_VARIANT, "max", EACH, where={"variant": "compiled"}), "{{instance}}"),
+                Target(BOARD.gauge(m.MODEL_VARIANT, "min", EACH, where={"variant": "compiled"}), "{{instance}}"),
                 states={0: ("eager", "blue"), 1: ("compiled", "green")}, width=8,
             ),
             lines(
@@ -213,8 +215,8 @@ def _compiling() -> Row:
             ),
             lines(
                 "CUDA graphs", "How many graphs are there, of those that were asked for? None without a GPU.",
-                Target(BOARD.gauge(m.GRAPHS_PLANNED, "max", EACH), "planned {{instance}}"),
-                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "max", EACH), "captured {{instance}}"), unit="short", width=6,
+                Target(BOARD.gauge(m.GRAPHS_PLANNED, "sum", EACH), "planned {{instance}}"),
+                Target(BOARD.gauge(m.GRAPHS_CAPTURED, "sum", EACH), "captured {{instance}}"), unit="short", width=6,
             ),
             lines(
                 "Graph hits", "How many passes replay a graph, and how many does none fit?",
@@ -226,7 +228,7 @@ def _compiling() -> Row:
             ),
             lines(
                 "Graph memory", "How much of the device's memory do graphs share?",
-                Target(BOARD.gauge(m.GRAPHS_MEMORY, "max", EACH), "{{instance}}"), unit="bytes", width=6,
+                Target(BOARD.gauge(m.GRAPHS_MEMORY, "sum", EACH), "{{instance}}"), unit="bytes", width=6,
             ),
         ),
     )  # fmt: skip

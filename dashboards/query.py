@@ -69,6 +69,14 @@ class Scope:
         """The same, and every aggregation keeps ``labels`` too."""
         return Scope(self.matchers, self.window, (*self.keep, *labels))
 
+    def of_takers(self) -> Scope:
+        """The same, of the processes that take calls: an instance serves where each of them does.
+
+        Where front ends are processes of their own they know of each engine, and one of several may be silent.
+        """
+        others = f'{LABEL}!~"engine.*"'
+        return Scope(f"{self.matchers},{others}" if self.matchers else others, self.window, self.keep)
+
     def series(self, instrument: Instrument, part: str = "", where: Where | None = None) -> str:
         """A selector. Raises ``ValueError`` for a label or a value that the metric does not have."""
         own = {prometheus_label(label.name): label.values for label in instrument.labels}

@@ -105,7 +105,7 @@ def _healthy() -> Row:
             ),
             lines(
                 "Taken now", "Would a call sent now be taken? 0: this process sheds or does not serve.",
-                Target(BOARD.gauge(m.ACCEPTING, "min", ("instance",)), "{{instance}}"), unit="none", high=1,
+                Target(BOARD.of_takers().gauge(m.ACCEPTING, "min", ("instance",)), "{{instance}}"), unit="none", high=1,
             ),
             lines(
                 "Known texts", "Does a known text still come back right while the server is idle?",
@@ -251,8 +251,10 @@ def _blind() -> Row:
                 Target(BOARD.gauge(m.PROCESS_UPTIME, "min", ("instance",)), "{{instance}}"), unit="s", width=4,
             ),
             lines(
-                "Silent front ends", "Which front end does not answer a scrape, so that its calls are missing here?",
+                "Silent processes", "Which front end does not answer a scrape, so that its calls are missing here? "
+                "Which engine gets no calls?",
                 Target(BOARD.gauge(m.FRONT_END_SILENT, "max", ("instance", "frontend")), "{{instance}} {{frontend}}"),
+                Target(BOARD.gauge(m.ENGINE_SILENT, "max", ("instance", "engine")), "{{instance}} {{engine}}"),
                 unit="none", high=1, width=4,
             ),
         ),

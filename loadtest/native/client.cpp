@@ -435,13 +435,11 @@ void Volley::readable(Connection& c) {
     lose(c, c.ready ? LOST : NO_CONNECTION);
     return;
   }
-  const uint8_t* at = buffer.data();
-  size_t left = size_t(n);
-  if (!c.in.empty()) {
-    c.in.append(reinterpret_cast<const char*>(at), left);
-    at = reinterpret_cast<const uint8_t*>(c.in.data());
-    left = c.in.size();
-  }
+  const bool joined = !c.in.empty();
+  if (joined) c.in.append(reinterpret_cast<const char*>(buffer.data()), size_t(n));
+  const uint8_t* const begin = joined ? reinterpret_cast<const uint8_t*>(c.in.data()) : buffer.data();
+  const uint8_t* at = begin;
+  size_t left = joined ? c.in.size() : size_t(n);
   while (left >= 9 && !c.dead) {
     const uint32_t size = uint32_t(at[0]) << 16 | uint32_t(at[1]) << 8 | at[2];
     if (left < 9 + size) break;
@@ -449,8 +447,10 @@ void Volley::readable(Connection& c) {
     at += 9 + size;
     left -= 9 + size;
   }
-  std::string rest(reinterpret_cast<const char*>(at), left);
-  c.in.swap(rest);
+  if (joined)
+    c.in.erase(0, size_t(at - begin));
+  else
+    c.in.assign(reinterpret_cast<const char*>(at), left);
 }
 
 void Volley::frame(Connection& c, uint8_t kind, uint8_t flags, uint32_t stream, const uint8_t* p, uint32_t size) {

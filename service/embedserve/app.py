@@ -237,6 +237,8 @@ class App:
 
         telemetry.register_load(lambda: read_on_loop(loop, read))
         render_metrics = self._part.metrics(telemetry.render_metrics)
+        if self._part.show is not None:
+            self._part.show(render_metrics if self._config.telemetry.prometheus else None, page.snapshot)
         return OperationsPort(
             alive=lambda: lifecycle.alive,
             ready=lambda: lifecycle.accepting,
@@ -251,7 +253,7 @@ class App:
         ports = bind(parts.server, self._listens)
         await parts.server.start()
         self.addresses = bound_addresses(self._listens, ports)
-        if self._config.operations.enabled and self._part.has_device:
+        if self._config.operations.enabled and self._part.has_device and self._part.show is None:
             self.operations_address = await parts.operations.start(self._config.operations.address)
 
     async def _start_engine(self, engine: EngineSurface) -> None:
@@ -382,7 +384,7 @@ def run(
     checkpoint: Checkpoint | None = None,
 ) -> int:
     """Live one life in a new event loop and return the exit code; what is given replaces what ``config`` says."""
-    if config.server.frontends > 1:
+    if config.server.frontends > 1 or len(config.model.devices) > 1:
         from embedserve.frontends.supervisor import run_processes  # noqa: PLC0415 - an option, and it imports this
 
         return run_processes(config, make_backend=make_backend, checkpoint=checkpoint)

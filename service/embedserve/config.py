@@ -33,6 +33,7 @@ from embedserve.kinds import (
     KIB,
     MIB,
     Addresses,
+    Devices,
     Edges,
     LogLevel,
     Section,
@@ -56,10 +57,12 @@ class Server(Section):
     """Share the port with other processes. Off: a second server started by mistake fails instead of taking half."""
     frontends: Annotated[int, between(1, 64)] = 1
     """Processes that take calls. 1: one process does everything. 2 or more: that many share the port, each some 1,500
-    calls/s of a core, and one more owns the device: for a device that is faster than one event loop."""
+    calls/s of a core, and one more owns the device (each of model.devices): for devices that are faster than one
+    event loop."""
     frontend_memory_bytes: Annotated[int, between(16 * MIB, 64 * 1024 * MIB)] = 256 * MIB
-    """Ids and vectors of calls in flight of one front end, where there are several; rounded down to a power of two.
-    Room for 60,000 short texts, or the largest request that the defaults allow. Untouched pages cost nothing."""
+    """Ids and vectors of calls in flight of one front end at one engine, where there are several of either; rounded
+    down to a power of two. Room for 60,000 short texts, or the largest request that the defaults allow. Untouched pages
+    cost nothing."""
     max_receive_message_bytes: Annotated[int, between(KIB, 1024 * MIB)] = 16 * MIB
     """Largest request. gRPC's own 4 MiB would refuse 16384 texts of 300 bytes."""
     max_send_message_bytes: Annotated[int, between(KIB, 1024 * MIB)] = 4 * MIB
@@ -131,6 +134,9 @@ class Model(Section):
     """Tokens in one text, to serve less than the model takes. none: the model's own limit."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Allowed("auto, cpu, cuda or cuda:N")] = "auto"
     """Where it runs. auto: the first GPU, the CPU where there is none."""
+    devices: Devices = ()
+    """Several devices in one service, as in cuda:0,cuda:1: an engine process for each, and server.frontends before all
+    of them. Empty: model.device alone. The same device twice is for a CPU, whose cores they share."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the forward pass. auto: bfloat16 where the device is fast at it, float32 otherwise."""
     control_tokens: tuple[str, ...] = ()
@@ -138,7 +144,8 @@ class Model(Section):
     allow_download: Switch = False
     """Fetch a missing checkpoint from the hub. Off: a start in production must not depend on another site."""
     threads: Annotated[int, between(1, 1024)] | None = None
-    """Cores that a pass on a CPU is spread over, by texts. none: all that this process may use."""
+    """Cores that a pass on a CPU is spread over, by texts. none: all that this process may use, of several devices an
+    equal share each."""
     compile: Switch = True
     """Compile the forward pass for this CPU, where there is a C++ compiler and a form for the model; it takes over
     when it is ready and gives the same vectors. Off: operation by operation, as on a GPU."""
@@ -355,6 +362,11 @@ class Config(Section):
         unix = any(address.startswith("unix:") for address in self.server.addresses)
         if self.server.frontends > 1 and unix and wrong.isdisjoint(several := ("server.address", "server.frontends")):
             broken.append((several, "server.frontends of 2 or more share a port, which a unix: socket cannot be"))
+        if len(self.model.devices) > 1 and unix and wrong.isdisjoint(pair := ("server.address", "model.devices")):
+            broken.append((pair, "the front ends of several devices listen on ports, not on a unix: socket"))
+        both = ("model.device", "model.devices")
+        if self.model.devices and self.model.device != "auto" and wrong.isdisjoint(both):
+            broken.append((both, "model.devices says which devices there are: leave model.device at auto"))
         if broken:
             sentences = "; ".join(sentence for _, sentence in broken)
             raise PydanticCustomError("rules", "{sentences}", {"sentences": sentences, "broken": broken})

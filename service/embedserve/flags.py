@@ -18,7 +18,9 @@ __all__ = ["load_flags", "parameter_of", "setting_flags"]
 ALIASES = {
     "server.address": "--address",
     "model.source": "--model",
+    "server.frontends": "--frontends",
     "model.device": "--device",
+    "model.devices": "--devices",
     "model.dtype": "--dtype",
 }
 

@@ -6,6 +6,7 @@ Decides nothing about any one setting. Must never know the settings themselves; 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ __all__ = [
     "KIB",
     "MIB",
     "Addresses",
+    "Devices",
     "Edges",
     "LogLevel",
     "Policies",
@@ -31,6 +33,9 @@ __all__ = [
     "between",
 ]
 
+DEVICES_MAX = 16
+"""Engines of one service: as many GPUs as the largest hosts have."""
+DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d{0,2})")
 KIB, MIB, HOUR_MS, DAY_MS = 1024, 1024 * 1024, 3_600_000, 86_400_000
 
 
@@ -65,6 +70,19 @@ def _differ(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _are_devices(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(value) > DEVICES_MAX:
+        raise ValueError(f"they are more than {DEVICES_MAX}")
+    if wrong := [name for name in value if not DEVICE.fullmatch(name)]:
+        raise ValueError(f"{wrong[0]!r} is none")
+    cuda = [int(name.removeprefix("cuda:")) for name in value if name != "cpu"]
+    if cuda and len(cuda) < len(value):
+        raise ValueError("a CPU and a GPU do not give the same vectors")
+    if len(set(cuda)) < len(cuda):
+        raise ValueError("a GPU is named twice")
+    return value
+
+
 def _is_here(value: bool, info: ValidationInfo) -> bool:
     if value and (info.context or {}).get("on_this_machine") and importlib.util.find_spec("uvloop") is None:
         raise ValueError("uvloop is not installed here; without it only asyncio's slower loop is left (false)")
@@ -82,6 +100,9 @@ LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 Addresses = Annotated[str, AfterValidator(listens), Allowed("host:port or unix:/path, several by commas")]
 Source = Annotated[
     str, AfterValidator(_is_source), Allowed("package:NAME, a local directory, or a hub id in the local cache")
+]
+Devices = Annotated[
+    tuple[str, ...], AfterValidator(_are_devices), Allowed("cuda:N, each once, or cpu, up to 16 by commas")
 ]
 Edges = Annotated[
     tuple[Annotated[int, Strict()], ...],

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from embedserve.snapshot import Snapshot
 from embedserve.wiring import EngineMaker
 
 __all__ = ["WHOLE", "Memories", "Part", "Render"]
@@ -40,8 +41,11 @@ class Part:
     """Whether the queue and the device are here, and with them the operations port."""
     metrics: Callable[[Render], Render] = lambda render: render
     """What the operations port shows, of what this process would."""
+    show: Callable[[Render, Callable[[], Awaitable[Snapshot]] | None], None] | None = None
+    """Is given metrics and page where another process opens the operations port; ``None``: it is here."""
     silent: Callable[[], Mapping[str, bool]] = dict
-    """Each front end, and whether it did not answer when it was last asked."""
+    """Each process on the other side, and whether it is silent: front ends that did not answer when they were last
+    asked, or engine processes that are sent nothing."""
     recall: Callable[[], Awaitable[Memories]] | None = None
     """Asks the front ends what they remember, for the page; ``None`` where calls come here."""
     remember: Callable[[Callable[[], bytes]], None] | None = None

@@ -17,6 +17,7 @@ __all__ = [
     "Change",
     "Device",
     "Ended",
+    "EngineFacts",
     "Figure",
     "Latency",
     "Model",
@@ -45,6 +46,23 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """One of several engines."""
+
+    name: str
+    device: str | None
+    state: str
+    """As ``/health`` has it; ``silent`` or ``lost`` where it gets nothing."""
+    held_tokens: int
+    """That wait or run."""
+    tokens_per_s: float
+    """That it does when it is busy."""
+    drain_s: float
+    shown: bool
+    """Whether batches, queue and device of the snapshot are its."""
+
+
+@dataclass(frozen=True, slots=True)
 class Process:
     """Who answers, and where it is in its life."""
 
@@ -64,6 +82,8 @@ class Process:
     """Processes whose calls are shown; none where calls come to this one."""
     silent: tuple[str, ...] = ()
     """Those that did not answer in time, so that their calls are missing here."""
+    engines: tuple[EngineFacts, ...] = ()
+    """Each engine, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)

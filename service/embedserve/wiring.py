@@ -117,9 +117,10 @@ def bucket_edges(config: Config, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def device_name(config: Config) -> str:
-    """What ``auto`` means on this machine, as far as it can be told without loading torch."""
-    if config.model.device != "auto":
-        return config.model.device
+    """The device of this process; what ``auto`` means as far as it can be told without loading torch."""
+    (named, *_) = (*config.model.devices, config.model.device)
+    if named != "auto":
+        return named
     return "cuda:0" if os.path.exists("/dev/nvidia0") else "cpu"  # noqa: PTH110 - a device node, not a file
 
 
@@ -346,9 +347,9 @@ def telemetry_settings(
 
 
 def load_snapshot(
-    engine: EngineSurface, lifecycle_state: str, silent_front_ends: Mapping[str, bool] | None = None
+    engine: EngineSurface, lifecycle_state: str, silent: Mapping[str, bool] | None = None
 ) -> LoadSnapshot:
-    """What metrics show of the engine now. Called from a scraper's thread: it only reads."""
+    """What metrics show of the engine now, and of the processes that it shares calls with. It only reads."""
     if not isinstance(engine, Engine):  # it is in another process, which shows the rest
         use = engine.tokenizer_use
         return LoadSnapshot(
@@ -357,6 +358,7 @@ def load_snapshot(
             tokenizer_threads=use.threads,
             tokenizer_busy=use.busy,
             tokenizer_waiting=use.waiting,
+            silent_engines=dict(silent or {}),
         )
     scheduler = engine.scheduler
     now = time.monotonic_ns()
@@ -396,5 +398,5 @@ def load_snapshot(
         graphs=device.graphs if device else GraphReport(),
         variant="" if device is None else "compiled" if device.compiled else "eager",
         warm_up_s=engine.warm_up_ns / 1e9 if engine.loaded else 0.0,
-        silent_front_ends=dict(silent_front_ends or {}),
+        silent_front_ends=dict(silent or {}),
     )

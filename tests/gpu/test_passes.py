@@ -205,6 +205,23 @@ class TestOverlap:
         assert times[3] > times[2]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one CUDA device")
+class TestSecondDevice:
+    def test_it_works_on_its_own_gpu_alone(self, checkpoint: Checkpoint, plain: TorchBackend) -> None:
+        """From threads whose current device was the first: graphs, staging and timing are the second's."""
+        before = torch.cuda.memory_reserved(0)
+        backend = TorchBackend(checkpoint, device="cuda:1", dtype="float16", cuda=CudaSettings(graphs=GRAPHS))
+        batch = batch_of(LENGTHS)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(backend.warm_up, TOKENS_MAX).result()
+            packed = other.submit(backend.embed, batch).result()
+            padded = other.submit(backend.embed, batch_of(LENGTHS, pad_to=max(LENGTHS))).result()
+        for result in (packed, padded):
+            assert cosines(result.vectors, plain.embed(batch).vectors) > COSINE_MIN["float16"]
+        assert backend.identity.device == "cuda:1"
+        assert torch.cuda.memory_reserved(0) == before
+
+
 class TestMemory:
     @pytest.fixture
     def _little(self) -> Iterator[None]:

@@ -7,12 +7,13 @@ the metrics all say the same.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["NO_LOAD", "LoadReport", "report_load"]
+__all__ = ["NO_LOAD", "LoadReport", "add_loads", "report_load"]
 
 ORDINARY_TOKENS = 32
 """A request of ordinary size: one short text."""
@@ -87,3 +88,32 @@ def _degraded(scheduler: Scheduler, now_ns: int) -> bool:
         gradient = figures["gradient"]
         shares.append(max(tokens, items * gradient["item_tokens"]) / gradient["limit_tokens"])
     return max(shares) > DEGRADED_SHARE or figures.get("latency_p95", {}).get("shed_share", 0.0) > 0
+
+
+def add_loads(reports: Sequence[LoadReport]) -> LoadReport:
+    """Several engines behind one port as one: those that serve, added up.
+
+    A newcomer goes to one that has room, so that the best of them says whether it is taken; where one is missing the
+    rest ask to be sent less (``degraded``). The drain time is that of all work at all rates. At least one report.
+    """
+    serving = [report for report in reports if report.state != "not_serving"]
+    if len(reports) == 1 or not serving:
+        return reports[0]
+    rate = sum(report.service_rate_tokens_per_second for report in serving)
+    states = {report.state for report in serving}
+    state = next(state for state in ("healthy", "degraded", "overloaded") if state in states)
+    if state == "healthy" and len(serving) < len(reports):
+        state = "degraded"
+    drained = sum(report.estimated_drain_time_ms * report.service_rate_tokens_per_second for report in serving)
+    return LoadReport(
+        state=state,
+        accepting_requests=any(report.accepting_requests for report in serving),
+        queued_tokens=sum(report.queued_tokens for report in serving),
+        service_rate_tokens_per_second=rate,
+        estimated_drain_time_ms=drained / rate if rate else 0.0,
+        p95_latency_ms=max(report.p95_latency_ms for report in serving),
+        queue_depth=sum(report.queue_depth for report in serving),
+        uptime_seconds=max(report.uptime_seconds for report in reports),
+        running_items=sum(report.running_items for report in serving),
+        running_tokens=sum(report.running_tokens for report in serving),
+    )

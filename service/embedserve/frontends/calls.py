@@ -29,7 +29,7 @@ __all__ = ["RemoteCalls", "Sender"]
 
 
 class Sender(Protocol):
-    """``RemoteEngine.send``."""
+    """``EnginePeer.send``."""
 
     def __call__(self, kind: int, call_id: int, body: bytes = b"") -> None:
         """Send a frame."""

@@ -23,6 +23,11 @@ frame. Both sides run one build: nothing here is a contract with another version
                   ◀── RECALL         wants what this process remembers of its calls
     RECALLED      ──▶
                   ◀── BROKEN         nothing more will run
+
+    supervisor                       engine process, where there are several: WELCOME, LOAD and BROKEN as above, and
+    SHOW_METRICS  ──▶                wants the metrics of this process, with the front ends' or without
+    SHOW_PAGE     ──▶                wants the facts of the page for people
+                  ◀── SHOWN
 """
 
 from __future__ import annotations
@@ -43,9 +48,11 @@ __all__ = ["Order", "Piece", "pack_order", "pack_portion", "unpack_order", "unpa
 
 (
     WELCOME, LOAD, EMBED, DONE, FAILED, CANCEL, STREAM, FEED, PIECE, UNFED, PORTION, TAKEN, ENDED, BROKEN, JUDGE,
-    JUDGED, SCRAPE, SCRAPED, RECALL, RECALLED,
-) = range(20)  # fmt: skip
+    JUDGED, SCRAPE, SCRAPED, RECALL, RECALLED, SHOW_METRICS, SHOW_PAGE, SHOWN,
+) = range(23)  # fmt: skip
 NO_SLOT: Final = Slot(0, 0)
+UNSHOWN: Final = b"\0"
+"""Begins a SHOWN that is why there is nothing to show."""
 
 FEED_BODY: Final = Struct("<II")
 """First text, and the one after the last."""

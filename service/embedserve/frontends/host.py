@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Final, NamedTuple
 
@@ -54,7 +54,8 @@ class Ends(NamedTuple):
 
     name: str
     link: int
-    memory: int
+    memory: int | None
+    """``None`` for the supervisor, which has no calls."""
 
 
 class EngineHost:
@@ -81,7 +82,9 @@ class EngineHost:
         self._deserted.set()
         self._questions = itertools.count(1)
         self._asked: dict[int, dict[int, asyncio.Future[bytes]]] = {}
-        self.silent = dict.fromkeys((end.name for end in ends), False)
+        self.show: Callable[[int, bytes], Awaitable[bytes]] | None = None
+        """What the supervisor is answered to a SHOW_METRICS or a SHOW_PAGE."""
+        self.silent = dict.fromkeys((end.name for end in ends if end.memory is not None), False)
         """Front ends that did not answer what they were asked last."""
 
     def open(self) -> None:
@@ -92,7 +95,7 @@ class EngineHost:
     async def _open(self) -> None:
         try:
             for end in self._ends:
-                front_end = _FrontEnd(self, end.name, SharedMemory(end.memory))
+                front_end = _FrontEnd(self, end.name, None if end.memory is None else SharedMemory(end.memory))
                 front_end.link = await connect_link(end.link, front_end.take, front_end.lose)
                 self._front_ends.append(front_end)
                 self._deserted.clear()
@@ -139,10 +142,11 @@ class EngineHost:
     async def ask(self, kind: int, body: bytes = b"") -> Answers:
         """What each front end answers to a SCRAPE or a RECALL, within ``ASK_S``."""
         question = next(self._questions)
-        front_ends = list(self._front_ends)
+        front_ends = [one for one in self._front_ends if one.name in self.silent]
         waiting = self._asked[question] = {id(one): asyncio.get_running_loop().create_future() for one in front_ends}
         try:
-            self._tell(kind, body, question)
+            for one in front_ends:
+                one.send(kind, question, body)
             if waiting:
                 await asyncio.wait(waiting.values(), timeout=ASK_S)
         finally:
@@ -153,6 +157,10 @@ class EngineHost:
             if future.done():
                 given.append((one.name, future.result()))
         return Answers(given, [name for name, silent in self.silent.items() if silent])
+
+    def forget_silent(self) -> None:
+        """Another engine process asks front ends now, and says who is silent."""
+        self.silent = dict.fromkeys(self.silent, False)
 
     def answered(self, front_end: _FrontEnd, question: int, answer: bytes) -> None:
         """A front end has answered, in time or not."""
@@ -174,9 +182,9 @@ class EngineHost:
             async with asyncio.timeout(within_s):
                 await self._deserted.wait()
 
-    def _tell(self, kind: int, body: bytes, call_id: int = 0) -> None:
+    def _tell(self, kind: int, body: bytes) -> None:
         for front_end in self._front_ends:
-            front_end.send(kind, call_id, body)
+            front_end.send(kind, 0, body)
 
 
 class _FedStream:
@@ -214,13 +222,18 @@ class _FrontEnd:
 
     link: Link
 
-    def __init__(self, host: EngineHost, name: str, memory: SharedMemory) -> None:
+    def __init__(self, host: EngineHost, name: str, memory: SharedMemory | None) -> None:
         self.name = name
         self._host = host
-        self._memory = memory
+        self._shared = memory
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._streams: dict[int, _FedStream] = {}
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def _memory(self) -> SharedMemory:
+        assert self._shared is not None, "the supervisor has no calls"
+        return self._shared
 
     def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
         self.link.send(kind, call_id, body)
@@ -246,6 +259,9 @@ class _FrontEnd:
             self._begin(call_id, self._stream(call_id, order, stream))
         elif kind == frames.JUDGE:
             self._judge(call_id, unpack_order(body, self._host.traces))
+        elif kind in (frames.SHOW_METRICS, frames.SHOW_PAGE):
+            showing = self._tasks[call_id] = self._loop.create_task(self._show(kind, call_id, body))
+            showing.add_done_callback(lambda _task: self._tasks.pop(call_id, None))
         elif kind in (frames.SCRAPED, frames.RECALLED):
             self._host.answered(self, call_id, body)
         elif kind == frames.CANCEL:
@@ -287,6 +303,14 @@ class _FrontEnd:
                 self.send(frames.FAILED, call_id)
 
         return ended
+
+    async def _show(self, kind: int, question: int, body: bytes) -> None:
+        assert self._host.show is not None, "only asked where there are several engines"
+        try:
+            answer = await self._host.show(kind, body)
+        except Exception as error:  # noqa: BLE001 - who asks is told: the page of a service must not end it
+            answer = frames.UNSHOWN + sentence(error).encode()
+        self.send(frames.SHOWN, question, answer)
 
     async def _embed(self, call_id: int, order: Order, tokens: TokenizedTexts) -> None:
         call = _call(order)

@@ -12,11 +12,14 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, Final
+
+import orjson
+import structlog
 
 from embedserve.app import App
 from embedserve.config import Config
@@ -24,6 +27,7 @@ from embedserve.engine.engine import Engine
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.stream import piece_items
 from embedserve.frontends import frames
+from embedserve.frontends.engines import Place
 from embedserve.frontends.host import ASK_S, Ends, EngineHost
 from embedserve.frontends.remote import RemoteEngine, RemoteSettings
 from embedserve.lifecycle import ExitCode, State
@@ -31,17 +35,29 @@ from embedserve.main_loop import run_app
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.part import Memories, Part, Render
+from embedserve.snapshot import Snapshot
 from embedserve.telemetry.exposition import merge_expositions
 from embedserve.telemetry.handles import SpanHandles
 from embedserve.telemetry.logs import name_process
 from embedserve.wiring import build_engine, stall_limits, tokenizer_settings
 
-__all__ = ["DRAIN", "STOP", "Descriptor", "EngineProcess", "FrontEndProcess", "memory_bytes"]
+__all__ = [
+    "ALONE",
+    "DRAIN",
+    "STOP",
+    "WITH_FRONT_ENDS",
+    "Descriptor",
+    "EngineProcess",
+    "FrontEndProcess",
+    "memory_bytes",
+]
 
 STOP = b"s"
 """The supervisor says: drain and end. Its own end means the same."""
 ORPHAN_MARGIN_S: Final = 2.0
 """Beyond their settling and their grace: front ends whose supervisor has gone leave the engine by themselves."""
+WITH_FRONT_ENDS, ALONE = b"\1", b"\0"
+"""Which metrics are asked for: of an engine process and all front ends, or of it alone; then the Accept header."""
 DRAIN = b"d"
 """The supervisor says: others drain. Say so to who asks, and serve on."""
 
@@ -76,8 +92,9 @@ class FrontEndProcess:
     checkpoint: Checkpoint
     role: str
     control: Descriptor
-    link: Descriptor
-    memory: Descriptor
+    links: Sequence[tuple[str, Descriptor, Descriptor]]
+    """Name, link and memory of each engine."""
+    place: Place
 
     def __call__(self) -> None:
         """Live, and end this process."""
@@ -85,6 +102,7 @@ class FrontEndProcess:
 
     def _make_app(self) -> App:
         made: list[RemoteEngine] = []
+        apps: list[App] = []
 
         def keep(render: Render) -> Render:
             """The engine process asks for them."""
@@ -97,16 +115,19 @@ class FrontEndProcess:
 
         part = Part(
             self.role,
-            make_engine=partial(self._make_engine, made),
+            make_engine=partial(self._make_engine, made, apps),
             has_device=False,
+            silent=lambda: made[0].engines.silent,
             metrics=keep,
             remember=remember,
         )
-        return App(self.config, checkpoint=self.checkpoint, part=part)
+        apps.append(App(self.config, checkpoint=self.checkpoint, part=part))
+        return apps[0]
 
     def _make_engine(
         self,
         made: list[RemoteEngine],
+        apps: list[App],
         config: Config,
         checkpoint: Checkpoint,
         observer: EngineObserver,
@@ -116,8 +137,20 @@ class FrontEndProcess:
         on_recovery: Callable[[int], None],
         on_compilation: Callable[[DeviceReport], None],  # noqa: ARG002 - the engine process tells
     ) -> RemoteEngine:
+        log = structlog.get_logger("embedserve.frontends")
+
+        def tell_of_engine(event: str, facts: Mapping[str, object]) -> None:
+            if event == "engine_silent":
+                log.error("engine_silent", **facts)
+            elif event == "engine_back":
+                log.warning("engine_back", **facts)
+            else:
+                log.error("engine_lost", **facts)
+                for app in apps:  # whether its process has ended or only our way to it: half a service is none
+                    app.stop()
+
         engine = RemoteEngine(
-            Ends(self.role, _number(self.link), _number(self.memory)),
+            [Ends(name, _number(link), _number(memory)) for name, link, memory in self.links],
             tokenizer=checkpoint.tokenizer(),
             settings=RemoteSettings(
                 tokenizer=tokenizer_settings(config),
@@ -125,12 +158,14 @@ class FrontEndProcess:
                 piece_items=piece_items(config.server.stream_window_items),
                 memory_bytes=memory_bytes(config),
                 stall=stall_limits(config),
+                place=self.place,
             ),
             observer=observer,
             traces=SpanHandles(),
             on_fatal=on_fatal,
             on_stall=on_stall,
             on_recovery=on_recovery,
+            on_engine=tell_of_engine,
         )
         made.append(engine)
         return engine
@@ -144,8 +179,9 @@ class EngineProcess:
     checkpoint: Checkpoint
     role: str
     control: Descriptor
-    links: Sequence[tuple[str, Descriptor, Descriptor]]
-    """Name, link and memory of each front end."""
+    links: Sequence[tuple[str, Descriptor, Descriptor | None]]
+    """Name, link and memory of each front end; without memory, of the supervisor, which then shows what is asked over
+    HTTP: an engine process that stands still must not take the others' probes with it."""
     make_backend: Callable[[Checkpoint], BackendFactory] | None
 
     def __call__(self) -> None:
@@ -168,11 +204,16 @@ class EngineProcess:
         async def recall() -> Memories:
             return Memories(*await hosts[0].ask(frames.RECALL))
 
+        def show(render: Render, take: Callable[[], Awaitable[Snapshot]] | None) -> None:
+            hosts[0].show = partial(_show, self.role, render, take, hosts[0])
+
+        shown_elsewhere = any(memory is None for _, _, memory in self.links)
         part = Part(
             self.role,
             make_engine=partial(self._make_engine, hosts),
             listens=False,
-            metrics=merge,
+            metrics=(lambda render: render) if shown_elsewhere else merge,
+            show=show if shown_elsewhere else None,
             silent=lambda: hosts[0].silent,
             recall=recall,
         )
@@ -227,7 +268,9 @@ class EngineProcess:
             on_compilation=on_compilation,
             make_backend=self.make_backend,
         )
-        ends = [Ends(name, _number(link), _number(memory)) for name, link, memory in self.links]
+        ends = [
+            Ends(name, _number(link), None if memory is None else _number(memory)) for name, link, memory in self.links
+        ]
         stall_ns = stall_limits(config).stall_ns
         hosts.append(EngineHost(engine, SpanHandles(), ends, on_fatal=die, stall_ns=stall_ns))
         return engine
@@ -245,6 +288,29 @@ def _scrape(
     others = asked.result(2 * ASK_S).given
     content_type, own = render(accept_header)
     return content_type, merge_expositions([(role, own), *others])
+
+
+async def _show(
+    role: str,
+    render: Render,
+    take: Callable[[], Awaitable[Snapshot]] | None,
+    host: EngineHost,
+    kind: int,
+    body: bytes,
+) -> bytes:
+    """What the supervisor shows over HTTP: the page's facts, or the metrics of this process, or of front ends too."""
+    if kind == frames.SHOW_PAGE:
+        assert take is not None, "not asked where there is no page"
+        return orjson.dumps(await take())
+    assert render is not None, "not asked where metrics are off"
+    others: list[tuple[str, bytes]] = []
+    if body[:1] == WITH_FRONT_ENDS:
+        others = (await host.ask(frames.SCRAPE, body[1:])).given
+    else:
+        host.forget_silent()
+    loop, accept_header = asyncio.get_running_loop(), body[1:].decode(errors="surrogateescape")
+    content_type, own = await loop.run_in_executor(None, render, accept_header)
+    return content_type.encode() + b"\n" + merge_expositions([(role, own), *others])
 
 
 def _as_sent(header: str) -> bytes:

@@ -1,21 +1,20 @@
-"""The engine as a front end has it: tokenises here, and asks the engine process for the rest.
+"""The engine as a front end has it: tokenises here, and asks an engine process for the rest.
 
-Decides what is refused before anything crosses, and what becomes of calls when the engine process has gone. Must never
-know gRPC, policies or the device. Meets ``engine.surface.EngineSurface``.
+Decides what is refused before anything crosses, and what becomes of calls when the engine processes have gone. Must
+never know gRPC, policies or the device, nor how an engine is chosen. Meets ``engine.surface.EngineSurface``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from embedserve.engine.call import Call, Embedded, Portion
 from embedserve.engine.engine import verdict_of
@@ -24,14 +23,13 @@ from embedserve.engine.load import NO_LOAD, LoadReport
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
 from embedserve.engine.watchdog import StallLimits
-from embedserve.errors import EngineFailed, Overloaded, StartupError
+from embedserve.errors import EngineFailed, Overloaded
 from embedserve.frontends import frames
-from embedserve.frontends.calls import RemoteCalls
+from embedserve.frontends.engines import ALONE, EnginePeer, Engines, Place
 from embedserve.frontends.host import Ends
-from embedserve.frontends.link import Link, connect_link
 from embedserve.frontends.marks import Traces
-from embedserve.frontends.memory import SharedMemory, rows_bytes, tokens_bytes
-from embedserve.frontends.slots import Slot, SlotAllocator
+from embedserve.frontends.memory import rows_bytes, tokens_bytes
+from embedserve.frontends.slots import Slot
 from embedserve.frontends.stream import RemoteStream, estimate_chars, estimate_tokens
 from embedserve.model.backend import ModelIdentity
 from embedserve.model.tokenizer import TextTokenizer, TokenizedTexts
@@ -39,10 +37,6 @@ from embedserve.scheduling.item import Rejection
 
 __all__ = ["RemoteEngine", "RemoteSettings"]
 
-LOOKS: Final = 4
-"""Times in ``stall.stall_ns`` that the engine process's silence is looked at."""
-LATE_NS: Final = 100_000_000
-"""A look that comes later than this says that this process was stopped, or its loop was: it proves nothing."""
 ROOM_RETRY_MS: Final = 100
 """When slots or calls in flight have run out: a few batches later there is room."""
 
@@ -56,16 +50,18 @@ class RemoteSettings:
     piece_items: int
     """Texts that the engine asks of a stream at a time, at most."""
     memory_bytes: int
+    """Shared with each engine process."""
     stall: StallLimits
-    """How long the engine process may say nothing; it tells its load in ``host.BEATS`` parts of ``stall_ns``."""
+    """How long an engine process may say nothing; it tells its load in ``host.BEATS`` parts of ``stall_ns``."""
+    place: Place = ALONE
 
 
 class RemoteEngine:
-    """The engine process's work, as if it were here. Lives on one event loop."""
+    """The engine processes' work, as if it were here. Lives on one event loop."""
 
     def __init__(
         self,
-        ends: Ends,
+        ends: Sequence[Ends],
         *,
         tokenizer: TextTokenizer,
         settings: RemoteSettings,
@@ -74,9 +70,14 @@ class RemoteEngine:
         on_fatal: Callable[[str], None],
         on_stall: Callable[[int], None] = lambda _age_ns: None,
         on_recovery: Callable[[int], None] = lambda _lasted_ns: None,
+        on_engine: Callable[[str, Mapping[str, object]], None] = lambda _event, _facts: None,
     ) -> None:
-        """``ends`` are this process's own. The callbacks are ``engine.engine.Engine``'s."""
-        self._ends = ends
+        """``ends`` are this process's own, one for each engine process.
+
+        The callbacks are ``engine.engine.Engine``'s, of all engines together: ``on_stall`` when none is left that
+        takes calls. ``on_engine`` is told of each where there are several, for the log: ``engine_silent``,
+        ``engine_back`` or ``engine_lost``, after which this front end is to drain and end.
+        """
         self._settings = settings
         self._observer = observer
         self.traces = traces
@@ -84,54 +85,50 @@ class RemoteEngine:
         self._on_fatal = on_fatal
         self._on_stall = on_stall
         self._on_recovery = on_recovery
+        self._on_engine = on_engine
         self._pool = TokenizerPool(tokenizer, settings.tokenizer, observer.tokenized, self._lose_tokenizer)
-        self._memory = SharedMemory(ends.memory)
-        self._slots = SlotAllocator(settings.memory_bytes)
-        self._link: Link | None = None
-        self._calls = RemoteCalls(self.send, self._memory, self._slots, traces)
+        self.engines = Engines(
+            ends,
+            memory_bytes=settings.memory_bytes,
+            stall=settings.stall,
+            traces=traces,
+            side=self,
+            place=settings.place,
+        )
+        """Who takes the calls."""
         self.render_metrics: Callable[[str], tuple[str, bytes]] | None = None
-        """This process's metrics, for the engine process to show."""
+        """This process's metrics, for an engine process to show."""
         self.recall: Callable[[], bytes] | None = None
-        """What this process remembers of its calls, for the page of the engine process."""
+        """What this process remembers of its calls, for the page of an engine process."""
         self._scrapes: set[asyncio.Task[None]] = set()
         self._requests = 0
         self._draining = False
         self._failure: str | None = None
         self._identity: ModelIdentity | None = None
-        self._welcome: asyncio.Future[ModelIdentity] | None = None
-        self._load: LoadReport | None = None
-        self._started_ns = 0
-        self._stalled_ns = 0
-        self._stalled_since = 0
-        self._heard_ns = 0
-        self._look: asyncio.TimerHandle | None = None
+        self._silent_since = 0
+        """When the last engine that took calls fell silent; 0 while one does."""
 
     # ---------------------------------------------------------------------------------------------------- lifecycle
 
     async def start(self) -> ModelIdentity:
-        """Wait until the engine process is ready. Raises ``StartupError`` when it ends before that."""
-        self._welcome = asyncio.get_running_loop().create_future()
-        self._link = await connect_link(self._ends.link, self._take, self._lose)
-        return await self._welcome
+        """Wait until every engine process is ready. Raises ``StartupError`` when one ends before that."""
+        self._identity = await self.engines.start()
+        return self._identity
 
     def drain(self) -> None:
         """Take nothing more; what was taken goes on."""
         self._draining = True
 
     async def stop(self, timeout_s: float) -> bool:  # noqa: ARG002 - no thread here computes
-        """Leave the engine process and end the tokenizer's threads."""
+        """Leave the engine processes and end the tokenizer's threads."""
         self.drain()
-        if self._look is not None:
-            self._look.cancel()
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        self.engines.stop()
         return await asyncio.get_running_loop().run_in_executor(None, self._pool.close)
 
     @property
     def stalled(self) -> bool:
-        """Whether the device is silent for longer than a pass may take, as was said last."""
-        return self._stalled_ns > 0
+        """Whether every device is silent for longer than a pass may take, as was said last."""
+        return self.engines.stalled
 
     @property
     def tokenizer_use(self) -> TokenizerUse:
@@ -141,7 +138,7 @@ class RemoteEngine:
     @property
     def memory_used(self) -> int:
         """Bytes of shared memory that calls hold."""
-        return self._slots.used
+        return self.engines.memory_used
 
     @property
     def identity(self) -> ModelIdentity:
@@ -150,109 +147,75 @@ class RemoteEngine:
         return self._identity
 
     def load(self) -> LoadReport:
-        """The load as the engine process told it last, which is at most some 50 ms ago while there is work."""
-        if self._load is None:
+        """The load of all engines as they told it last, which is at most some 50 ms ago while there is work."""
+        if self._identity is None:
             return NO_LOAD
-        uptime = (time.monotonic_ns() - self._started_ns) // 1_000_000_000
-        if self._draining or self.stalled or self._failure is not None:
-            return replace(self._load, state="not_serving", accepting_requests=False, uptime_seconds=uptime)
-        return replace(self._load, uptime_seconds=uptime)
+        load = self.engines.load()
+        if self._draining or self._failure is not None:
+            return replace(load, state="not_serving", accepting_requests=False)
+        return load
 
     def _lose_tokenizer(self, death: BaseException) -> None:
         self._fail(f"a tokenizer thread died: {type(death).__name__}: {death}")
-
-    def _lose(self) -> None:
-        """The engine process has gone, or we have."""
-        if self._link is not None:
-            self._fail("the engine process has gone")
+        for engine in self.engines.all:
+            engine.calls.fail(EngineFailed(self._failure or ""))
 
     def _fail(self, why: str) -> None:
         """Nothing more will run. Health says so before anybody is told."""
-        if self._failure is not None:
+        if self._failure is None:
+            self._failure = why
+            self.drain()
+            if self._identity is not None:  # otherwise ``start`` says so
+                self._on_fatal(why)
+            self._pool.fail(EngineFailed(why))
+
+    # ----------------------------------------------------------------------------------- as the engines' ``EngineSide``
+
+    def ask(self, engine: EnginePeer, kind: int, question: int, body: bytes) -> None:
+        """An engine process wants to show what this one knows."""
+        if kind == frames.RECALL:
+            engine.send(frames.RECALLED, question, b"" if self.recall is None else self.recall())
             return
-        self._failure = why
-        self.drain()
-        if self._welcome is not None and not self._welcome.done():
-            self._welcome.set_exception(StartupError(f"{why} before its model was ready"))
-        else:
-            self._on_fatal(why)
-        error = EngineFailed(why)
-        self._calls.fail(error)
-        self._pool.fail(error)
+        accept_header = body.decode(errors="surrogateescape")
+        task = asyncio.get_running_loop().create_task(self._scrape(engine, question, accept_header))
+        self._scrapes.add(task)
+        task.add_done_callback(self._scrapes.discard)
 
-    # ------------------------------------------------------------------------------------------------------- frames
-
-    def _take(self, kind: int, call_id: int, body: bytes) -> None:
-        """One frame of the engine process."""
-        self._heard_ns = time.monotonic_ns()
-        if kind == frames.LOAD:
-            facts = orjson.loads(body)
-            self._load = LoadReport(**facts["load"])
-            self._see_stall(facts["stalled_ns"])
-        elif kind == frames.SCRAPE:
-            task = asyncio.get_running_loop().create_task(self._scrape(call_id, body.decode(errors="surrogateescape")))
-            self._scrapes.add(task)
-            task.add_done_callback(self._scrapes.discard)
-        elif kind == frames.RECALL:
-            self.send(frames.RECALLED, call_id, b"" if self.recall is None else self.recall())
-        elif kind == frames.WELCOME:
-            self._be_welcome(orjson.loads(body))
-        elif kind == frames.BROKEN:
-            self._fail(body.decode())
-        else:
-            self._calls.take(kind, call_id, body)
-
-    def _be_welcome(self, facts: dict[str, dict[str, object]]) -> None:
-        told = facts["identity"]
-        prompts = tuple(tuple(prompt) for prompt in told["prompts"])  # type: ignore[attr-defined]
-        self._identity = ModelIdentity(**{**told, "prompts": prompts})  # type: ignore[arg-type]
-        self._load = LoadReport(**facts["load"])  # type: ignore[arg-type]
-        self._started_ns = time.monotonic_ns()
-        self._arm()
-        assert self._welcome is not None
-        if not self._welcome.done():
-            self._welcome.set_result(self._identity)
-
-    def _see_stall(self, stalled_ns: int) -> None:
-        before, self._stalled_ns = self._stalled_ns, stalled_ns
-        now = time.monotonic_ns()
-        if stalled_ns and not before:
-            self._stalled_since = now - stalled_ns
-            self._on_stall(stalled_ns)
-        elif before and not stalled_ns:
-            self._on_recovery(now - self._stalled_since)
-
-    def send(self, kind: int, call_id: int, body: bytes = b"") -> None:
-        """Send a frame; nothing once the engine process has gone."""
-        if self._link is not None:
-            self._link.send(kind, call_id, body)
-
-    def _arm(self) -> None:
-        """The engine process tells its load again and again, or it is stopped or stuck."""
-        pause_ns = self._settings.stall.stall_ns // LOOKS
-        due_ns = time.monotonic_ns() + pause_ns
-        self._look = asyncio.get_running_loop().call_later(pause_ns / 1e9, self._look_now, due_ns)
-
-    def _look_now(self, due_ns: int) -> None:
-        self._look = None
-        if self._failure is not None:
-            return
-        now, stall = time.monotonic_ns(), self._settings.stall
-        silent_ns = now - self._heard_ns
-        if now - due_ns < LATE_NS:
-            if silent_ns >= stall.hang_ns:
-                self._fail(f"the engine process has said nothing for {silent_ns / 1e9:.1f} s (health.hang_ms)")
-                return
-            if silent_ns >= stall.stall_ns and not self.stalled:
-                self._see_stall(silent_ns)  # what it says of its load next ends it
-        self._arm()
-
-    async def _scrape(self, scrape: int, accept_header: str) -> None:
+    async def _scrape(self, engine: EnginePeer, scrape: int, accept_header: str) -> None:
         """Rendering takes milliseconds: not in the event loop's turn."""
         if self.render_metrics is not None:
             loop = asyncio.get_running_loop()
             _, text = await loop.run_in_executor(None, self.render_metrics, accept_header)
-            self.send(frames.SCRAPED, scrape, text)
+            engine.send(frames.SCRAPED, scrape, text)
+
+    def silent(self, engine: EnginePeer, age_ns: int) -> None:
+        """It gets nothing new. Where no other takes calls, this process takes none either."""
+        if len(self.engines.all) > 1:
+            self._on_engine("engine_silent", {"engine": engine.name, "silent_ms": round(age_ns / 1e6)})
+        self._see_whether_stalled(age_ns)
+
+    def back(self, engine: EnginePeer, lasted_ns: int) -> None:
+        """It gets calls again."""
+        if len(self.engines.all) > 1:
+            self._on_engine("engine_back", {"engine": engine.name, "silent_ms": round(lasted_ns / 1e6)})
+        self._see_whether_stalled(lasted_ns)
+
+    def lost(self, engine: EnginePeer, why: str) -> None:
+        """It gets nothing any more. While another is there this process drains; without one it ends at once."""
+        if self.engines.failure is not None:
+            self._fail(why)
+        elif self._identity is not None:
+            self._on_engine("engine_lost", {"engine": engine.name, "reason": why})
+            self._see_whether_stalled(0)
+
+    def _see_whether_stalled(self, ns: int) -> None:
+        now = time.monotonic_ns()
+        if self.stalled and not self._silent_since:
+            self._silent_since = now - ns
+            self._on_stall(ns)
+        elif self.engines.usable and self._silent_since:
+            lasted_ns, self._silent_since = now - self._silent_since, 0
+            self._on_recovery(lasted_ns)
 
     # ----------------------------------------------------------------------------------------------------- requests
 
@@ -262,16 +225,25 @@ class RemoteEngine:
         crossed, verdict = False, "failed"
         try:
             self._admit(call)
+            engine: EnginePeer | None = None
             if call.texts is not None and estimate_chars(call) > self._settings.tokenizer.inline_chars:
                 # A call that will be refused must not cost a tokenizer thread's time. What is tokenised on the event
                 # loop (some 40 us) costs less than to ask, and is judged when it is tokenised.
-                await self._calls.ask(call, estimate_tokens(call))
-            tokenized = await self.tokenize(call)
+                tokens = estimate_tokens(call)
+                engine = self._choose(tokens)
+                with self._counted(engine, tokens):
+                    await engine.calls.ask(call, tokens)
+                    tokenized = await self.tokenize(call)
+            else:
+                tokenized = await self.tokenize(call)
             call.stages.tokenized_ns = time.monotonic_ns()
-            call.stages.tokens = len(tokenized.ids)
-            slot = self._slot_for(call, tokenized)
+            call.stages.tokens = tokens = len(tokenized.ids)
+            if engine is None or not engine.watch.usable:
+                engine = self._choose(tokens)
+            slot = self._slot_for(engine, call, tokenized)
             crossed = True
-            return await self._calls.embed(call, tokenized, slot)
+            with self._counted(engine, tokens):
+                return await engine.calls.embed(call, tokenized, slot)
         except BaseException as error:
             verdict = verdict_of(error)
             raise
@@ -281,23 +253,29 @@ class RemoteEngine:
                 self._observer.request_finished(call.stages, verdict=verdict)
 
     async def embed_stream(self, call: Call) -> AsyncGenerator[Portion, None]:
-        """Portions of one request as their batches finish. As ``engine.engine.Engine.embed_stream``."""
+        """Portions of one request as their batches finish. As ``engine.engine.Engine.embed_stream``.
+
+        All of it is one engine's: one window, one place in the fair order, one summary.
+        """
         self._requests += 1
         crossed, verdict = False, "failed"
         try:
             self._admit(call)
             items = min(self._settings.piece_items, call.count)
-            slot = self._take_slot(rows_bytes(items, call.dimensions or self.identity.dimension))
-            call_id = self._calls.new_id()
-            stream = RemoteStream(self, call_id, call, slot, self._memory, self._slots)
-            self._calls.open_stream(call_id, stream, estimate_tokens(call, items))
+            tokens = estimate_tokens(call, items)
+            engine = self._choose(tokens)
+            slot = self._take_slot(engine, rows_bytes(items, call.dimensions or self.identity.dimension))
+            call_id = engine.calls.new_id()
+            stream = RemoteStream(self, engine, call_id, call, slot)
+            engine.calls.open_stream(call_id, stream, tokens)
             crossed = True
             try:
-                async with aclosing(stream.portions()) as portions:
-                    async for portion in portions:
-                        yield portion
+                with self._counted(engine, tokens):
+                    async with aclosing(stream.portions()) as portions:
+                        async for portion in portions:
+                            yield portion
             finally:
-                self._calls.close_stream(call_id, stream)
+                engine.calls.close_stream(call_id, stream)
         except BaseException as error:
             verdict = verdict_of(error)
             raise
@@ -305,6 +283,24 @@ class RemoteEngine:
             self._requests -= 1
             if not crossed:
                 self._observer.request_finished(call.stages, verdict=verdict)
+
+    def _choose(self, tokens: int) -> EnginePeer:
+        """Who takes a call of so many tokens. Raises what its caller is told where nobody does."""
+        engine = self.engines.choose(tokens)
+        if engine is not None:
+            return engine
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
+        raise stalled()
+
+    @contextmanager
+    def _counted(self, engine: EnginePeer, tokens: int) -> Iterator[None]:
+        """So many tokens are with ``engine``, or on their way."""
+        engine.ours += tokens
+        try:
+            yield
+        finally:
+            engine.ours -= tokens
 
     async def count_tokens(self, texts: Sequence[str], *, prompt: str = "") -> npt.NDArray[np.int32]:
         """Full token counts, shape ``[n]``. Raises ``Overloaded`` or ``NotServing``."""
@@ -363,20 +359,18 @@ class RemoteEngine:
             )
             raise
 
-    def _slot_for(self, call: Call, tokenized: TokenizedTexts) -> Slot:
+    def _slot_for(self, engine: EnginePeer, call: Call, tokenized: TokenizedTexts) -> Slot:
         texts = len(tokenized.lengths)
         out = rows_bytes(texts, call.dimensions or self.identity.dimension)
-        return self._take_slot(max(tokens_bytes(len(tokenized.ids), texts), out))
+        return self._take_slot(engine, max(tokens_bytes(len(tokenized.ids), texts), out))
 
-    def _take_slot(self, size: int) -> Slot:
-        """Room for one call. Raises ``Overloaded``, or ``EngineFailed`` where the engine process has gone meanwhile."""
-        if self._failure is not None:
-            raise EngineFailed(self._failure)
-        slot = self._slots.take(size)
+    def _take_slot(self, engine: EnginePeer, size: int) -> Slot:
+        """Room for one call in what is shared with ``engine``. Raises ``Overloaded``."""
+        slot = engine.slots.take(size)
         if slot is not None:
             return slot
         why = f"{size} bytes of ids and vectors have no room beside the calls in flight"
         retry: int | None = ROOM_RETRY_MS
-        if size > self._slots.size:
+        if size > engine.slots.size:
             why, retry = f"{size} bytes of ids and vectors are more than there is room for", None
         raise self.refusal("memory", "FRONTEND_MEMORY_FULL", f"{why} (server.frontend_memory_bytes)", retry)

@@ -19,10 +19,11 @@ from embedserve.frontends import frames
 from embedserve.frontends.failure import pack_failure
 from embedserve.frontends.frames import Piece, unpack_portion
 from embedserve.frontends.marks import unpack_marks
-from embedserve.frontends.memory import SharedMemory, tokens_bytes
-from embedserve.frontends.slots import Slot, SlotAllocator
+from embedserve.frontends.memory import tokens_bytes
+from embedserve.frontends.slots import Slot
 
 if TYPE_CHECKING:
+    from embedserve.frontends.engines import EnginePeer
     from embedserve.frontends.remote import RemoteEngine
 
 __all__ = ["RemoteStream", "estimate_chars", "estimate_tokens"]
@@ -48,19 +49,19 @@ class RemoteStream:
     def __init__(
         self,
         remote: RemoteEngine,
+        engine: EnginePeer,
         call_id: int,
         call: Call,
         slot: Slot,
-        memory: SharedMemory,
-        slots: SlotAllocator,
     ) -> None:
-        """``slot`` is where portions come."""
+        """``slot`` of the memory shared with ``engine`` is where portions come."""
         self.call = call
         self.slot = slot
         self._remote = remote
         self._id = call_id
-        self._memory = memory
-        self._slots = slots
+        self._send = engine.send
+        self._memory = engine.memory
+        self._slots = engine.slots
         self._piece: Slot | None = None
         """Ids that the engine process may not have copied yet."""
         self._feeding: asyncio.Task[None] | None = None
@@ -98,14 +99,14 @@ class RemoteStream:
             tokens, texts = len(tokenized.ids), len(tokenized.lengths)
             slot = self._slots.take(tokens_bytes(tokens, texts))
         except Exception as error:  # noqa: BLE001 - it crosses, and ends the stream there
-            self._remote.send(frames.UNFED, self._id, pack_failure(error))
+            self._send(frames.UNFED, self._id, pack_failure(error))
             return
         if slot is None:
-            self._remote.send(frames.UNFED, self._id, pack_failure(self._no_room()))
+            self._send(frames.UNFED, self._id, pack_failure(self._no_room()))
             return
         self._memory.write_tokens(slot, tokenized)
         self._piece = slot
-        self._remote.send(frames.PIECE, self._id, Piece(slot, texts, tokens, tokenized.prompt_tokens).pack())
+        self._send(frames.PIECE, self._id, Piece(slot, texts, tokens, tokenized.prompt_tokens).pack())
 
     def _no_room(self) -> Overloaded:
         return self._remote.refusal(
@@ -119,7 +120,7 @@ class RemoteStream:
         while True:
             while self._outbox and self._error is None:
                 yield self._outbox.popleft()
-                self._remote.send(frames.TAKEN, self._id)
+                self._send(frames.TAKEN, self._id)
             if self._error is not None:
                 raise self._error
             if self._ended:

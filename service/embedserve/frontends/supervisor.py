@@ -1,25 +1,27 @@
-"""Starts the engine process and the front ends, and ends them in the right order.
+"""Starts the engine processes and the front ends, and ends them in the right order.
 
 Decides who is told to stop when, and what the exit code of all of them together is. Must never know a call. It imports
 what a front end does and computes nothing: it is there so that a process that dies, by a signal even, is answered for.
 
 Start: the checkpoint's metadata is read and the port held, once; then all processes start beside each other, and the
 ready line is printed when each of them is ready. Stop: the front ends drain, and only when the last of them has ended
-the engine process. When any process ends that was not told to, the others drain and the exit code is 70: a front end is
-not started anew, because its end is a fault of ours (or of the machine's memory) that an orchestrator must see, and a
-deployment that is half itself is harder to reason about than one that restarts.
+the engine processes. When any process ends that was not told to, the others drain and the exit code is 70: it is not
+started anew, because its end is a fault of ours (or of the machine's memory) that an orchestrator must see, and a
+deployment that is half itself is harder to reason about than one that restarts. Of several engines the same holds: the
+others answer what they have while the front ends drain.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import SpawnProcess
@@ -30,19 +32,21 @@ import structlog
 
 from embedserve.config import Config
 from embedserve.errors import StartupError
+from embedserve.frontends.engines import Place
 from embedserve.frontends.memory import create_memory
+from embedserve.frontends.operations import Operations
 from embedserve.frontends.ports import hold_ports
 from embedserve.frontends.processes import DRAIN, STOP, Descriptor, EngineProcess, FrontEndProcess, memory_bytes
-from embedserve.lifecycle import ExitCode
+from embedserve.lifecycle import ExitCode, State
 from embedserve.model.backend import BackendFactory
 from embedserve.model.checkpoint import Checkpoint
+from embedserve.model.cores import core_count
 from embedserve.ready_line import write_ready_line
 from embedserve.telemetry.logs import configure_logs
 from embedserve.wiring import prepare_environment, read_checkpoint
 
 __all__ = ["Supervisor", "run_processes"]
 
-ENGINE: Final = "engine"
 END_MARGIN_S: Final = 10.0
 """Beyond the grace and the flush: a process that takes longer to end hangs, and is killed."""
 START_END_S: Final = 5.0
@@ -56,6 +60,7 @@ class _Child:
     role: str
     process: SpawnProcess
     control: socket.socket
+    engine: bool
     ready: dict[str, Any] | None = None
     heard: bytes = b""
 
@@ -83,6 +88,9 @@ class Supervisor:
         self._verdict: int | None = None
         """What came before anybody was told to stop."""
         self._codes: list[int] = []
+        self._operations: Operations | None = None
+        """Where there are several engines; otherwise the one engine process does that."""
+        self._operations_address: str | None = None
 
     async def live(self, ready_line: Callable[[bytes], None]) -> int:
         """Start, serve until told to stop or one process ends, and end all."""
@@ -97,14 +105,21 @@ class Supervisor:
             self._log.critical("start_failed", reason=str(error))
             return ExitCode.START_FAILED
         try:
+            if len(self._config.model.devices) > 1:
+                await self._watch_engines()
             if not self._stop.is_set():
                 self._start(checkpoint, addresses)
-            await self._until(lambda: self._stop.is_set() or all(child.ready for child in self._children))
+            await self._until(lambda: self._stop.is_set() or self._ready)
             if not self._stop.is_set():
                 ready_line(self._facts(addresses, started))
             await self._stop.wait()
             return await self._end()
+        except StartupError as error:
+            self._log.critical("start_failed", reason=str(error))
+            return ExitCode.START_FAILED
         finally:
+            if self._operations is not None:
+                await self._operations.close()
             for child in self._children:
                 if child.role in self._running:
                     child.process.kill()
@@ -116,39 +131,48 @@ class Supervisor:
     def _read_checkpoint(self) -> Checkpoint:
         return self._checkpoint or read_checkpoint(self._config)
 
-    def _start(self, checkpoint: Checkpoint, addresses: tuple[str, ...]) -> None:
-        config = self._config
-        front_config = _changed(
-            config,
-            server={"address": ",".join(addresses), "so_reuseport": True, "frontends": 1},
+    async def _watch_engines(self) -> None:
+        self._operations = Operations(
+            self._config, state=lambda: self._state, on_hung=self._end_hung, on_change=self._changed.set
         )
-        engine_config = _changed(
-            config,
-            server={"address": ",".join(addresses), "frontends": 1},
-            tokenizer={"threads": 1},
-            shutdown={"settle_ms": 0},
-        )
-        size = memory_bytes(config)
-        theirs: list[int] = []
-        links = []
-        for number in range(config.server.frontends):
-            ours, engines = socket.socketpair()
-            memory = create_memory(size)
-            theirs += [ours.detach(), engines.detach(), memory]
-            link, engine_link, shared = (Descriptor(descriptor) for descriptor in theirs[-3:])
-            role = f"frontend-{number}"
-            links.append((role, engine_link, shared))
-            self._spawn(role, lambda control, role=role, link=link, shared=shared: FrontEndProcess(  # type: ignore[misc]
-                front_config, checkpoint, role, control, link, shared
-            ))  # fmt: skip
-        self._spawn(
-            ENGINE,
-            lambda control: EngineProcess(engine_config, checkpoint, ENGINE, control, links, self._make_backend),
-        )
-        for descriptor in theirs:  # so that each end closes with the one process that has it
-            os.close(descriptor)
+        self._operations_address = await self._operations.open()
 
-    def _spawn(self, role: str, make: Callable[[Descriptor], Callable[[], None]]) -> None:
+    @property
+    def _ready(self) -> bool:
+        engines = self._operations is None or self._operations.ready
+        return engines and all(child.ready for child in self._children)
+
+    @property
+    def _state(self) -> State:
+        """Of all of them, as far as processes can tell."""
+        if self._verdict == ExitCode.BROKEN:
+            return State.FAILED
+        if self._stop.is_set():
+            return State.DRAINING
+        return State.SERVING if self._ready else State.STARTING
+
+    def _start(self, checkpoint: Checkpoint, addresses: tuple[str, ...]) -> None:
+        front_ends = [f"frontend-{number}" for number in range(self._config.server.frontends)]
+        settings = engine_settings(self._config, addresses)
+        ends = _Ends(front_ends, list(settings), memory_bytes(self._config))
+        front_config = front_end_settings(self._config, addresses)
+        for number, role in enumerate(front_ends):
+            place = Place(number, len(front_ends))
+            self._spawn(role, lambda control, role=role, place=place: FrontEndProcess(  # type: ignore[misc]
+                front_config, checkpoint, role, control, ends.of_front_end[role], place
+            ))  # fmt: skip
+        for role, config in settings.items():
+            links: list[tuple[str, Descriptor, Descriptor | None]] = [*ends.of_engine[role]]
+            if self._operations is not None:
+                ours, engines = socket.socketpair()
+                self._operations.watch(role, ours.detach())
+                links.append(("supervisor", ends.keep(engines.detach()), None))
+            self._spawn(role, lambda control, role=role, config=config, links=links: EngineProcess(  # type: ignore[misc]
+                config, checkpoint, role, control, links, self._make_backend
+            ), engine=True)  # fmt: skip
+        ends.close()
+
+    def _spawn(self, role: str, make: Callable[[Descriptor], Callable[[], None]], *, engine: bool = False) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         process = multiprocessing.get_context("spawn").Process(
@@ -156,7 +180,7 @@ class Supervisor:
         )
         process.start()
         theirs.close()
-        child = _Child(role, process, ours)
+        child = _Child(role, process, ours, engine)
         self._children.append(child)
         self._running.add(role)
         loop = asyncio.get_running_loop()
@@ -178,9 +202,10 @@ class Supervisor:
             self._changed.set()
 
     def _facts(self, addresses: tuple[str, ...], started: int) -> bytes:
-        engine = next(child for child in self._children if child.role == ENGINE)
-        assert engine.ready is not None
-        facts = engine.ready | {
+        ready = [child.ready for child in self._children if child.engine and child.ready is not None]
+        facts = ready[0] | {
+            "device": ",".join(one["device"] for one in ready),
+            "operations": self._operations_address or ready[0]["operations"],
             "address": addresses[0],
             "addresses": addresses,
             "startup_ms": round((time.monotonic_ns() - started) / 1e6),
@@ -207,18 +232,26 @@ class Supervisor:
             self._stop.set()
         self._changed.set()
 
+    def _end_hung(self, role: str, why: str) -> None:
+        """An engine process says nothing and does not end: it is not waited for, and the others drain."""
+        for child in self._children:
+            if child.role == role and role in self._running:
+                self._log.error("process_killed", role=role, pid=child.process.pid, reason=why)
+                child.process.kill()
+
     async def _end(self) -> int:
         """Front ends first: they answer with the engine's vectors to the last."""
         shutdown = self._config.shutdown
         limit_s = START_END_S
         if all(child.ready for child in self._children):
             limit_s = (shutdown.settle_ms + shutdown.grace_ms + shutdown.telemetry_flush_ms) / 1000 + END_MARGIN_S
-        front_ends = {child.role for child in self._children if child.role != ENGINE}
-        self._tell({ENGINE}, DRAIN)  # a probe of the one operations port is told at once
+        front_ends = {child.role for child in self._children if not child.engine}
+        engines = {child.role for child in self._children if child.engine}
+        self._tell(engines, DRAIN)  # a probe of the one operations port is told at once
         self._tell(front_ends, STOP)
         await self._await_end(front_ends, limit_s)
-        self._tell({ENGINE}, STOP)
-        await self._await_end({ENGINE}, limit_s)
+        self._tell(engines, STOP)
+        await self._await_end(engines, limit_s)
         if self._verdict is not None:
             return self._verdict
         if any(code not in (ExitCode.OK, ExitCode.GRACE_EXCEEDED) for code in self._codes):
@@ -264,6 +297,59 @@ class Supervisor:
             os._exit(128 + number)
         self._stop.set()
         self._changed.set()
+
+
+class _Ends:
+    """Sockets and memories between each front end and each engine, until the processes have them."""
+
+    def __init__(self, front_ends: Sequence[str], engines: Sequence[str], memory: int) -> None:
+        self._descriptors: list[int] = []
+        self.of_front_end: dict[str, list[tuple[str, Descriptor, Descriptor]]] = {name: [] for name in front_ends}
+        self.of_engine: dict[str, list[tuple[str, Descriptor, Descriptor]]] = {name: [] for name in engines}
+        for front_end, engine in itertools.product(front_ends, engines):
+            ours, theirs = socket.socketpair()
+            shared = self.keep(create_memory(memory))
+            self.of_front_end[front_end].append((engine, self.keep(ours.detach()), shared))
+            self.of_engine[engine].append((front_end, self.keep(theirs.detach()), shared))
+
+    def keep(self, descriptor: int) -> Descriptor:
+        """One that is closed with the others."""
+        self._descriptors.append(descriptor)
+        return Descriptor(descriptor)
+
+    def close(self) -> None:
+        """So that each end closes with the one process that has it."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+def front_end_settings(config: Config, addresses: Sequence[str]) -> Config:
+    """``config`` for a front end; its device is only named, to size batches as the engines do."""
+    return _changed(
+        config,
+        server={"address": ",".join(addresses), "so_reuseport": True, "frontends": 1},
+        model={"devices": config.model.devices[:1]},
+    )
+
+
+def engine_settings(config: Config, addresses: Sequence[str]) -> dict[str, Config]:
+    """``config`` for each engine process, by its name: one a device, and cores dealt out where they compute on them."""
+    devices = config.model.devices or (config.model.device,)
+    names = [f"engine-{number}" for number in range(len(devices))] if len(devices) > 1 else ["engine"]
+    threads: list[int | None] = [config.model.threads] * len(devices)
+    if config.model.threads is None and len(devices) > 1:
+        cores = core_count()
+        threads = [max(1, (cores + number) // len(devices)) for number in range(len(devices))]
+    return {
+        name: _changed(
+            config,
+            server={"address": ",".join(addresses), "frontends": 1},
+            model={"device": device, "devices": (), "threads": cores},
+            tokenizer={"threads": 1},
+            shutdown={"settle_ms": 0},
+        )
+        for name, device, cores in zip(names, devices, threads, strict=True)
+    }
 
 
 def _changed(config: Config, **sections: dict[str, Any]) -> Config:

@@ -7,7 +7,8 @@ than uvicorn, whose main loop wakes ten times a second: an idle server must use 
     GET /readyz        200 while calls are accepted; 503 while starting, warming, draining or failed.
     GET /health        the fields of GetLoad as JSON; 503 when a request sent now would not be taken.
     GET /metrics       Prometheus text, or OpenMetrics with exemplars when the scraper accepts it.
-    GET /statusz       this process at a glance, for people; /statusz.json has the same for machines. Always 200.
+    GET /statusz       this process at a glance, for people; /statusz.json has the same for machines. Always 200,
+                       but for several engines of which none is ready or answers.
 
 Every path answers HEAD too, and nothing can be changed here: other methods get 405.
 """
@@ -24,7 +25,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from embedserve.engine.load import LoadReport
-from embedserve.errors import StartupError
+from embedserve.errors import NotServing, StartupError
 from embedserve.http.statusz.page import CONTENT_SECURITY_POLICY, render
 from embedserve.http.statusz.verdict import judge
 from embedserve.snapshot import Snapshot
@@ -63,7 +64,8 @@ class OperationsPort:
     ) -> None:
         """``render_metrics(accept_header)`` gives content type and body, and may be called in another thread.
 
-        Without ``snapshot`` there is no page for people.
+        Without ``snapshot`` there is no page for people; it raises ``NotServing`` where another process has its facts
+        and does not answer.
         """
         self._alive = alive
         self._ready = ready
@@ -131,7 +133,10 @@ class OperationsPort:
         if self._snapshot is None:
             return _text(STATUSZ_OFF, 404)
         # Taken on the event loop, where nothing moves meanwhile; written in a thread, since that takes milliseconds.
-        shown = await self._snapshot()
+        try:
+            shown = await self._snapshot()
+        except NotServing as nobody:
+            return _text(str(nobody), 503)
         page = await asyncio.get_running_loop().run_in_executor(None, render, shown)
         headers = {**GUARDED, "Content-Security-Policy": CONTENT_SECURITY_POLICY}
         return web.Response(text=page, content_type="text/html", headers=headers)
@@ -139,7 +144,10 @@ class OperationsPort:
     async def _statusz_json(self, _request: web.Request) -> web.Response:
         if self._snapshot is None:
             return _text(STATUSZ_OFF, 404)
-        snapshot = await self._snapshot()
+        try:
+            snapshot = await self._snapshot()
+        except NotServing as nobody:
+            return _text(str(nobody), 503)
         body = orjson.dumps({"verdict": judge(snapshot), **{f.name: getattr(snapshot, f.name) for f in _FACTS}})
         return web.Response(body=body, content_type="application/json", headers=GUARDED)
 

@@ -20,6 +20,7 @@ __all__ = [
     "DEVICE_LOST_TEXTS",
     "OUT_OF_MEMORY_TEXTS",
     "DeviceFault",
+    "bind_thread",
     "choose_device",
     "choose_dtype",
     "fault_of",
@@ -96,6 +97,16 @@ def choose_device(name: str) -> torch.device:
     if index >= count:
         raise StartupError(f"device {name!r} does not exist: this machine has {count} CUDA devices that torch can use")
     return torch.device("cuda", index)
+
+
+def bind_thread(device: torch.device) -> None:
+    """Make ``device`` the current one of this thread, where it is a GPU.
+
+    CUDA's current device is each thread's own and begins as 0: an event without a stream, pinned memory or a context
+    that a library makes would go to the first GPU whatever its tensors are on.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -40,7 +40,7 @@ from embedserve.model.cuda.program import Program
 from embedserve.model.cuda.rows_attention import varlen_missing
 from embedserve.model.cuda.settings import CudaSettings
 from embedserve.model.dense import load_dense, scale_to_unit_length
-from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
+from embedserve.model.device import DeviceFault, bind_thread, choose_device, choose_dtype, fault_of, report_on
 from embedserve.model.encoder import load_encoder
 from embedserve.model.lanes import Lanes
 from embedserve.model.layout import check_batch, packed, padded, pass_size
@@ -104,6 +104,7 @@ class TorchBackend:
         on the ``accelerator`` of a test. Raises ``StartupError``.
         """
         self._device = choose_device(device)
+        bind_thread(self._device)
         cores = threads or core_count()
         self._lanes = Lanes(cores) if self._device.type == "cpu" else None
         self._dtype = choose_dtype(dtype, self._device)
@@ -178,6 +179,7 @@ class TorchBackend:
 
     def embed(self, batch: TokenBatch) -> BatchResult:
         """One pass, as ``Backend.embed``. Raises ``ValueError`` naming the row where a batch is malformed."""
+        bind_thread(self._device)  # any thread of the worker
         try:
             return self._embed(batch)
         except RuntimeError as error:

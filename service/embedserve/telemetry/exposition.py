@@ -20,12 +20,13 @@ _END: Final = b"# EOF"
 def merge_expositions(parts: Sequence[tuple[str, bytes]]) -> bytes:
     """One text of ``(process, text)``, each as a ``PrometheusRenderer`` wrote it, all of one form.
 
-    A family has one head, that of the first process which has it, and the samples of all.
+    Without a name (``""``) a text is one that this function has made: its series have their label. A family has
+    one head, that of the first process which has it, and the samples of all.
     """
     families: dict[bytes, tuple[list[bytes], list[bytes]]] = {}
     ended = False
     for process, text in parts:
-        label = f'{LABEL}="{process}"'.encode()
+        label = f'{LABEL}="{process}"'.encode() if process else b""
         samples: list[bytes] = []
         head: list[bytes] | None = None
         for line in text.splitlines():
@@ -40,7 +41,7 @@ def merge_expositions(parts: Sequence[tuple[str, bytes]]) -> bytes:
                 if head is not None:
                     head.append(line)
             elif line:
-                samples.append(_labelled(line, label))
+                samples.append(_labelled(line, label) if label else line)
     lines = [line for head, samples in families.values() for line in (*head, *samples)]
     return b"\n".join([*lines, _END, b""] if ended else [*lines, b""])
 

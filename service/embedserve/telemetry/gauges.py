@@ -111,6 +111,7 @@ class Gauges:
             table.MODEL_INFO.name: self._model_info,
             table.MODEL_VARIANT.name: self._variant,
             table.FRONT_END_SILENT.name: self._silent,
+            table.ENGINE_SILENT.name: self._silent_engines,
             table.GRAPHS_PASSES.name: self._graph_passes,
             table.PROCESS_CPU.name: self._cpu,
             table.PROCESS_MEMORY.name: _memory,
@@ -160,6 +161,10 @@ class Gauges:
     def _silent(self) -> Iterable[Observation]:
         told = self._snapshot.read().silent_front_ends
         return [Observation(int(silent), {"frontend": name}) for name, silent in told.items()]
+
+    def _silent_engines(self) -> Iterable[Observation]:
+        told = self._snapshot.read().silent_engines
+        return [Observation(int(silent), {"engine": name}) for name, silent in told.items()]
 
     def _graph_passes(self) -> Iterable[Observation]:
         graphs = self._snapshot.read().graphs

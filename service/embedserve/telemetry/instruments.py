@@ -287,6 +287,11 @@ FRONT_END_SILENT: Final = _gauge(
     "1 for each front end that did not answer the last scrape, which is without its series; none in one process.",
     Label("frontend"),
 )  # fmt: skip
+ENGINE_SILENT: Final = _gauge(
+    "embedserve.engine.silent", "{process}",
+    "1 for each engine process that a front end sends nothing, since it is silent or gone; none in one process.",
+    Label("engine"),
+)  # fmt: skip
 LOOP_LAG: Final = _histogram(
     "embedserve.event_loop.lag", "s", "How late the event loop runs a timer, sampled while calls are active."
 )

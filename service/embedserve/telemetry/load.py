@@ -57,6 +57,8 @@ class LoadSnapshot:
     warm_up_s: float = 0.0
     silent_front_ends: Mapping[str, bool] = field(default_factory=dict)
     """Each front end, and whether it did not answer when it was last asked; empty where there is one process."""
+    silent_engines: Mapping[str, bool] = field(default_factory=dict)
+    """In a front end: each engine process, and whether it is sent nothing; empty elsewhere."""
     graphs: GraphReport = field(default_factory=GraphReport)
 
 

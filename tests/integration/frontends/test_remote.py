@@ -97,7 +97,7 @@ async def pair(memory: int = MEMORY, observer=None, traces=None, **settings: str
     ours, theirs = socket.socketpair()
     told = Told()
     remote = RemoteEngine(
-        Ends("frontend-0", ours.detach(), os.dup(shared)),
+        [Ends("engine", ours.detach(), os.dup(shared))],
         tokenizer=checkpoint.tokenizer(),
         settings=RemoteSettings(
             tokenizer_settings(config),
@@ -309,7 +309,7 @@ class TestLeaving:
             call = ask("hello" if kind == "whole" else "hello " * 3000)
             work = drain(both.remote, ask(*["hello"] * 9)) if kind == "stream" else both.remote.embed(call)
             asked = asyncio.ensure_future(work)
-            calls = both.remote._calls
+            calls = both.remote.engines.all[0].calls
             known = {"whole": calls._waiting, "stream": calls._streams, "question": calls._asked}[kind]
             await until(lambda: known)
             await until(lambda: kind == "question" or both.engine.requests)
@@ -326,7 +326,7 @@ class TestLeaving:
             calls = [asyncio.ensure_future(both.remote.embed(ask("hello"))) for _ in range(3)]
             await until(lambda: both.engine.requests == 3)
             (there,) = both.host._front_ends
-            there.send(frames.DONE, next(iter(both.remote._calls._waiting)), b"\x01")
+            there.send(frames.DONE, next(iter(both.remote.engines.all[0].calls._waiting)), b"\x01")
             async with asyncio.timeout(5):
                 outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [EngineFailed] * 3

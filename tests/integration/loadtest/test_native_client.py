@@ -28,6 +28,7 @@ from loadtest.native.volley import Unavailable, Volley, load_library
 from loadtest.plan import Crowd, Plan
 from loadtest.targets.embedserve import _refusal
 from loadtest.wire_client import GIVE_BACK, PREFACE, head_of
+from tests.unit.loadtest.frames import answer_frames
 
 try:
     LIBRARY = load_library()
@@ -89,16 +90,7 @@ class Peer(asyncio.Protocol):
         self.give(*frames)
 
     def answer(self, number: int, message: bytes = b"vector", *, huffman: bool = False, **trailers: str) -> None:
-        encoder = Encoder()
-        encoder.header_table_size = 0
-        fields = [("grpc-status", "0")] if not trailers else [(n.replace("_", "-"), v) for n, v in trailers.items()]
-        block = encoder.encode(fields, huffman=True) if huffman else b"".join(literal(n, v) for n, v in fields)
-        self.end(
-            number,
-            HeadersFrame(number, encoder.encode([(":status", "200")]), flags=["END_HEADERS"]),
-            DataFrame(number, b"\0" + len(message).to_bytes(4, "big") + message),
-            HeadersFrame(number, block, flags=["END_HEADERS", "END_STREAM"]),
-        )
+        self.end(number, *answer_frames(number, message, huffman=huffman, **trailers))
 
 
 class Server:

@@ -63,12 +63,12 @@ RESTING = {
     ("Graph hits", "A"): 'embedserve_graphs_passes_total{outcome="hit"}',  # the same
     ("Capture", "A"): "embedserve_graphs_capture_duration_seconds",  # the same
     ("Graph memory", "A"): "embedserve_graphs_memory_bytes",  # the same
-    ("Silent front ends", "A"): 'embedserve_frontend_silent{frontend="frontend-0"}',  # all answer
+    ("Silent processes", "A"): 'embedserve_frontend_silent{frontend="frontend-0"}',  # all answer
 }
 """Queries whose series are there and stay at 0 here, why, and a series from which promtool is to draw something."""
 BRIEF = {
     ("Waiting", "A"), ("Oldest", "A"), ("Texts under suspicion", "A"), ("Tokenizer threads", "B"),
-    ("Tokenizer threads", "C"),
+    ("Tokenizer threads", "C"), ("Silent processes", "B"),
 }  # fmt: skip
 """Gauges of what lasts for less than the time between two scrapes: at 0 unless a scrape meets it."""
 RESTING_MARK = {"Model swaps": RESTING["Swaps", "A"]}

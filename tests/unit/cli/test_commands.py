@@ -119,7 +119,9 @@ class TestFlags:
         [
             ("--address", "--server.address"),
             ("--model", "--model.source"),
+            ("--frontends", "--server.frontends"),
             ("--device", "--model.device"),
+            ("--devices", "--model.devices"),
             ("--dtype", "--model.dtype"),
         ],
     )

@@ -40,6 +40,7 @@ def another(setting):
         "limits.max_text_bytes": "2",
         "model.source": "org/name",
         "model.device": "cuda:1",
+        "model.devices": "cuda:0,cuda:1",
         "model.control_tokens": '["[a,b]","[c]"]',
         "scheduling.bucket_edges": "8,64",
         "scheduling.max_queue_items": "1000000",

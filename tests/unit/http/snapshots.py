@@ -12,6 +12,7 @@ from embedserve.snapshot import (
     Change,
     Device,
     Ended,
+    EngineFacts,
     Figure,
     Latency,
     Model,
@@ -86,6 +87,10 @@ SERVING = Snapshot(
     tokenizer=Tokenizer(2, 0, 1024, Latency(100, 0.0001, 0.002, 0.003), 120.0),
     requests=Requests((), (), ()),
 )  # fmt: skip
+
+
+def engine(name: str, *, state: str = "healthy", shown: bool = False) -> EngineFacts:
+    return EngineFacts(name, "cuda:7", state, held_tokens=12_345, tokens_per_s=1e6, drain_s=0.012, shown=shown)
 
 
 def snapshot(**changes: Any) -> Snapshot:

@@ -27,6 +27,7 @@ from tests.unit.http.snapshots import (
     TRACE,
     TRAFFIC,
     ended,
+    engine,
     refusal,
     shedding,
     snapshot,
@@ -215,6 +216,14 @@ class TestVerdict:
         assert (verdict.level, verdict.headline) == ("warn", "Serving, a front end is silent")
         assert "frontend-1 does not answer" in verdict.sentence
 
+    def test_an_engine_that_is_silent_or_lost_is_trouble(self) -> None:
+        engines = (engine("engine-0", shown=True), engine("engine-1", state="silent"), engine("engine-2", state="lost"))
+        verdict = judge(snapshot(process=dataclasses.replace(PROCESS, engines=engines)))
+        assert (verdict.level, verdict.headline) == ("warn", "Serving, an engine is silent")
+        assert "engine-1, engine-2 gets no calls" in verdict.sentence
+        well = judge(snapshot(process=dataclasses.replace(PROCESS, engines=engines[:1])))
+        assert well == judge(snapshot())
+
 
 class TestReasons:
     """Every reason and every policy of a refusal has its words."""
@@ -325,6 +334,13 @@ class TestPage:
         alone = Elements(render(snapshot(requests=Requests((ended(),), (ended(),), ()))))
         assert "process" not in alone.text
         assert "did not answer" not in " ".join(alone.text)
+
+    def test_several_engines_have_a_row_each_and_it_is_said_whose_the_figures_are(self) -> None:
+        engines = (engine("engine-0", state="silent"), engine("engine-1", shown=True))
+        page = Elements(render(snapshot(process=dataclasses.replace(PROCESS, engines=engines))))
+        assert {"engine-0", "engine-1", "cuda:7", "silent", "12,345"} <= set(page.text)
+        assert any("those of engine-1, calls" in text for text in page.text)
+        assert not any("Engines" in text for text in Elements(render(snapshot())).text)
 
     def test_a_process_that_has_only_begun_can_be_shown(self) -> None:
         empty = Latency(0)

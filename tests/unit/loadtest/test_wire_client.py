@@ -19,9 +19,10 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from loadtest.header_block import fields_of, literal
+from loadtest.header_block import fields_of
 from loadtest.targets.embedserve import _refusal
 from loadtest.wire_client import GIVE_BACK, PREFACE, Connection
+from tests.unit.loadtest.frames import answer_frames
 
 
 class Wire:
@@ -64,15 +65,7 @@ class Wire:
         return b"".join(bytes(f.data) for f in self.frames() if isinstance(f, DataFrame) and f.stream_id == stream)
 
     def answer(self, stream: int, message: bytes = b"vector", *, huffman: bool = False, **trailers: str) -> None:
-        encoder = Encoder()
-        encoder.header_table_size = 0
-        fields = [("grpc-status", "0")] if not trailers else [(n.replace("_", "-"), v) for n, v in trailers.items()]
-        block = encoder.encode(fields, huffman=True) if huffman else b"".join(literal(n, v) for n, v in fields)
-        self.give(
-            HeadersFrame(stream, encoder.encode([(":status", "200")]), flags=["END_HEADERS"]),
-            DataFrame(stream, b"\0" + len(message).to_bytes(4, "big") + message),
-            HeadersFrame(stream, block, flags=["END_HEADERS", "END_STREAM"]),
-        )
+        self.give(*answer_frames(stream, message, huffman=huffman, **trailers))
 
 
 def begun(coroutine):

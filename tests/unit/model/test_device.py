@@ -7,7 +7,7 @@ import torch
 
 from embedserve.errors import StartupError
 from embedserve.model import device as device_module
-from embedserve.model.device import DeviceFault, choose_device, choose_dtype, fault_of, report_on
+from embedserve.model.device import DeviceFault, bind_thread, choose_device, choose_dtype, fault_of, report_on
 
 MESSAGES = {
     # As CUDA, cuBLAS, cuDNN and torch write them.
@@ -100,6 +100,13 @@ class TestDevice:
         assert choose_device("cuda") == torch.device("cuda", 0)
         with pytest.raises(StartupError, match="device 'cuda:1' does not exist: this machine has 1 CUDA devices"):
             choose_device("cuda:1")
+
+    def test_a_thread_is_bound_to_its_gpu_and_a_cpu_binds_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bound: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+        for name in ("cpu", "cuda:1"):
+            bind_thread(torch.device(name))
+        assert bound == [torch.device("cuda", 1)]
 
     def test_report_of_a_cpu(self) -> None:
         report = report_on(torch.device("cpu"), packed=True, compiled=False)

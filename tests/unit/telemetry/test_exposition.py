@@ -46,6 +46,12 @@ class TestMerge:
         (family,) = parse_openmetrics(merged)
         assert [s.exemplar.labels for s in family.samples if s.exemplar] == [{"trace_id": "ab"}] * 2
 
+    def test_what_is_merged_already_keeps_its_labels(self):
+        """Of several engines one has asked the front ends too: merged in two steps it is as in one."""
+        parts = [("engine-0", OPEN), ("frontend-0", OPEN), ("engine-1", OPEN)]
+        twice = merge_expositions([("", merge_expositions(parts[:2])), ("", merge_expositions(parts[2:]))])
+        assert twice == merge_expositions(parts)
+
     def test_a_family_that_one_process_alone_has_is_there(self):
         merged = merge_expositions([("engine", TEXT), ("frontend-0", b"# HELP own Own.\n# TYPE own gauge\nown 2.0\n")])
         assert b'own{process="frontend-0"} 2.0' in merged

@@ -63,7 +63,9 @@ class TestFirstScrape:
     def test_every_metric_of_the_table_is_there_with_every_declared_series(self, telemetry: Telemetry) -> None:
         """But for that on front ends where there are none."""
         telemetry.register_model(IDENTITY)
-        telemetry.register_load(lambda: LoadSnapshot(silent_front_ends={"frontend-0": False}))
+        telemetry.register_load(
+            lambda: LoadSnapshot(silent_front_ends={"frontend-0": False}, silent_engines={"e": False})
+        )
         samples = scrape(telemetry)
         shown = {(sample.name, frozenset(sample.labels.items())) for sample in samples}
         names = {sample.name for sample in samples}
@@ -130,12 +132,13 @@ class TestCardinality:
             "rpc.method", "rpc.response.status_code", "attempt", "kind", "stage", "verdict", "decision", "policy",
             "reason", "bucket", "outcome", "variant", "state", "cpu.mode",
             "name", "revision", "weights_digest", "dtype", "device", "pooling", "dimension", "frontend",
+            "engine",
         }  # fmt: skip
         free = {instrument.name for instrument in INSTRUMENTS for label in instrument.labels if not label.values}
         assert free == {
             "embedserve.admission.decisions", "embedserve.queue.wait", "embedserve.queue.items",
             "embedserve.queue.tokens", "embedserve.queue.oldest_age", "embedserve.model.info",
-            "embedserve.frontend.silent",
+            "embedserve.frontend.silent", "embedserve.engine.silent",
         }  # fmt: skip
 
 

@@ -281,7 +281,32 @@ def process(shown: Snapshot) -> Html:
             ("weights", tag("code", model.weights_digest)),
             ("tokenizer", tag("code", model.tokenizer_digest or NONE)),
         ),
+        *_engines(shown),
     )
+
+
+def _engines(shown: Snapshot) -> list[Html]:
+    """Where there are several."""
+    engines = shown.process.engines
+    if not engines:
+        return []
+    own = next((engine.name for engine in engines if engine.shown), NONE)
+    rows = [
+        (
+            engine.name,
+            engine.device or NONE,
+            tag("strong", engine.state, class_="bad") if engine.state in ("silent", "lost") else engine.state,
+            count(engine.held_tokens),
+            amount(engine.tokens_per_s),
+            duration(engine.drain_s),
+        )
+        for engine in engines
+    ]
+    caption = (
+        f"Engines: queue, passes, device and admission above are those of {own}, calls and event loops those of all"
+    )
+    heads = ("engine", "device", "state", "tokens held", "tokens/s when busy", "drain time")
+    return [table("engines", caption, heads, rows, numbers="---nnn")]
 
 
 def _front_ends(shown: Snapshot) -> list[Part]:

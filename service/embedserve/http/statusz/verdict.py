@@ -108,6 +108,10 @@ def _serving(shown: Snapshot) -> tuple[str, str, str]:
         level = level if level == "bad" else "warn"
         head.append("a front end is silent")
         parts.append(f"{', '.join(shown.process.silent)} does not answer")
+    if silent := [engine.name for engine in shown.process.engines if engine.state in ("silent", "lost")]:
+        level = level if level == "bad" else "warn"
+        head.append("an engine is silent")
+        parts.append(f"{', '.join(silent)} gets no calls")
     headline = ", ".join(head)
     if not traffic.calls_per_s and not traffic.in_flight and level == "good":
         return level, "Serving, idle", f"Serving. Idle: no call in the last {shown.now_s:.0f} s."
