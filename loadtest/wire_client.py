@@ -147,6 +147,12 @@ class Connection(asyncio.Protocol):
         await self._ready
 
     @property
+    def peer(self) -> str:
+        """The server's address in numbers, ``host:port``."""
+        host, port, *_ = self._transport.get_extra_info("peername")
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
     def usable(self) -> bool:
         """Whether a new call may be sent."""
         return not (self._leaving or self._transport.is_closing() or self._next > LAST_STREAM)

@@ -35,6 +35,8 @@ PATHS: Final = {
     "stream": "/embedserve.v1.EmbeddingService/EmbedStream",
 }
 OPEN_S: Final = 10.0
+AGAIN_S: Final = 0.01
+"""From a connection to the next in its place, as in ``native/client.cpp``: who has gone is not asked at once."""
 RECEIVE_BYTES: Final = 64 << 20
 """More than a server may send by default: the limit under test is the server's."""
 LOOK_S: Final = 0.5
@@ -91,11 +93,16 @@ class WireTarget:
         self._opening: dict[int, asyncio.Task[Connection]] = {}
         self._turn = itertools.cycle(range(options.connections))
         self._timeout_s: float | None = None
+        self._not_before = [0.0] * options.connections
+        self._reached = options.address
+        """The one of the server's addresses that answers."""
 
     async def open(self) -> None:
         """Connect once, to see that somebody answers; the others come with their first call."""
         try:
-            (await self._connect(None)).close()
+            connection = await self._connect(None)
+            self._reached = connection.peer
+            connection.close()
         except (OSError, TimeoutError) as error:
             raise ConnectionError(
                 f"{self._options.address} cannot be reached: {error or 'no answer in 10 s'}"
@@ -137,12 +144,18 @@ class WireTarget:
         """The connection of a slot; however many wait for it, it is opened once."""
         opening = self._opening.get(slot)
         if opening is None:
-            opening = self._opening[slot] = asyncio.ensure_future(self._connect(self._timeout_s))
+            opening = self._opening[slot] = asyncio.ensure_future(self._open_slot(slot))
             opening.add_done_callback(lambda _: self._opening.pop(slot, None))
         # A caller who goes away must not take the connection from the others.
         connection = await asyncio.shield(opening)
         self._slots[slot] = connection
         return connection
+
+    async def _open_slot(self, slot: int) -> Connection:
+        if (wait_s := self._not_before[slot] - time.monotonic()) > 0:
+            await asyncio.sleep(wait_s)
+        self._not_before[slot] = time.monotonic() + AGAIN_S
+        return await self._connect(self._timeout_s)
 
     async def _connect(self, timeout_s: float | None) -> Connection:
         options = self._options
@@ -178,7 +191,7 @@ class NativeTarget(WireTarget):
         options = self._options
         volley = Volley(
             self._library,
-            options.address,
+            self._reached,
             head_of(options.address, PATHS[options.method], timeout_s, options.metadata),
             [self._requests.of(texts) for texts in plan.calls],
             plan,

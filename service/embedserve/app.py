@@ -42,6 +42,7 @@ from embedserve.model.checkpoint import Checkpoint
 from embedserve.page import Page
 from embedserve.part import WHOLE, Part
 from embedserve.ready_line import ready_facts, write_ready_line
+from embedserve.stop_signal import StopSignals
 from embedserve.telemetry.load import LoadSnapshot
 from embedserve.telemetry.logs import flush_lines
 from embedserve.telemetry.setup import Telemetry, setup_telemetry
@@ -100,7 +101,6 @@ class App:
         self._make_engine: EngineMaker = part.make_engine or partial(build_engine, make_backend=make_backend)
         self._listens = config.server.addresses if part.listens else ()
         self._stop = asyncio.Event()
-        self._signals = 0
         self._calls = 0
         self._fatal: str | None = None
         self._health: HealthService | None = None
@@ -158,9 +158,7 @@ class App:
 
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT stop this process, a second one at once. Only in the main thread's event loop."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._take_signal, number)
+        StopSignals(self._stop.set, self._stop_at_once).listen()
 
     def _read_checkpoint(self) -> Checkpoint:
         return self._checkpoint or read_checkpoint(self._config)
@@ -368,13 +366,10 @@ class App:
         else:
             self._log.info("not_compiled", reason=report.compile_failure)
 
-    def _take_signal(self, number: signal.Signals) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            self._log.warning("stopped_at_once", signal=number.name)
-            flush_lines()
-            os._exit(128 + number)
-        self._stop.set()
+    def _stop_at_once(self, number: signal.Signals) -> None:
+        self._log.warning("stopped_at_once", signal=number.name)
+        flush_lines()
+        os._exit(128 + number)
 
 
 def run(

@@ -8,7 +8,6 @@ from.
 from __future__ import annotations
 
 import io
-import os
 import select
 import sys
 from abc import ABC, abstractmethod
@@ -95,8 +94,8 @@ class _Unbuffered(io.FileIO):
 
 
 def _standard_output() -> BinaryIO:
-    if sys.stdout is None:  # closed before we came: the command line has put nothing in its place
-        return Path(os.devnull).open("wb")
+    if sys.stdout is None:
+        raise BulkError("standard output is closed: nobody would have the vectors; name a file by --output")
     sys.stdout.flush()
     try:
         return _Unbuffered(sys.stdout.fileno(), "wb", closefd=False)

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, Literal
 
 import orjson
 
+from embedserve.bulk.outcome import BulkError
+
 __all__ = ["STDIN", "InputFormat", "Text", "chunked", "read_texts"]
 
 InputFormat = Literal["lines", "jsonl"]
@@ -64,6 +66,8 @@ def _standard_input() -> AbstractContextManager[BinaryIO]:
     A thread that waits in ``sys.stdin`` holds its lock, and an interpreter that ends after an interrupt wants it: it
     aborts ("could not acquire lock at interpreter shutdown").
     """
+    if sys.stdin is None:
+        raise BulkError("standard input is closed; name a file to read texts from")
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)
     except (OSError, ValueError):  # no descriptor behind it

@@ -107,7 +107,7 @@ class Operations:
     def load(self) -> LoadReport:
         """Of all engines together."""
         load = add_loads([one.load for one in self._watches] or [NO_LOAD])
-        if self._state() is State.SERVING:
+        if self._state() in {State.SERVING, State.DRAINING}:  # while they drain, engines say themselves what they take
             return load
         return replace(load, state="not_serving", accepting_requests=False)
 

@@ -42,6 +42,7 @@ from embedserve.model.backend import BackendFactory
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.cores import core_count
 from embedserve.ready_line import write_ready_line
+from embedserve.stop_signal import StopSignals
 from embedserve.telemetry.logs import configure_logs
 from embedserve.wiring import prepare_environment, read_checkpoint
 
@@ -82,7 +83,6 @@ class Supervisor:
         self._children: list[_Child] = []
         self._running: set[str] = set()
         self._log = structlog.get_logger("embedserve.supervisor")
-        self._signals = 0
         self._stop = asyncio.Event()
         self._changed = asyncio.Event()
         self._verdict: int | None = None
@@ -96,8 +96,7 @@ class Supervisor:
         """Start, serve until told to stop or one process ends, and end all."""
         started = time.monotonic_ns()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._take_signal, number)
+        StopSignals(self._take_stop, self._stop_at_once).listen()
         try:
             checkpoint = await loop.run_in_executor(None, self._read_checkpoint)
             held, addresses = hold_ports(self._config.server.addresses, shared=self._config.server.so_reuseport)
@@ -287,16 +286,16 @@ class Supervisor:
         finally:
             waiter.cancel()
 
-    def _take_signal(self, number: signal.Signals) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            self._log.warning("stopped_at_once", signal=number.name)
-            for child in self._children:
-                if child.role in self._running:
-                    child.process.kill()
-            os._exit(128 + number)
+    def _take_stop(self) -> None:
         self._stop.set()
         self._changed.set()
+
+    def _stop_at_once(self, number: signal.Signals) -> None:
+        self._log.warning("stopped_at_once", signal=number.name)
+        for child in self._children:
+            if child.role in self._running:
+                child.process.kill()
+        os._exit(128 + number)
 
 
 class _Ends:

@@ -396,6 +396,31 @@ class TestCommand:
         assert errors.startswith("embedserve: 127.0.0.1:1: UNAVAILABLE: ")
         assert "Traceback" not in errors
 
+    @pytest.mark.parametrize(
+        ("closing", "code", "sentence"),
+        [
+            (
+                ">&-",
+                1,
+                "embedserve: standard output is closed: nobody would have the vectors; name a file by --output\n",
+            ),
+            ("<&-", 1, "embedserve: standard input is closed; name a file to read texts from\n"),
+            ("2>&-", 0, ""),
+        ],
+    )
+    async def test_a_standard_stream_that_was_closed_is_told_or_not_needed(self, service, closing, code, sentence):
+        embed = f"echo a | {sys.executable} -m embedserve embed --server {service.address} {closing}"
+        process = await asyncio.create_subprocess_shell(
+            f"bash -c '{embed}'",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(SERVICE_ROOT)},
+        )
+        output, errors = await asyncio.wait_for(process.communicate(), 30)
+        assert (process.returncode, errors.decode()) == (code, f"embedserve: {sentence}\n" if sentence else "")
+        assert output.count(b"\n") == (0 if code else 1)
+        assert b"Traceback" not in output
+
     async def test_a_full_disk_is_a_sentence(self, service, command, tmp_path):
         full = private_device(tmp_path / "full", 1, 7)
         code, _, errors = await command("embed", "--server", service.address, "-o", str(full), stdin=b"a\n")

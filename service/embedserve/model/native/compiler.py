@@ -122,7 +122,7 @@ def _compiler() -> list[str]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     names = wanted[0] if wanted else ", ".join(COMPILERS)
-    raise CannotCompile(f"no C++ compiler was found ({names}); install g++ to have passes compiled for this processor")
+    raise CannotCompile(f"no C++ compiler was found ({names}); install g++ to have it compiled for this processor")
 
 
 def _digest(source: Path, flags: Sequence[str], torch_folder: Path | None) -> str:
