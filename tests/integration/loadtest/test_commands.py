@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -71,6 +72,26 @@ class TestTargets:
             (reject,) = figures["phases"][0]["rejects"]
             assert reject.startswith("INVALID_ARGUMENT ")
             assert figures["void"]
+
+    @pytest.mark.parametrize("make", [NativeTarget, WireTarget])
+    def test_of_a_name_with_two_addresses_the_one_that_answers_is_called(self, server, monkeypatch, make):
+        """As localhost where it is ::1 first and the server listens on 127.0.0.1."""
+        port = int(server.address.rpartition(":")[2])
+        known = socket.getaddrinfo
+
+        def two(host, *rest, **named):
+            if host != "two.test":
+                return known(host, *rest, **named)
+            return [
+                (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("::1", port, 0, 0)),
+                (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port)),
+            ]
+
+        monkeypatch.setattr(socket, "getaddrinfo", two)
+        asked = load_scenario("short", TINY | {"callers": 1})
+        result = asyncio.run(drive(asked, partial(make, Options(address=f"two.test:{port}")), processes=0))
+        (phase,) = result.figures()["phases"]
+        assert phase["statuses"] == {"OK": phase["calls"]}
 
 
 class TestLastCalls:
