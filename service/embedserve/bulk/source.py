@@ -15,8 +15,6 @@ from typing import Any, BinaryIO, Literal
 
 import orjson
 
-from embedserve.bulk.outcome import BulkError
-
 __all__ = ["STDIN", "InputFormat", "Text", "chunked", "read_texts"]
 
 InputFormat = Literal["lines", "jsonl"]
@@ -67,6 +65,8 @@ def _standard_input() -> AbstractContextManager[BinaryIO]:
     aborts ("could not acquire lock at interpreter shutdown").
     """
     if sys.stdin is None:
+        from embedserve.bulk.outcome import BulkError  # noqa: PLC0415 (brings numpy, and the command line knows us)
+
         raise BulkError("standard input is closed; name a file to read texts from")
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)

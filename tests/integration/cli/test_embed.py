@@ -399,12 +399,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("closing", "code", "sentence"),
         [
-            (
-                ">&-",
-                1,
-                "embedserve: standard output is closed: nobody would have the vectors; name a file by --output\n",
-            ),
-            ("<&-", 1, "embedserve: standard input is closed; name a file to read texts from\n"),
+            (">&-", 1, "standard output is closed: nobody would have the vectors; name a file by --output"),
+            ("<&-", 1, "standard input is closed; name a file to read texts from"),
             ("2>&-", 0, ""),
         ],
     )
