@@ -95,10 +95,10 @@ class LineLogger:
         """Write a line whose fields are made when it goes out, with others; ``context`` is whose line it is."""
         if self._level > _number(level):
             return
-        self._hold(partial(self._made, event, level, make, context, _process, time.time()))
+        self._hold(partial(self._made, event, level, make, context, time.time()))
 
     def _write(self, event: str, level: str, fields: dict[str, object]) -> None:
-        self._hold(self._made(event, level, lambda: fields, current_span_context.get(), _process, time.time()))
+        self._hold(self._made(event, level, lambda: fields, current_span_context.get(), time.time()))
 
     def _made(
         self,
@@ -106,7 +106,6 @@ class LineLogger:
         level: str,
         make: Callable[[], dict[str, object]],
         context: SpanContext | None,
-        process: Mapping[str, str],
         at_s: float,
     ) -> bytes:
         fields = make()
@@ -115,7 +114,7 @@ class LineLogger:
                 fields[key] = _safe(value)
         fields["event"] = event
         fields["logger"] = self._name
-        fields.update(process)
+        fields.update(_process)
         if context is not None:
             _name_trace(context, fields)
         fields["level"] = level
