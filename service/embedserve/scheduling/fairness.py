@@ -115,12 +115,16 @@ class FairOrder(Generic[M]):
         """Takes the head out of its lane until ``enqueue``: what it has next does not fit this batch."""
         heappop(self.heaps[lane])[2].queued[lane] = False
 
-    def charge(self, member: M, tokens: int) -> None:
-        """A member was served."""
+    def charge(self, member: M, tokens: int, *, in_turn: bool = True) -> None:
+        """A member was served; not ``in_turn`` if one with a smaller tag waits, which had no use for the room.
+
+        Out of turn its start says nothing of how far the order has come: whoever left with a small lead a moment ago
+        would come back far ahead of those who wait, and those who come now too.
+        """
         start, cost = member.tag, tokens << self.SCALE_BITS
         member.tag = start + cost
         paced = self.vtime + cost // (self.active + 1)
-        self.vtime = max(start, paced)
+        self.vtime = max(start, paced) if in_turn else paced
 
     def _sweep(self) -> None:
         self._gone = 0

@@ -1,5 +1,7 @@
 """When a batch closes, which bucket leads, how many rows."""
 
+from collections import Counter
+
 import pytest
 
 from embedserve.scheduling.cost import Buckets, CostModel
@@ -31,11 +33,11 @@ class TestLarge:
     """Submissions that take several passes leave room for those that do not."""
 
     @pytest.mark.parametrize("shape", list(Shape))
-    def test_alone_they_fill_seven_tenths(self, shape):
+    def test_alone_they_fill_half(self, shape):
         s = small_scheduler(shape=shape, max_batch_items=64)
         s.submit(submission(1, *[8] * 20), 0)
 
-        assert [b.tokens for b in run_all(s)] == [40, 40, 40, 40]
+        assert [b.tokens for b in run_all(s)] == [32, 32, 32, 32, 32]
 
     @pytest.mark.parametrize("shape", list(Shape))
     def test_beside_a_small_one_a_fifth(self, shape):
@@ -45,7 +47,7 @@ class TestLarge:
         s.submit(submission(2, 8), 0)
         s.complete(first.id, Succeeded(1_000), 0)
 
-        assert items(s.next_batch(0)) == [(2, 0), (1, 5)]
+        assert items(s.next_batch(0)) == [(2, 0), (1, 4)]
 
     def test_one_that_fits_a_batch_is_not_cut(self):
         s = small_scheduler()
@@ -68,6 +70,83 @@ class TestLarge:
         s.submit(submission(99, 8), 0)
 
         assert (99, 0) in items(s.next_batch(0))
+
+
+class TestHeldBack:
+    """What large work leaves of a batch is not for those who are ahead of it."""
+
+    def served(self, *submissions, batches=12, **changes):
+        """Tokens of each submission in so many batches of at most 64."""
+        s = small_scheduler(max_batch_items=64, **changes)
+        for sent in submissions:
+            s.submit(sent, 0)
+        tokens, sizes = Counter(), []
+        for _ in range(batches):
+            batch = s.next_batch(0)
+            sizes.append(batch.tokens)
+            for piece in batch.slices:
+                tokens[piece.submission_id] += 8 * len(piece.indexes)
+            s.complete(batch.id, Succeeded(1_000), 0)
+        return tokens, sizes
+
+    def small(self, tenant, first=100, count=200, **changes):
+        return [submission(first + n, 8, tenant=tenant, **changes) for n in range(count)]
+
+    def large(self, count, **changes):
+        return [submission(n, *[8] * 100, tenant=f"large{n}", **changes) for n in range(1, count + 1)]
+
+    def of_small(self, tokens, first=100):
+        return sum(n for number, n in tokens.items() if number >= first)
+
+    def test_a_tenant_with_small_ones_has_as_much_as_each_with_a_large_one(self):
+        tokens, sizes = self.served(*self.large(3), *self.small("crowd"), batches=24)
+        parts = [tokens[1], tokens[2], tokens[3], self.of_small(tokens)]
+
+        assert max(parts) - min(parts) <= 64
+        assert min(sizes) >= 32  # what large work fills, at least
+
+    def test_its_work_is_not_held_back_where_nobody_is_behind(self):
+        """One tenant: small calls beside a large one fill the batch."""
+        _, sizes = self.served(submission(1, *[8] * 100), *[submission(100 + n, 8) for n in range(200)])
+
+        assert sizes == [64] * 12
+
+    def test_a_large_one_that_the_rest_is_too_short_for_holds_nobody_back(self):
+        """It leads the next batch; the cap is not what keeps it out."""
+        s = small_scheduler(max_batch_items=64, max_batch_tokens=64)
+        s.submit(submission(1, *[30] * 9, tenant="large"), 0)
+        s.submit(submission(2, *[10] * 6, tenant="a"), 0)
+
+        assert s.next_batch(0).tokens == 60
+
+    def test_a_lower_class_has_a_turn_of_the_rest(self):
+        """A turn is 32 of 64 here."""
+        tokens, sizes = self.served(*self.large(1), *self.small("other", priority=Priority.BULK), quantum_divisor=8)
+
+        assert 0.4 <= self.of_small(tokens) / sum(sizes) <= 0.5
+
+    def test_and_nothing_where_a_tenant_of_the_class_above_is_held_back(self):
+        """But the part that every class has."""
+        tokens, sizes = self.served(
+            *self.large(4),
+            *self.small("crowd"),
+            *self.small("other", first=1_000, priority=Priority.BULK),
+            batches=24,
+        )
+
+        assert self.of_small(tokens, first=1_000) / sum(sizes) <= 0.3
+
+    def test_a_small_one_that_comes_rides_at_once(self):
+        s = small_scheduler(max_batch_items=64)
+        for sent in (*self.large(4), *self.small("crowd")):
+            s.submit(sent, 0)
+        for number in range(1_000, 1_040):
+            s.complete(s.next_batch(0).id, Succeeded(1_000), 0)
+            s.submit(submission(number, 8, tenant=f"new{number}"), 0)
+            batch = s.next_batch(0)
+
+            assert (number, 0) in items(batch)
+            s.complete(batch.id, Succeeded(1_000), 0)
 
 
 class TestTime:
