@@ -18,7 +18,7 @@ theirs rides at once too, and nothing where a tenant of the class above was held
 
 from __future__ import annotations
 
-from embedserve.scheduling.fairness import FairOrder, Flow, Tenant
+from embedserve.scheduling.fairness import Flow, PriorityClass, Tenant
 
 __all__ = ["Aside"]
 
@@ -28,11 +28,11 @@ class Aside:
 
     __slots__ = ("_capped", "_entitled", "_held_back", "_lane", "_order", "_quantum", "_tenants", "behind", "flows")
 
-    def __init__(self, order: FairOrder[Tenant], lane: int, quantum: int) -> None:
-        self._order = order
+    def __init__(self, klass: PriorityClass, lane: int, quantum: int) -> None:
+        self._order = klass.tenants
         self._lane = lane
         self._quantum = quantum
-        self._entitled = order.vtime
+        self._entitled = klass.tenants.vtime
         """Virtual time when the batch was begun: who is not beyond it has had no more than its share."""
         self._capped: set[Tenant] = set()
         """Those with large work that would have fitted without the cap."""

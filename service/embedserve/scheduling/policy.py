@@ -261,7 +261,7 @@ class BatchPolicy:
         Returns the room that is left for lower classes.
         """
         order, edge = klass.tenants, draft.edge
-        aside = Aside(order, lane, quantum)
+        aside = Aside(klass, lane, quantum)
         stop_at = max(draft.room_tokens - limit, 0)
         while draft.room_items > 0 and draft.room_tokens > stop_at and klass.items_by_lane[lane]:
             tenant = order.head(lane)
