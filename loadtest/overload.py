@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from embedserve.v1 import embedding_pb2 as pb
-from loadtest.caller import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED, Calls, Job, begin, finish, run
+from loadtest.answer import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED
+from loadtest.caller import Calls, Job, begin, finish, run
 from loadtest.nullmodel import write_checkpoint
 from loadtest.picture import draw
 from loadtest.result import RESULTS, Run, spread
