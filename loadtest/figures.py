@@ -25,6 +25,7 @@ from loadtest import histogram
 from loadtest.ledger import Ledger, Rows
 from loadtest.scenario import Scenario
 from loadtest.schedule import Span, arrivals
+from loadtest.target import NO_CONNECTION
 
 __all__ = ["OFFERED_SHARE", "ClientUse", "figures_of"]
 
@@ -43,7 +44,8 @@ WINDOW_S: Final = 0.5
 NORMAL: Final = 1.1
 """Latency is normal again at this multiple of the highest windowed p99 before the burst."""
 
-REFUSED: Final = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
+REFUSED: Final = "RESOURCE_EXHAUSTED"
+EXPIRED: Final = "DEADLINE_EXCEEDED"
 PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
@@ -69,7 +71,7 @@ def figures_of(
     due = arrivals(spans, scenario.seed)
     phases = [_phase(i, span, ledger, due) for i, span in enumerate(spans)]
     return {
-        "void": _void(phases, clients),
+        "void": _void(phases, clients, ledger),
         "notes": _notes(phases, clients),
         "capacity": capacity,
         "phases": phases,
@@ -99,7 +101,7 @@ def _phase(index: int, span: Span, ledger: Ledger, due: npt.NDArray[np.float64])
         statuses[status] += int(count)
         if status != "OK":
             rejects[f"{status} {reason}".strip()] += int(count)
-    refused = np.isin(rows["outcome"], [i for i, (status, _) in enumerate(ledger.outcomes) if status in REFUSED])
+    refused = ledger.having(REFUSED)[chosen]
     return {
         "name": span.phase.name,
         "begins": span.begins,
@@ -166,10 +168,13 @@ def _batch_sizes(answered: Rows) -> dict[str, float]:
 
 
 def _timeline(ledger: Ledger, seconds: float) -> dict[str, list[Any]]:
-    """Calls by the second: meant to be sent, answered, refused, failed otherwise; latency by the second meant."""
+    """Calls by the second: meant to be sent, and how they ended; latency by the second meant.
+
+    Refused is what the server chose to refuse, expired what took longer than its deadline, failed all else that is no
+    answer: an UNAVAILABLE is no choice, it is a server or a connection that is gone.
+    """
     rows = ledger.rows
-    good = ledger.having("OK")
-    refused = np.isin(rows["outcome"], [i for i, (status, _) in enumerate(ledger.outcomes) if status in REFUSED])
+    good, refused, expired = ledger.having("OK"), ledger.having(REFUSED), ledger.having(EXPIRED)
     last = float(rows["ended"].max()) if len(rows) else 0.0
     edges = np.arange(0.0, max(seconds, np.ceil(last)) + 1.0)
 
@@ -186,20 +191,23 @@ def _timeline(ledger: Ledger, seconds: float) -> dict[str, list[Any]]:
         "sent": count(rows["meant"]),
         "answered": count(rows["ended"][good]),
         "refused": count(rows["ended"][refused]),
-        "failed": count(rows["ended"][~good & ~refused]),
+        "expired": count(rows["ended"][expired]),
+        "failed": count(rows["ended"][~(good | refused | expired)]),
         "p50_ms": p50,
         "p99_ms": p99,
     }
 
 
 def _recovery(spans: list[Span], ledger: Ledger) -> float | None:
-    """Seconds from the end of the highest open phase until the p99 of every later window is normal."""
+    """Seconds from the end of the highest open phase until the p99 of every later window is normal.
+
+    Of calls that were answered or expired: a refusal or a failure at once says nothing of how long one waits.
+    """
     rates = [span.rate or 0.0 for span in spans]
     top = int(np.argmax(rates))
     if not 0 < top < len(spans) - 1 or not rates[top] > rates[top - 1] > 0:
         return None
-    refused = np.isin(ledger.rows["outcome"], [i for i, (status, _) in enumerate(ledger.outcomes) if status in REFUSED])
-    rows = ledger.rows[~refused]
+    rows = ledger.rows[ledger.having("OK", EXPIRED)]
 
     def windows(begin: float, end: float) -> list[tuple[float, float]]:
         found = []
@@ -216,7 +224,7 @@ def _recovery(spans: list[Span], ledger: Ledger) -> float | None:
     return round(max(slow) - spans[top].ends, 2) if slow else 0.0
 
 
-def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...]) -> list[str]:
+def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...], ledger: Ledger) -> list[str]:
     reasons = [
         f"phase {phase['name']} offered {phase['offered_share']:.1%} of its {phase['rate']:.0f} calls/s, less than "
         f"{OFFERED_SHARE:.0%}: the client is too slow; give it more processes or a machine of its own"
@@ -229,6 +237,13 @@ def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...]) -> list[
             seen.update(phase["rejects"])
         what = ", ".join(f"{count} x {reason}" for reason, count in seen.most_common(3)) or "no call was sent"
         reasons.append(f"no call was answered: {what}")
+    alone = ledger.rows[ledger.having(NO_CONNECTION.status, reason=NO_CONNECTION.reason)]
+    if len(alone):
+        calls = "1 call" if len(alone) == 1 else f"{len(alone):,} calls"
+        reasons.append(
+            f"the server was lost: {calls} found nobody who takes a connection, "
+            f"the first after {alone['sent'].min():.1f} s"
+        )
     unsent = sum(client.unsent for client in clients)
     if unsent:
         reasons.append(f"{unsent} calls were never sent, because too many were open at once")
