@@ -15,7 +15,7 @@ from typing import Any, Final
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from embedserve.api.wire import varint
+from embedserve.varint import varint
 
 __all__ = ["refusal_status"]
 
