@@ -36,6 +36,7 @@ from embedserve.engine.surface import EngineSurface
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
+from embedserve.load_snapshot import load_snapshot
 from embedserve.main_loop import read_on_loop, run_app
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
@@ -51,7 +52,6 @@ from embedserve.wiring import (
     EngineMaker,
     bucket_edges,
     build_engine,
-    load_snapshot,
     read_checkpoint,
     server_options,
     servicer_settings,
