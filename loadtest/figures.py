@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from loadtest import histogram
 from loadtest.ledger import Ledger, Rows
+from loadtest.recovery import recovery_s, windowed_p99
 from loadtest.scenario import Scenario
 from loadtest.schedule import Span, arrivals
 from loadtest.target import NO_CONNECTION
@@ -39,10 +40,6 @@ LATE_SHARE: Final = 0.1
 """Lateness of sending over the median latency above which it is told."""
 P99_CALLS: Final = 1000
 """Fewer calls than this leave ten or fewer above the 99th percentile."""
-WINDOW_S: Final = 0.5
-"""Of the recovery."""
-NORMAL: Final = 1.1
-"""Latency is normal again at this multiple of the highest windowed p99 before the burst."""
 
 REFUSED: Final = "RESOURCE_EXHAUSTED"
 EXPIRED: Final = "DEADLINE_EXCEEDED"
@@ -199,29 +196,14 @@ def _timeline(ledger: Ledger, seconds: float) -> dict[str, list[Any]]:
 
 
 def _recovery(spans: list[Span], ledger: Ledger) -> float | None:
-    """Seconds from the end of the highest open phase until the p99 of every later window is normal.
-
-    Of calls that were answered or expired: a refusal or a failure at once says nothing of how long one waits.
-    """
+    """Seconds from the end of the highest open phase until the p99 of every later window is normal."""
     rates = [span.rate or 0.0 for span in spans]
     top = int(np.argmax(rates))
     if not 0 < top < len(spans) - 1 or not rates[top] > rates[top - 1] > 0:
         return None
-    rows = ledger.rows[ledger.having("OK", EXPIRED)]
-
-    def windows(begin: float, end: float) -> list[tuple[float, float]]:
-        found = []
-        for at in np.arange(begin, end - WINDOW_S + 1e-9, WINDOW_S):
-            own = rows[(rows["meant"] >= at) & (rows["meant"] < at + WINDOW_S)]
-            if len(own):
-                found.append((float(at + WINDOW_S), float(np.percentile(own["ended"] - own["meant"], 99))))
-        return found
-
-    before = [p99 for _, p99 in windows(spans[top - 1].begins, spans[top - 1].ends)]
-    if not before:
-        return None
-    slow = [at for at, p99 in windows(spans[top].ends, spans[-1].ends) if p99 > NORMAL * max(before)]
-    return round(max(slow) - spans[top].ends, 2) if slow else 0.0
+    calls, burst = ledger.rows[ledger.having("OK", EXPIRED)], spans[top]
+    before = [p99 for _, p99 in windowed_p99(calls, spans[top - 1].begins, spans[top - 1].ends)]
+    return round(recovery_s(calls, burst.ends, spans[-1].ends, max(before)), 2) if before else None
 
 
 def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...], ledger: Ledger) -> list[str]:
