@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
-import os
 import pickle
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import numpy.typing as npt
 
 from loadtest.answer import DEADLINE_EXCEEDED, OK
 from loadtest.deadline import is_late
+from loadtest.environment import without_foreign
 from loadtest.native.volley import Ended, Unavailable, Volley, load_library
 from loadtest.plan import Crowd, Plan
 from loadtest.tether import tethered
@@ -91,10 +91,9 @@ def schedule(job: Job) -> list[float]:
 
 def begin(job: Job) -> subprocess.Popen[bytes]:
     """Start the process; ``finish`` takes what it found."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_", "GRPC_"))}
     process = subprocess.Popen(
         tethered([sys.executable, "-m", "loadtest.caller"]),
-        cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=ROOT, env=without_foreign(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin is not None
     process.stdin.write(pickle.dumps(job))
