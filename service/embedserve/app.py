@@ -25,6 +25,7 @@ import orjson
 import structlog
 
 from embedserve.address import bound_addresses
+from embedserve.api.door import Door
 from embedserve.api.embedding import SERVICE, EmbeddingServicer
 from embedserve.api.guard import Guard
 from embedserve.api.health import HealthService
@@ -187,6 +188,12 @@ class App:
             return lifecycle.exit_code
         if not self._stop.is_set():
             parts.servicer.attach(parts.engine, bucket_edges(config, checkpoint))
+            if parts.engine.unread is not None:
+                parts.guard.door = Door(
+                    parts.engine.unread,
+                    max_request_ms=config.server.max_request_ms,
+                    max_tenant_bytes=config.limits.max_tenant_bytes,
+                )
             telemetry.register_model(parts.engine.identity)
             lifecycle.to(State.SERVING)
             parts.health.set_serving(True)
