@@ -1,7 +1,8 @@
 """``python -m loadtest``: the load test as a command.
 
 Decides options, exit codes and where results go. Exit codes: 0 the run counts and reaches its marks, 1 a mark is
-missed, 2 the command or the scenario is wrong or the server cannot be reached, 3 a repetition is void, 130 Ctrl-C.
+missed, 2 the command or the scenario is wrong or the server cannot be reached, 3 a repetition is void (of a server
+that was lost, too), 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -1,13 +1,24 @@
 """How one gRPC call ended, and the messages that came.
 
-Decides how messages are cut out of a stream of bytes. Must never know HTTP/2 or a load.
+Decides which statuses have a name here, and how messages are cut out of a stream of bytes. Must never know HTTP/2 or a
+load.
 """
 
 from __future__ import annotations
 
-__all__ = ["Answer"]
+__all__ = [
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "INTERNAL",
+    "OK",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "UNKNOWN",
+    "Answer",
+]
 
-UNKNOWN = 2
+OK, CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE = 0, 1, 2, 4, 8, 13, 14
+"""gRPC's statuses that somebody here asks for."""
 
 
 class Answer:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
-import os
 import pickle
 import subprocess
 import sys
@@ -30,16 +29,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loadtest.answer import DEADLINE_EXCEEDED, OK
+from loadtest.deadline import is_late
+from loadtest.environment import without_foreign
 from loadtest.native.volley import Ended, Unavailable, Volley, load_library
 from loadtest.plan import Crowd, Plan
 from loadtest.tether import tethered
 from loadtest.wire_client import Connection, head_of
 
-__all__ = ["CALLS", "DEADLINE_EXCEEDED", "OK", "RESOURCE_EXHAUSTED", "Calls", "Job", "begin", "run"]
+__all__ = ["CALLS", "Calls", "Job", "begin", "run"]
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBED = "/embedserve.v1.EmbeddingService/Embed"
-OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = 0, 4, 8
 GRACE_S = 0.5
 """After its deadline a call is waited for so long; an answer that comes then counts as expired."""
 HEAD_START_S = 0.1
@@ -90,10 +91,9 @@ def schedule(job: Job) -> list[float]:
 
 def begin(job: Job) -> subprocess.Popen[bytes]:
     """Start the process; ``finish`` takes what it found."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_", "GRPC_"))}
     process = subprocess.Popen(
         tethered([sys.executable, "-m", "loadtest.caller"]),
-        cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=ROOT, env=without_foreign(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin is not None
     process.stdin.write(pickle.dumps(job))
@@ -155,7 +155,7 @@ class _Client:
         except TimeoutError:
             code, pushback = DEADLINE_EXCEEDED, float("nan")
         ended = time.perf_counter() - self.start
-        if job.timeout_s is not None and code == OK and ended - sent > job.timeout_s:
+        if code == OK and is_late(sent, ended, job.timeout_s):
             code = DEADLINE_EXCEEDED
         self.rows.append((sent if meant is None else meant, sent, ended, code, pushback))
 
@@ -206,7 +206,7 @@ def _sent_by(library: ctypes.CDLL, job: Job) -> Calls:
 
 def _row(ended: Ended, timeout_s: float | None) -> tuple[float, float, float, int, float]:
     code = ended.answer.code
-    if timeout_s is not None and code == OK and ended.ended - ended.sent > timeout_s:
+    if code == OK and is_late(ended.sent, ended.ended, timeout_s):
         code = DEADLINE_EXCEEDED
     return ended.meant, ended.sent, ended.ended, code, ended.answer.pushback_ms
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from loadtest.corpus import calls_of
+from loadtest.deadline import is_late
 from loadtest.ledger import Ledger, Scribe
 from loadtest.pacer import Pacer
 from loadtest.plan import Crowd, Plan, Player
@@ -158,7 +159,7 @@ class Client:
         return Account(self.scribe.ledger(), played.cpu_s, played.took_s, played.unsent)
 
     def _note(self, meant: float, sent: float, ended: float, phase: int, texts: int, reply: Reply) -> None:
-        if reply.status == "OK" and ended - sent > self._timeout_s:
+        if reply.status == "OK" and is_late(sent, ended, self._timeout_s):
             reply = Reply("DEADLINE_EXCEEDED", "LATE_ANSWER")
         self.scribe.note(meant, sent, ended, phase, texts, reply)
 

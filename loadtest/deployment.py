@@ -10,6 +10,7 @@ Decides how an address becomes targets, and where the server's own metrics are. 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -78,6 +79,22 @@ class Deployment:
             return scrape.samples(self.metrics_url, SCRAPE_S)
         except OSError as error:
             raise TargetFailed(f"no metrics at {self.metrics_url}: {error}") from None
+
+    def lost(self) -> str | None:
+        """A sentence when nobody takes a connection there any more, ``None`` where somebody does."""
+
+        async def look() -> None:
+            target = self.make_target()
+            try:
+                await target.open()
+            finally:
+                await target.close()
+
+        try:
+            asyncio.run(look())
+        except ConnectionError as error:
+            return f"the server was lost: after the run {error}"
+        return None
 
     def difference(self, before: dict[str, float]) -> dict[str, Any]:
         """What happened in it since ``before``; an empty dict where its metrics are not known."""

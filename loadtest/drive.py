@@ -14,7 +14,6 @@ event loop is the client and anything will do.
 from __future__ import annotations
 
 import asyncio
-import os
 import pickle
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.client import GRACE_S, Account, Client, Job
+from loadtest.environment import without_foreign
 from loadtest.figures import ClientUse, figures_of
 from loadtest.ledger import Ledger
 from loadtest.scenario import Phase, Scenario
@@ -189,7 +189,7 @@ class _Fleet:
             process = await asyncio.create_subprocess_exec(
                 *tethered([sys.executable, "-m", "loadtest.client"]),
                 cwd=ROOT,
-                env=_environment(),
+                env=without_foreign(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 process_group=0,  # Ctrl-C is for us, who end the clients
@@ -250,8 +250,3 @@ class _Fleet:
             calls, failed = (sum(column) for column in zip(*self._so_far, strict=True))
             self._tell(Progress(time.monotonic() - start, self._scenario.seconds, calls, failed))
             await asyncio.sleep(0.25)
-
-
-def _environment() -> dict[str, str]:
-    """Of a client: a caller's own OTEL_* and GRPC_* variables would change what is measured."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_", "GRPC_"))}

@@ -23,8 +23,10 @@ import numpy.typing as npt
 
 from loadtest import histogram
 from loadtest.ledger import Ledger, Rows
+from loadtest.recovery import recovery_s, windowed_p99
 from loadtest.scenario import Scenario
 from loadtest.schedule import Span, arrivals
+from loadtest.target import NO_CONNECTION
 
 __all__ = ["OFFERED_SHARE", "ClientUse", "figures_of"]
 
@@ -38,12 +40,9 @@ LATE_SHARE: Final = 0.1
 """Lateness of sending over the median latency above which it is told."""
 P99_CALLS: Final = 1000
 """Fewer calls than this leave ten or fewer above the 99th percentile."""
-WINDOW_S: Final = 0.5
-"""Of the recovery."""
-NORMAL: Final = 1.1
-"""Latency is normal again at this multiple of the highest windowed p99 before the burst."""
 
-REFUSED: Final = ("RESOURCE_EXHAUSTED", "UNAVAILABLE")
+REFUSED: Final = "RESOURCE_EXHAUSTED"
+EXPIRED: Final = "DEADLINE_EXCEEDED"
 PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
@@ -69,7 +68,7 @@ def figures_of(
     due = arrivals(spans, scenario.seed)
     phases = [_phase(i, span, ledger, due) for i, span in enumerate(spans)]
     return {
-        "void": _void(phases, clients),
+        "void": _void(phases, clients, ledger),
         "notes": _notes(phases, clients),
         "capacity": capacity,
         "phases": phases,
@@ -99,7 +98,7 @@ def _phase(index: int, span: Span, ledger: Ledger, due: npt.NDArray[np.float64])
         statuses[status] += int(count)
         if status != "OK":
             rejects[f"{status} {reason}".strip()] += int(count)
-    refused = np.isin(rows["outcome"], [i for i, (status, _) in enumerate(ledger.outcomes) if status in REFUSED])
+    refused = ledger.having(REFUSED)[chosen]
     return {
         "name": span.phase.name,
         "begins": span.begins,
@@ -166,10 +165,13 @@ def _batch_sizes(answered: Rows) -> dict[str, float]:
 
 
 def _timeline(ledger: Ledger, seconds: float) -> dict[str, list[Any]]:
-    """Calls by the second: meant to be sent, answered, refused, failed otherwise; latency by the second meant."""
+    """Calls by the second: meant to be sent, and how they ended; latency by the second meant.
+
+    Refused is what the server chose to refuse, expired what took longer than its deadline, failed all else that is no
+    answer: an UNAVAILABLE is no choice, it is a server or a connection that is gone.
+    """
     rows = ledger.rows
-    good = ledger.having("OK")
-    refused = np.isin(rows["outcome"], [i for i, (status, _) in enumerate(ledger.outcomes) if status in REFUSED])
+    good, refused, expired = ledger.having("OK"), ledger.having(REFUSED), ledger.having(EXPIRED)
     last = float(rows["ended"].max()) if len(rows) else 0.0
     edges = np.arange(0.0, max(seconds, np.ceil(last)) + 1.0)
 
@@ -186,7 +188,8 @@ def _timeline(ledger: Ledger, seconds: float) -> dict[str, list[Any]]:
         "sent": count(rows["meant"]),
         "answered": count(rows["ended"][good]),
         "refused": count(rows["ended"][refused]),
-        "failed": count(rows["ended"][~good & ~refused]),
+        "expired": count(rows["ended"][expired]),
+        "failed": count(rows["ended"][~(good | refused | expired)]),
         "p50_ms": p50,
         "p99_ms": p99,
     }
@@ -198,25 +201,12 @@ def _recovery(spans: list[Span], ledger: Ledger) -> float | None:
     top = int(np.argmax(rates))
     if not 0 < top < len(spans) - 1 or not rates[top] > rates[top - 1] > 0:
         return None
-    refused = np.isin(ledger.rows["outcome"], [i for i, (status, _) in enumerate(ledger.outcomes) if status in REFUSED])
-    rows = ledger.rows[~refused]
-
-    def windows(begin: float, end: float) -> list[tuple[float, float]]:
-        found = []
-        for at in np.arange(begin, end - WINDOW_S + 1e-9, WINDOW_S):
-            own = rows[(rows["meant"] >= at) & (rows["meant"] < at + WINDOW_S)]
-            if len(own):
-                found.append((float(at + WINDOW_S), float(np.percentile(own["ended"] - own["meant"], 99))))
-        return found
-
-    before = [p99 for _, p99 in windows(spans[top - 1].begins, spans[top - 1].ends)]
-    if not before:
-        return None
-    slow = [at for at, p99 in windows(spans[top].ends, spans[-1].ends) if p99 > NORMAL * max(before)]
-    return round(max(slow) - spans[top].ends, 2) if slow else 0.0
+    calls, burst = ledger.rows[ledger.having("OK", EXPIRED)], spans[top]
+    before = [p99 for _, p99 in windowed_p99(calls, spans[top - 1].begins, spans[top - 1].ends)]
+    return round(recovery_s(calls, burst.ends, spans[-1].ends, max(before)), 2) if before else None
 
 
-def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...]) -> list[str]:
+def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...], ledger: Ledger) -> list[str]:
     reasons = [
         f"phase {phase['name']} offered {phase['offered_share']:.1%} of its {phase['rate']:.0f} calls/s, less than "
         f"{OFFERED_SHARE:.0%}: the client is too slow; give it more processes or a machine of its own"
@@ -229,6 +219,13 @@ def _void(phases: list[dict[str, Any]], clients: tuple[ClientUse, ...]) -> list[
             seen.update(phase["rejects"])
         what = ", ".join(f"{count} x {reason}" for reason, count in seen.most_common(3)) or "no call was sent"
         reasons.append(f"no call was answered: {what}")
+    alone = ledger.rows[ledger.having(NO_CONNECTION.status, reason=NO_CONNECTION.reason)]
+    if len(alone):
+        calls = "1 call" if len(alone) == 1 else f"{len(alone):,} calls"
+        reasons.append(
+            f"the server was lost: {calls} found nobody who takes a connection, "
+            f"the first after {alone['sent'].min():.1f} s"
+        )
     unsent = sum(client.unsent for client in clients)
     if unsent:
         reasons.append(f"{unsent} calls were never sent, because too many were open at once")

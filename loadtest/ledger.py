@@ -61,9 +61,11 @@ class Ledger:
         joined = np.concatenate(parts) if parts else np.empty(0, ROW)
         return cls(joined[np.argsort(joined["ended"], kind="stable")], tuple(numbers))
 
-    def having(self, status: str) -> npt.NDArray[np.bool_]:
-        """Which rows ended with ``status``."""
-        wanted = [number for number, (name, _) in enumerate(self.outcomes) if name == status]
+    def having(self, *statuses: str, reason: str | None = None) -> npt.NDArray[np.bool_]:
+        """Which rows ended with one of ``statuses``, and for this ``reason`` where one is named."""
+        wanted = [
+            number for number, (status, why) in enumerate(self.outcomes) if status in statuses and reason in (None, why)
+        ]
         return np.isin(self.rows["outcome"], wanted)
 
 

@@ -30,9 +30,11 @@ from typing import Any
 import numpy as np
 
 from embedserve.v1 import embedding_pb2 as pb
-from loadtest.caller import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED, Calls, Job, begin, finish, run
+from loadtest.answer import DEADLINE_EXCEEDED, OK, RESOURCE_EXHAUSTED
+from loadtest.caller import Calls, Job, begin, finish, run
 from loadtest.nullmodel import write_checkpoint
 from loadtest.picture import draw
+from loadtest.recovery import WINDOW_S, recovery_s, windowed_p99
 from loadtest.result import RESULTS, Run, spread
 from loadtest.server import Server, echo_server, null_server, product
 from loadtest.texts import texts_of
@@ -45,7 +47,6 @@ CALLERS = 64
 WARM_UP_S, CLOSED_S = 5.0, 15.0
 OVERLAP_S = 1.5
 """A client process takes up to a second to start: so much longer one of two that are to run beside each other runs."""
-WINDOW_S = 0.5
 MARKS = {"deadline": 0.95, "burst": 0.85}
 EXCESS = {"deadline": 1, "burst": 3}
 """Calls that are too many, in multiples of the capacity."""
@@ -164,7 +165,7 @@ def burst(server: Server, twin: Server, requests: list[bytes], _seconds: float, 
     expired = settled(server, "expired") - expired
     after, _ = capacity(twin, requests)
     row = judged(calls, begins, ends, statistics.mean((before, after)), 0.5)
-    normal = max(p99 for _, p99 in windowed_p99(calls, 1.0, begins))
+    normal = max(p99 for _, p99 in windowed_p99(waited_for(calls), 1.0, begins))
     return row | {
         "capacity_before": round(before, 1),
         "capacity_after": round(after, 1),
@@ -172,7 +173,7 @@ def burst(server: Server, twin: Server, requests: list[bytes], _seconds: float, 
         "swing_at_capacity": calm,
         "swing": swing(calls, begins + 1.0, ends),
         "normal_p99_ms": round(normal * 1e3),
-        "recovery_s": recovery(calls, ends, stops, normal),
+        "recovery_s": round(recovery_s(waited_for(calls), ends, stops, normal), 1),
         "refused_in_normal_times": int(
             np.sum((calls["code"] == RESOURCE_EXHAUSTED) & ((calls["meant"] < begins) | (calls["meant"] > ends + 2)))
         ),
@@ -220,20 +221,9 @@ def swing(calls: Calls, begin: float, end: float) -> float:
     return round(float(counts.std() / counts.mean()), 3)
 
 
-def windowed_p99(calls: Calls, begin: float, end: float) -> list[tuple[float, float]]:
-    """End of each window, and the p99 of the calls that were meant to be sent in it and were answered or expired."""
-    found = []
-    for at in np.arange(begin, end - WINDOW_S + 1e-9, WINDOW_S):
-        own = calls[(calls["meant"] >= at) & (calls["meant"] < at + WINDOW_S) & (calls["code"] != RESOURCE_EXHAUSTED)]
-        if len(own):
-            found.append((float(at + WINDOW_S), float(np.percentile(own["ended"] - own["meant"], 99))))
-    return found
-
-
-def recovery(calls: Calls, ends: float, stops: float, normal: float) -> float:
-    """Seconds after the burst until the p99 of each later window is normal, or at most a tenth above it."""
-    late = [at for at, p99 in windowed_p99(calls, ends, stops) if p99 > 1.1 * normal]
-    return round(max(late) - ends, 1) if late else 0.0
+def waited_for(calls: Calls) -> Calls:
+    """Those that were answered or expired."""
+    return calls[np.isin(calls["code"], (OK, DEADLINE_EXCEEDED))]
 
 
 def series(calls: Calls, stops: float, burst_s: tuple[float, float], limit: float) -> dict[str, Any]:
@@ -241,7 +231,7 @@ def series(calls: Calls, stops: float, burst_s: tuple[float, float], limit: floa
     edges = np.arange(0, stops + 1e-9, WINDOW_S)
     per_s = 1 / WINDOW_S
     refused = calls[calls["code"] == RESOURCE_EXHAUSTED]
-    p99 = windowed_p99(calls, 0.0, stops)
+    p99 = windowed_p99(waited_for(calls), 0.0, stops)
     return {
         "at": edges[1:].tolist(),
         "offered": (np.histogram(calls["meant"], edges)[0] * per_s).tolist(),

@@ -162,8 +162,9 @@ def _calls_timeline(run: Mapping[str, Any], bands: Sequence[Band]) -> str:
     timeline = run["timeline"]
     kinds = [
         kind
-        for kind in ("sent", "answered", "refused", "failed")
-        if kind in ("sent", "answered") or any(timeline[kind])
+        for kind in ("sent", "answered", "refused", "expired", "failed")
+        # A result that was written before those that expired were told apart has them among those that failed.
+        if kind in ("sent", "answered") or any(timeline.get(kind, ()))
     ]
     lines = [Line(kind, timeline["second"], timeline[kind]) for kind in kinds]
     return chart(lines, x_label="seconds", y_label="calls a second", bands=bands)

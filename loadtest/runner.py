@@ -98,7 +98,11 @@ def repeated(
             scenario, server.make_target, processes=processes, capacity=capacity, on_progress=show, on_start=start
         )
         result = asyncio.run(run)
-    figures = {**result.figures(), "server": server.difference(before)}
+    figures = dict(result.figures())
+    if (lost := server.lost()) is None:
+        figures["server"] = server.difference(before)
+    else:  # it has no metrics any more
+        figures |= {"server": {}, "void": [*figures["void"], lost]}
     best = max(figures["phases"], key=lambda phase: phase["texts_per_s"])
     latency = best["latency_ms"] or {}
     teller.say(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loadtest.environment import without_foreign
 from loadtest.scrape import samples
 from loadtest.tether import tethered
 
@@ -125,15 +125,13 @@ def echo_server(texts: int, dimension: int) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def _started(command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> Iterator[Server]:
-    # A caller's own OTEL_* and EMBEDSERVE_* variables would change what is measured.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "EMBEDSERVE_"))}
     with contextlib.ExitStack() as opened:
         errors = opened.enter_context(log.open("wb")) if log is not None else None
         # A group of its own: Ctrl-C is for us, who end the server once its clients are gone. Not a session: Linux may
         # share processors out by sessions (sched_autogroup), and the figures would be others.
         process = subprocess.Popen(
-            tethered(command), cwd=ROOT, env={**clean, **env}, stdout=subprocess.PIPE, stderr=errors, text=True,
-            process_group=0,
+            tethered(command), cwd=ROOT, env={**without_foreign(), **env}, stdout=subprocess.PIPE, stderr=errors,
+            text=True, process_group=0,
         )  # fmt: skip
     watchdog = threading.Timer(START_S, process.kill)
     watchdog.start()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
-__all__ = ["Reply", "Target"]
+__all__ = ["NO_CONNECTION", "Reply", "Target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,10 @@ class Reply:
     """From arrival to the finished answer, by the server's own clock; 0 where it does not say."""
     first_ms: float = 0.0
     """From sending to the first vector of a stream; 0 of a call that is answered at once."""
+
+
+NO_CONNECTION: Final = Reply("UNAVAILABLE", "NO_CONNECTION")
+"""Nobody took the connection that the call needed: the server was not there. Not told of a connection that was cut."""
 
 
 class Target(Protocol):

@@ -10,19 +10,17 @@ what it has. Sources: RFC 9113 and 7541, gRPC over HTTP/2.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import re
 import struct
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from loadtest.answer import Answer
-from loadtest.header_block import fields_of, literal
+from loadtest.answer import CANCELLED, DEADLINE_EXCEEDED, OK, UNAVAILABLE, UNKNOWN, Answer
+from loadtest.ending import code_of_reset, is_good, read_ending
+from loadtest.header_block import literal
 
-__all__ = ["Answer", "Connection", "code_of_reset", "head_of", "read_ending"]
+__all__ = ["Connection", "head_of"]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -34,15 +32,6 @@ HEADER_TABLE_SIZE, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE =
 LAST_STREAM: Final = WINDOW - 1000
 """Stream numbers end there; a call later would be refused."""
 CANCEL: Final = 8
-CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE = 1, 2, 4, 8, 13, 14
-OF_RESET: Final = {0: INTERNAL, 7: UNAVAILABLE, 8: CANCELLED, 11: RESOURCE_EXHAUSTED}
-"""gRPC's status of an HTTP/2 reset code; INTERNAL of the others."""
-OF_HTTP: Final = {b"400": INTERNAL, b"401": 16, b"403": 7, b"404": 12} | dict.fromkeys(
-    (b"429", b"502", b"503", b"504"), UNAVAILABLE
-)
-"""gRPC's status of an HTTP one that came from a proxy; UNKNOWN of the others."""
-# The whole of a good ending: a literal name and one digit. Everything else is read field by field.
-GOOD: Final = re.compile(rb"\x0bgrpc-status\x010(?!\d)")
 
 
 class _Stream:
@@ -84,31 +73,6 @@ def head_of(
     for name, value in metadata:
         head += literal(name.lower(), value)
     return head
-
-
-def code_of_reset(code: int) -> int:
-    """What a stream that was reset with an HTTP/2 code is to gRPC."""
-    return OF_RESET.get(code, INTERNAL)
-
-
-def read_ending(answer: Answer, block: bytes, head: bytes = b"") -> None:
-    """Fill in what the last header block of a call says; ``head`` is its first one where that was no plain 200."""
-    try:
-        fields = fields_of(block)
-        http_status = fields.get(b":status") or (fields_of(head).get(b":status", b"") if head else b"")
-    except ValueError:
-        answer.code = INTERNAL
-        return
-    status = fields.get(b"grpc-status", b"")
-    answer.code = int(status) if status.isdigit() else OF_HTTP.get(http_status, UNKNOWN)
-    pushback = fields.get(b"grpc-retry-pushback-ms", b"")
-    if pushback.removeprefix(b"-").isdigit():
-        answer.pushback_ms = float(pushback)
-    details = fields.get(b"grpc-status-details-bin", b"")
-    try:
-        answer.details = base64.b64decode(details + b"=" * (-len(details) % 4))
-    except binascii.Error:
-        answer.details = b""
 
 
 class Connection(asyncio.Protocol):
@@ -360,8 +324,8 @@ class Connection(asyncio.Protocol):
             self._send_held()
 
     def _end(self, number: int, block: bytes) -> None:
-        if GOOD.search(block):
-            self._settle(number, 0)
+        if is_good(block):
+            self._settle(number, OK)
             return
         stream = self._streams.get(number)
         if stream is None:

@@ -17,16 +17,14 @@ from typing import Any, Final
 import numpy as np
 
 from embedserve.model.native.compiler import CannotCompile, compile_library, default_cache
-from loadtest.answer import Answer
+from loadtest.answer import DEADLINE_EXCEEDED, OK, UNAVAILABLE, UNKNOWN, Answer
+from loadtest.ending import GOOD, code_of_reset, read_ending
 from loadtest.plan import Plan
-from loadtest.wire_client import DEADLINE_EXCEEDED, UNAVAILABLE, UNKNOWN, code_of_reset, read_ending
 
 __all__ = ["Ended", "Unavailable", "Volley", "load_library"]
 
 SOURCE: Final = Path(__file__).with_name("client.cpp")
 TRAILERS, RESET, LOST, GAVE_UP, NO_CONNECTION, NO_TRAILERS = range(6)
-GOOD: Final = b"\x0bgrpc-status\x010"
-"""All that is kept of the trailers of a good answer."""
 CODES: Final = {LOST: UNAVAILABLE, GAVE_UP: DEADLINE_EXCEEDED, NO_CONNECTION: UNAVAILABLE, NO_TRAILERS: UNKNOWN}
 
 ROW = np.dtype(
@@ -199,8 +197,8 @@ class Volley:
             tail = ctypes.string_at(base + at + head_size, tail_size)
             answer = Answer()
             if ending == TRAILERS:
-                if tail == GOOD:
-                    answer.code = 0
+                if tail == GOOD:  # all that is kept of the trailers of a good answer
+                    answer.code = OK
                 else:
                     read_ending(answer, tail, head)
             else:

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 from tokenizers import Tokenizer
 
+from loadtest.answer import Answer
 from loadtest.peers.checkpoint import prefixed_copy
 from loadtest.peers.coral_proto import COMPLETED, INFER, InferRequest, InferResponse, differences, installed_descriptor
 from loadtest.peers.peer import HOST, Launch, Peer, Vectors
 from loadtest.target import Reply
-from loadtest.wire_client import Answer, Connection
+from loadtest.wire_client import Connection
 
 __all__ = ["BUCKETS", "Coral", "CoralTarget", "grouped", "request_of", "rows_of"]
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from loadtest.environment import without_foreign
 from loadtest.peers.peer import HOST, Launch, Peer, VectorTarget
 from loadtest.tether import tethered
 
@@ -32,8 +33,8 @@ SETTLE_S_MAX = 90.0
 SETTLE_WINDOW_S = 1.0
 SETTLED_CORES = 0.15
 """What an idle server may use: coral's polling takes 0.04 of a core."""
-FOREIGN = ("OTEL_", "EMBEDSERVE_", "GRPC_", "INFINITY_", "METRICS_", "BACKPRESSURE_", "MODEL_", "PYTHONPATH")
-"""Variables of the caller's that would change a server."""
+PEERS = ("INFINITY_", "METRICS_", "BACKPRESSURE_", "MODEL_", "PYTHONPATH")
+"""How more variables of the caller's begin that would change one of these servers."""
 LOG_LINES_TOLD = 15
 
 
@@ -136,8 +137,7 @@ def running(peer: Peer, python: Path, model: Path, folder: Path) -> Iterator[Pee
 
 
 def _environment(launch: Launch) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    return {**kept, **launch.env}
+    return {**without_foreign(*PEERS), **launch.env}
 
 
 def _free_port() -> int:

@@ -25,7 +25,7 @@ from embedserve.v1 import embedding_pb2 as pb
 from loadtest.answer import Answer
 from loadtest.native.volley import Unavailable, Volley, load_library
 from loadtest.plan import Note, Plan, Played, Tell
-from loadtest.target import Reply
+from loadtest.target import NO_CONNECTION, Reply
 from loadtest.wire_client import Connection, head_of
 
 __all__ = ["AioTarget", "NativeTarget", "Options", "WireTarget"]
@@ -119,7 +119,7 @@ class WireTarget:
             try:
                 connection = await self._opened(slot)
             except (OSError, TimeoutError):
-                return Reply("UNAVAILABLE", "NO_CONNECTION")
+                return NO_CONNECTION
         sent = time.monotonic()
         return self._reply(await connection.exchange(self._requests.of(texts), timeout_s), sent)
 
@@ -220,7 +220,7 @@ class NativeTarget(WireTarget):
         """Answers are read when the run is over, or when they take much memory: the server is left alone meanwhile."""
         for ended in volley.take():
             answer = ended.answer
-            reply = self._reply(answer, ended.sent) if ended.connected else Reply("UNAVAILABLE", "NO_CONNECTION")
+            reply = self._reply(answer, ended.sent) if ended.connected else NO_CONNECTION
             note(ended.meant, ended.sent, ended.ended, ended.phase, len(plan.calls[ended.request]), reply)
 
 
@@ -259,8 +259,8 @@ class AioTarget:
     async def embed(self, texts: Sequence[str], *, timeout_s: float) -> Reply:
         """One call."""
         options = self._options
-        make = self._calls[next(self._turn)]
-        call = make(self._requests.of(texts), timeout=timeout_s, metadata=options.metadata or None)
+        number = next(self._turn)
+        call = self._calls[number](self._requests.of(texts), timeout=timeout_s, metadata=options.metadata or None)
         sent, first_ms, messages = time.monotonic(), 0.0, []
         try:
             if options.method == "embed":
@@ -270,6 +270,9 @@ class AioTarget:
                     first_ms = first_ms or (time.monotonic() - sent) * 1e3
                     messages.append(message)
         except grpc.aio.AioRpcError as error:
+            gone = self._channels[number].get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            if gone and error.code() is grpc.StatusCode.UNAVAILABLE:
+                return NO_CONNECTION
             trailers: dict[str, Any] = dict(error.trailing_metadata() or ())
             answer = Answer()
             answer.details = trailers.get("grpc-status-details-bin", b"")

@@ -25,6 +25,7 @@ import orjson
 import structlog
 
 from embedserve.address import bound_addresses
+from embedserve.api.door import Door
 from embedserve.api.embedding import SERVICE, EmbeddingServicer
 from embedserve.api.guard import Guard
 from embedserve.api.health import HealthService
@@ -36,6 +37,7 @@ from embedserve.engine.surface import EngineSurface
 from embedserve.errors import EmbedServeError, EngineFailed, NotServing, StartupError
 from embedserve.http.operations import OperationsPort
 from embedserve.lifecycle import ExitCode, Lifecycle, State
+from embedserve.load_snapshot import load_snapshot
 from embedserve.main_loop import read_on_loop, run_app
 from embedserve.model.backend import BackendFactory, DeviceReport
 from embedserve.model.checkpoint import Checkpoint
@@ -51,7 +53,6 @@ from embedserve.wiring import (
     EngineMaker,
     bucket_edges,
     build_engine,
-    load_snapshot,
     read_checkpoint,
     server_options,
     servicer_settings,
@@ -187,6 +188,12 @@ class App:
             return lifecycle.exit_code
         if not self._stop.is_set():
             parts.servicer.attach(parts.engine, bucket_edges(config, checkpoint))
+            if parts.engine.unread is not None:
+                parts.guard.door = Door(
+                    parts.engine.unread,
+                    max_request_ms=config.server.max_request_ms,
+                    max_tenant_bytes=config.limits.max_tenant_bytes,
+                )
             telemetry.register_model(parts.engine.identity)
             lifecycle.to(State.SERVING)
             parts.health.set_serving(True)

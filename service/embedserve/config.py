@@ -136,7 +136,7 @@ class Model(Section):
     """Where it runs. auto: the first GPU, the CPU where there is none."""
     devices: Devices = ()
     """Several devices in one service, as in cuda:0,cuda:1: an engine process for each, and server.frontends before all
-    of them. Empty: model.device alone. The same device twice is for a CPU, whose cores they share."""
+    of them. Empty: one engine, on model.device. The same device twice is for a CPU, whose cores they share."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the forward pass. auto: bfloat16 where the device is fast at it, float32 otherwise."""
     control_tokens: tuple[str, ...] = ()

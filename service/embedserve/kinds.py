@@ -102,7 +102,7 @@ Source = Annotated[
     str, AfterValidator(_is_source), Allowed("package:NAME, a local directory, or a hub id in the local cache")
 ]
 Devices = Annotated[
-    tuple[str, ...], AfterValidator(_are_devices), Allowed("cuda:N, each once, or cpu, up to 16 by commas")
+    tuple[str, ...], AfterValidator(_are_devices), Allowed("cuda:N, each once, or cpu, up to 16 by commas, or empty")
 ]
 Edges = Annotated[
     tuple[Annotated[int, Strict()], ...],

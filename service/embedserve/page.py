@@ -20,7 +20,8 @@ from embedserve.part import Part
 from embedserve.snapshot import Snapshot
 from embedserve.status import Status
 from embedserve.telemetry.memory import pack_memory
-from embedserve.telemetry.recent import Recent, RecentCalls, RecentEngine
+from embedserve.telemetry.recent import Recent
+from embedserve.telemetry.watching import RecentCalls, RecentEngine
 
 __all__ = ["Page"]
 

@@ -1,8 +1,8 @@
 """Takes the snapshot that `/statusz` shows: recent facts, the engine's figures and the settings, put together.
 
-Decides which limit belongs to which figure. Must never know how a snapshot is shown, and only reads: nothing that it
-asks teaches a policy anything. A part of the composition root, as ``wiring.py`` is. Event loop only; a snapshot takes 1
-to 3 ms.
+Decides where each field comes from. Must never know how a snapshot is shown, and only reads: nothing that it asks
+teaches a policy anything. A part of the composition root, as ``wiring.py`` is. Event loop only; a snapshot takes 1 to
+3 ms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from embedserve.lifecycle import Lifecycle, State
 from embedserve.model.checkpoint import Checkpoint
 from embedserve.model.cores import core_count
 from embedserve.part import Memories
-from embedserve.scheduling.admission import LoadState
+from embedserve.policy_figures import policy_figures
 from embedserve.scheduling.item import Depth, Rejection
 from embedserve.snapshot import (
     Admission,
@@ -45,8 +45,9 @@ from embedserve.snapshot import (
 )
 from embedserve.telemetry.ended_calls import SLOWEST, WINDOW_S, latency_of
 from embedserve.telemetry.memory import Merged, merge_memories
-from embedserve.telemetry.recent import NOW_S, Recent, RecentCalls, RecentEngine
+from embedserve.telemetry.recent import NOW_S, Recent
 from embedserve.telemetry.seconds import NS, RECENT_S, STEP_S, Slot
+from embedserve.telemetry.watching import RecentCalls, RecentEngine
 from embedserve.wiring import bucket_edges
 
 __all__ = ["Status"]
@@ -272,7 +273,7 @@ class Status:
         load, said = scheduler.opinions(ORDINARY_TOKENS, now)
         figures = scheduler.figures(now)
         return [
-            Policy(name, _reason(refusal), _figures(name, figures[name], load, depth, self._config))
+            Policy(name, _reason(refusal), policy_figures(name, figures[name], load, depth, self._config))
             for name, refusal in said.items()
         ]
 
@@ -345,41 +346,6 @@ class Status:
 
 def _reason(refusal: Rejection | None) -> str | None:
     return None if refusal is None else refusal.reason
-
-
-def _figures(
-    name: str, figures: Mapping[str, float], load: LoadState, depth: Depth, config: Config
-) -> tuple[Figure, ...]:
-    """What ``name`` decides by, each number beside its limit."""
-    held_items, held_tokens = depth.waiting_items + depth.running_items, depth.waiting_tokens + depth.running_tokens
-    match name:
-        case "queue":
-            return (
-                Figure("tokens held", held_tokens, "tokens", figures["max_queue_tokens"]),
-                Figure("texts held", held_items, "items", figures["max_queue_items"]),
-            )
-        case "deadline":
-            return (
-                Figure("predicted wait", load.predicted_wait_ns * max(load.theta, 1.0) / NS, "s"),
-                Figure("correction", load.theta, "ratio"),
-            )
-        case "throughput":
-            return (Figure("drain time", load.drain_ns / NS, "s", figures["max_drain_ns"] / NS),)
-        case "latency_p95":
-            latency = config.admission.latency_p95
-            return (
-                Figure("P95", figures["p95_ns"] / NS, "s", latency.hard_ms / 1000),
-                Figure("predicted wait", load.predicted_wait_ns * load.theta / NS, "s", latency.slo_ms / 1000),
-                Figure("share to shed", figures["shed_share"], "share", latency.max_shed),
-            )
-        case "gradient":
-            tokens = max(held_tokens, held_items * figures["item_tokens"])
-            return (
-                Figure("tokens in flight", tokens, "tokens", figures["limit_tokens"]),
-                Figure("wait over usual", figures["signal"], "ratio", config.admission.gradient.tolerance),
-            )
-        case _:
-            return tuple(Figure(key, value, "ratio") for key, value in figures.items())
 
 
 def _sizes(rows: list[int], most: int) -> tuple[Sizes, ...]:

@@ -259,6 +259,7 @@ class EmbeddingServicer:
             deadline_ns=latest if rpc.deadline_ns is None else min(rpc.deadline_ns, latest),
             priority=valid.priority,
             tenant=valid.tenant,
+            judged_unread=rpc.judged_unread,
             trace=rpc.trace.context,
         )
 

@@ -21,7 +21,7 @@ import contextvars
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
@@ -42,6 +42,8 @@ from embedserve.errors import (
 __all__ = ["Call", "Guard", "current_call"]
 
 SERVICE: Final = "embedserve.v1.EmbeddingService"
+TURNED_AWAY: Final = frozenset({"Embed", "EmbedStream"})
+"""Methods whose calls a door may refuse before their message is read: admission is theirs."""
 ALWAYS_ANSWERED: Final = frozenset({"GetLoad"})
 """Methods that answer while the server does not accept: a balancer must be able to ask whether it does."""
 NOT_SERVING_RETRY_MS: Final = 1000
@@ -70,6 +72,7 @@ class Call:
         "attributes",
         "deadline_ns",
         "ended",
+        "judged_unread",
         "metadata",
         "method",
         "received_ns",
@@ -94,8 +97,10 @@ class Call:
         """What the handler wants traced and measured."""
         self.stages: Stages | None = None
         """Set by the handler once there is one."""
-        self.refused: EmbedServeError | None = None
+        self.refused: BaseException | None = None
         """What the headers alone forbid."""
+        self.judged_unread = False
+        """Whether a door has let it through."""
         self.ended = False
 
 
@@ -127,6 +132,16 @@ Accepting = Callable[[], bool]
 """Whether calls are taken now."""
 
 
+class Doorkeeper(Protocol):
+    """Turns calls away before their message is read; ``door.Door``."""
+
+    def watched(self, now_ns: int, /) -> bool:
+        """Whether calls that arrive now are to be asked about."""
+
+    def refusal(self, call: Call, deadline_ns: int | None, now_ns: int) -> status.Reply | None:
+        """The answer to a call that is turned away."""
+
+
 class Guard(grpc.aio.ServerInterceptor):
     """Guards one service. Give it to the server as the first interceptor."""
 
@@ -151,7 +166,11 @@ class Guard(grpc.aio.ServerInterceptor):
         self._always_answered = always_answered
         self._max_metadata_bytes = max_metadata_bytes
         self._clock = clock
+        self.door: Doorkeeper | None = None
+        """Set once there is something to judge by."""
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+        self._unread: dict[str, Handler] = {}
+        """By method: the handlers that are given calls whose message has not been read."""
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -174,7 +193,12 @@ class Guard(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         if not method.startswith(self._prefix):
             return await continuation(handler_call_details)
-        _CALL.set(self._arrive(method[1:], handler_call_details.invocation_metadata))
+        call = self._arrive(method[1:], handler_call_details.invocation_metadata)
+        _CALL.set(call)
+        if self.door is not None and self.door.watched(call.arrived_ns):
+            unread = self._unread.get(method)
+            if unread is not None:
+                return unread
         try:
             handler = await continuation(handler_call_details)
             if handler is None:
@@ -205,12 +229,18 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             raise InvariantBroken(f"{method} takes a stream, which the guard does not know")
         parse = self._parse(handler.request_deserializer, method)
+        turned_away = method.removeprefix(self._prefix) in TURNED_AWAY
         if handler.response_streaming:
-            guarded = self._stream(handler.unary_stream, method)
-            return grpc.unary_stream_rpc_method_handler(guarded, parse, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, handler.response_serializer, method), parse
-        )
+            streams = self._stream(handler.unary_stream, method)
+            if turned_away:
+                self._unread[method] = grpc.stream_stream_rpc_method_handler(
+                    self._at_the_door(streams, parse), None, handler.response_serializer
+                )
+            return grpc.unary_stream_rpc_method_handler(streams, parse, handler.response_serializer)
+        answers = self._unary(handler.unary_unary, handler.response_serializer, method)
+        if turned_away:
+            self._unread[method] = grpc.stream_unary_rpc_method_handler(self._at_the_door(answers, parse))
+        return grpc.unary_unary_rpc_method_handler(answers, parse)
 
     def _parse(self, parse: Callable[[bytes], Any] | None, method: str) -> Callable[[bytes], Any]:
         clock = self._clock
@@ -269,6 +299,46 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._leave(call)
 
         return guarded
+
+    def _at_the_door(
+        self, guarded: Callable[[Any, Any], Awaitable[Any]], parse: Callable[[bytes], Any]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        """The handler of a call whose message was not read; for grpc it takes a stream, which it need not read."""
+
+        async def unread(_messages: Any, context: Any) -> Any:
+            if await self._turned_away(_CALL.get(), context):
+                return b""  # never sent: a status was
+            raw = await context.read()
+            if raw is grpc.aio.EOF:  # cancelled, or larger than gRPC takes: Core has answered, or nobody is there
+                raise asyncio.CancelledError
+            return await guarded(parse(raw), context)
+
+        return unread
+
+    async def _turned_away(self, call: Call, context: Any) -> bool:
+        """Whether the call was refused, and told so, before its message was read."""
+        if self.door is None or call.refused is not None or not self._accepting():
+            return False
+        try:
+            remaining_s = context.time_remaining()
+            now = self._clock()
+            reply = self.door.refusal(call, None if remaining_s is None else now + int(remaining_s * 1e9), now)
+        except Exception as error:  # noqa: BLE001  # the wall is around who reads the call
+            call.refused = error
+            return False
+        if reply is None:
+            return False
+        self._enter()
+        try:
+            self._begin(call, context)
+            self._end(call, reply.code.name, reply.error_type)
+        except Exception as error:  # noqa: BLE001  # the wall
+            await self._fail(call, context, error)
+        else:
+            await _abort(context, reply, call, within_s=None)
+        finally:
+            self._leave(call)
+        return True
 
     def _is_always_answered(self, method: str) -> bool:
         return method.removeprefix(self._prefix) in self._always_answered

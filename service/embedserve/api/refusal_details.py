@@ -15,9 +15,9 @@ from typing import Any, Final
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from embedserve.api.wire import varint
+from embedserve.varint import varint
 
-__all__ = ["refusal_status"]
+__all__ = ["refusal_status", "retry_info"]
 
 _VARINT: Final = 0
 _LENGTH_DELIMITED: Final = 2
@@ -62,17 +62,17 @@ def _key(name: str) -> bytes:
     return _field(_KEY, name.encode())
 
 
-def refusal_status(
-    code: int, message: str, reason: str, domain: str, metadata: Mapping[str, str], wait_ms: int | None
-) -> bytes:
-    """Serialise a ``Status`` with ErrorInfo and, where there is a ``wait_ms``, RetryInfo."""
+def refusal_status(code: int, message: str, reason: str, domain: str, metadata: Mapping[str, str]) -> bytes:
+    """Serialise a ``Status`` with ErrorInfo. What ``retry_info`` gives may follow it: fields come in any order."""
     info = _field(_REASON, reason.encode()) + _field(_DOMAIN, domain.encode())
     for key, value in metadata.items():
         info += _field(_METADATA, _key(key) + _field(_ENTRY, value.encode()))
-    status = (
+    return (
         _CODE + varint(code) + _field(_MESSAGE, message.encode()) + _field(_DETAILS, _ERROR_INFO + _field(_VALUE, info))
     )
-    if wait_ms is None:
-        return status
+
+
+def retry_info(wait_ms: int) -> bytes:
+    """Serialise one more of a ``Status``'s details: RetryInfo."""
     delay = _SECONDS + varint(wait_ms // 1000) + _NANOS + varint(wait_ms % 1000 * 1_000_000)
-    return status + _field(_DETAILS, _RETRY_INFO + _field(_VALUE, _field(_RETRY_DELAY, delay)))
+    return _field(_DETAILS, _RETRY_INFO + _field(_VALUE, _field(_RETRY_DELAY, delay)))

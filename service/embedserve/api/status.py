@@ -20,7 +20,7 @@ from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from embedserve.api.refusal_details import refusal_status
+from embedserve.api.refusal_details import refusal_status, retry_info
 from embedserve.errors import (
     CallerError,
     ConfigError,
@@ -44,7 +44,18 @@ from embedserve.errors import (
     Violation,
 )
 
-__all__ = ["BAD_TEXT", "DOMAIN", "Reply", "item_error", "new_error_id", "reply", "unexpected"]
+__all__ = [
+    "BAD_TEXT",
+    "DOMAIN",
+    "RefusalText",
+    "Reply",
+    "item_error",
+    "new_error_id",
+    "refusal",
+    "refusal_text",
+    "reply",
+    "unexpected",
+]
 
 DOMAIN: Final = "embedserve"
 """``ErrorInfo.domain`` of every error."""
@@ -79,6 +90,18 @@ class Reply(NamedTuple):
     """Low-cardinality word for metrics: the error's class name, or a refusal's reason."""
     error_id: str | None = None
     """Set where the error is ours."""
+
+
+class RefusalText(NamedTuple):
+    """What refusals for one reason have in common."""
+
+    code: grpc.StatusCode
+    message: str
+    details: bytes
+    """``google.rpc.Status`` without RetryInfo."""
+    reason: str
+    pushback: str | None
+    """What a client with a retry policy is told where no wait is worth it."""
 
 
 class _Spelling(NamedTuple):
@@ -138,12 +161,39 @@ def reply(
     if isinstance(error, InvalidRequest):
         return _invalid(error, spelling)
     if isinstance(error, Refusal):
-        return _refused(error, spelling, left_ms, jitter)
+        return refusal(refusal_text(error), error.retry_after_ms, left_ms=left_ms, jitter=jitter)
     if isinstance(error, (CallerError, DeadlineExpired)):
         return _reply(
             spelling, _cut(str(error)), type(error).__name__, [_error_info(spelling.reason, _metadata(error))]
         )
     return _fault(spelling, type(error).__name__, error_id or new_error_id())
+
+
+def refusal_text(error: Refusal) -> RefusalText:
+    """All of a refusal but when to come back: 40 us of the loop's time under load, worth keeping for a moment."""
+    spelling = _spelling(error)
+    metadata: dict[str, str] = {}
+    pushback = None
+    if isinstance(error, Overloaded):
+        metadata = {name: f"{value:.6g}" for name, value in error.figures.items()}
+        metadata["policy"] = error.policy
+        pushback = NEVER
+    message = _cut(str(error))
+    details = refusal_status(spelling.code.value[0], message, error.reason, DOMAIN, metadata)
+    return RefusalText(spelling.code, message, details, error.reason, pushback)
+
+
+def refusal(text: RefusalText, retry_after_ms: int | None, *, left_ms: float | None, jitter: Jitter = _jitter) -> Reply:
+    """The answer to one refused call; ``left_ms`` is until the caller's deadline, if it has one."""
+    details, pushback = text.details, text.pushback
+    if retry_after_ms is not None:
+        wait_ms = max(1, round(retry_after_ms * jitter()))
+        # The retries of a gRPC client share the call's deadline. One that is told to wait past it would sit the rest of
+        # its time out and then report that, not the refusal. RetryInfo still says when a call with a new one may come.
+        if left_ms is None or wait_ms < left_ms:
+            pushback = str(wait_ms)
+        details += retry_info(wait_ms)
+    return Reply(text.code, text.message, _trailers(details, pushback), text.reason)
 
 
 def unexpected(exception: BaseException, *, error_id: str | None = None) -> Reply:
@@ -211,24 +261,6 @@ def _reply(
 
 def _trailers(details: bytes, pushback: str | None) -> Trailers:
     return ((_DETAILS, details),) if pushback is None else ((_PUSHBACK, pushback), (_DETAILS, details))
-
-
-def _refused(error: Refusal, spelling: _Spelling, left_ms: float | None, jitter: Jitter) -> Reply:
-    metadata: dict[str, str] = {}
-    pushback = wait_ms = None
-    if isinstance(error, Overloaded):
-        metadata = {name: f"{value:.6g}" for name, value in error.figures.items()}
-        metadata["policy"] = error.policy
-        pushback = NEVER
-    if error.retry_after_ms is not None:
-        wait_ms = max(1, round(error.retry_after_ms * jitter()))
-        # The retries of a gRPC client share the call's deadline. One that is told to wait past it would sit the rest of
-        # its time out and then report that, not the refusal. RetryInfo still says when a call with a new one may come.
-        if left_ms is None or wait_ms < left_ms:
-            pushback = str(wait_ms)
-    message = _cut(str(error))
-    details = refusal_status(spelling.code.value[0], message, error.reason, DOMAIN, metadata, wait_ms)
-    return Reply(spelling.code, message, _trailers(details, pushback), error.reason)
 
 
 def _fault_message(spelling: _Spelling, error_id: str) -> str:

@@ -23,7 +23,7 @@ from embedserve.model.backend import ModelIdentity
 from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Priority
 
-__all__ = ["RequestLimits", "RequestValidator", "ValidCall", "ValidCount"]
+__all__ = ["RequestLimits", "RequestValidator", "ValidCall", "ValidCount", "caller_of"]
 
 PRIORITY_KEY: Final = "x-embedserve-priority"
 TENANT_KEY: Final = "x-embedserve-tenant"
@@ -148,7 +148,7 @@ class RequestValidator:
         dimensions = self._dimensions(request, encoding, violations)
         normalize = request.normalize if request.HasField("normalize") else self._identity.normalize
         prompt_name, prompt = self._prompt(request, violations, has_texts=texts_given > 0)
-        priority, tenant = self._metadata(metadata, violations)
+        priority, tenant = caller_of(metadata, self._limits.max_tenant_bytes, violations)
         if not stream and dimensions:
             self._answer_size(given, encoding, dimensions, violations)
 
@@ -270,25 +270,25 @@ class RequestValidator:
             violations.add("prompt_name", message, "UNKNOWN_PROMPT")
         return name, self._prompts.get(name, "")
 
-    # Metadata
 
-    def _metadata(self, metadata: Metadata, violations: Violations) -> tuple[Priority, str]:
-        priority, tenant = Priority.DEFAULT, ""
-        for key, value in metadata:
-            if key == PRIORITY_KEY:
-                known = _PRIORITIES.get(str(value))
-                if known is None:
-                    message = f"{echo(str(value))} given; use {', '.join(_PRIORITIES)}"
-                    violations.add(f"metadata.{PRIORITY_KEY}", message, "UNKNOWN_PRIORITY")
-                else:
-                    priority = known
-            elif key == TENANT_KEY:
-                tenant = str(value)
-                if len(tenant) > self._limits.max_tenant_bytes or not (tenant.isascii() and tenant.isprintable()):
-                    most = self._limits.max_tenant_bytes
-                    message = f"must be printable ASCII of at most {most} bytes (limits.max_tenant_bytes)"
-                    violations.add(f"metadata.{TENANT_KEY}", message, "BAD_TENANT")
-        return priority, tenant
+
+def caller_of(metadata: Metadata, max_tenant_bytes: int, violations: Violations) -> tuple[Priority, str]:
+    """A call's priority and tenant, by its headers."""
+    priority, tenant = Priority.DEFAULT, ""
+    for key, value in metadata:
+        if key == PRIORITY_KEY:
+            known = _PRIORITIES.get(str(value))
+            if known is None:
+                message = f"{echo(str(value))} given; use {', '.join(_PRIORITIES)}"
+                violations.add(f"metadata.{PRIORITY_KEY}", message, "UNKNOWN_PRIORITY")
+            else:
+                priority = known
+        elif key == TENANT_KEY:
+            tenant = str(value)
+            if len(tenant) > max_tenant_bytes or not (tenant.isascii() and tenant.isprintable()):
+                message = f"must be printable ASCII of at most {max_tenant_bytes} bytes (limits.max_tenant_bytes)"
+                violations.add(f"metadata.{TENANT_KEY}", message, "BAD_TENANT")
+    return priority, tenant
 
 
 def _without(

@@ -30,6 +30,7 @@ from embedserve.api.encoding import EncodedRows, Encoding
 from embedserve.engine.stages import Stages
 from embedserve.model.backend import ModelIdentity
 from embedserve.v1 import embedding_pb2 as pb
+from embedserve.varint import varint
 
 __all__ = [
     "DEFAULT_STREAM_MESSAGE_BYTES",
@@ -45,7 +46,6 @@ __all__ = [
     "stream_summary",
     "token_id_rows",
     "unary_parts",
-    "varint",
 ]
 
 DEFAULT_STREAM_MESSAGE_BYTES: Final = 1 << 20
@@ -59,17 +59,6 @@ _MESSAGE_OVERHEAD_BYTES: Final = 1024
 _VARINT: Final = 0
 _FIXED32: Final = 5
 _LENGTH_DELIMITED: Final = 2
-
-
-@lru_cache(maxsize=1 << 14)
-def varint(value: int) -> bytes:
-    """Base 128, least significant group first."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _tag(message: Any, field: str, wire_type: int) -> bytes:

@@ -54,6 +54,8 @@ class Call:
     deadline_ns: int | None = None
     priority: Priority = Priority.DEFAULT
     tenant: str = ""
+    judged_unread: bool = False
+    """Whether ``EngineSurface.unread`` has let it through."""
     meter: Meter = field(default_factory=Meter)
     """Tokenizer time that it has used."""
     trace: object | None = None

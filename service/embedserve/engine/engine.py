@@ -27,6 +27,7 @@ from embedserve.engine.pending import WholeRequest
 from embedserve.engine.probe import send_probe
 from embedserve.engine.stream import piece_items, stream_portions
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
+from embedserve.engine.unread import UnreadAdmission
 from embedserve.engine.wall import post, settle, walled
 from embedserve.engine.watchdog import StallLimits, Watchdog
 from embedserve.engine.worker import Worker, WorkerReady
@@ -114,7 +115,11 @@ class Engine:
         self._on_recovery = on_recovery
         self._on_compilation = on_compilation
         self._pool = TokenizerPool(tokenizer, settings.tokenizer, self._observer.tokenized, self._lose_tokenizer)
-        self._intake = Intake(scheduler, self._pool, self._observer, max_input_length, include_prompt=include_prompt)
+        self.unread = UnreadAdmission(scheduler, self._observer, self._takes)
+        """Who refuses calls before they are read."""
+        self._intake = Intake(
+            scheduler, self._pool, self._observer, max_input_length, self.unread, include_prompt=include_prompt
+        )
         self._finish_walled = walled(self._finish, self._break)
         self._started_ns = 0
         self._draining = False
@@ -379,6 +384,11 @@ class Engine:
             raise stalled()
         self._refuse_beyond_room()
         self._intake.admit(call, texts)
+
+    def _takes(self) -> bool:
+        """Whether ``admit`` would ask the scheduler at all."""
+        full = self._requests >= self._settings.max_requests_in_flight
+        return self._ready is not None and not (self._draining or self.stalled or full)
 
     def _refuse_beyond_room(self) -> None:
         limit = self._settings.max_requests_in_flight

@@ -16,6 +16,7 @@ import numpy as np
 from embedserve.engine.call import Call
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.tokenization import TokenizerPool
+from embedserve.engine.unread import UnreadAdmission
 from embedserve.errors import (
     DeadlineExpired,
     EngineFailed,
@@ -29,7 +30,7 @@ from embedserve.model.tokenizer import TokenizedTexts, Truncation
 from embedserve.scheduling.item import Rejection, Submission
 from embedserve.scheduling.scheduler import Scheduler
 
-__all__ = ["Intake", "cut_tokens", "not_serving", "stalled"]
+__all__ = ["Intake", "cut_tokens", "not_serving", "overloaded", "stalled"]
 
 CHARS_PER_TOKEN_GUESS = 4.0
 """Where the estimate for early admission starts; English text in WordPiece has 4 to 5."""
@@ -70,6 +71,23 @@ def stalled() -> EngineStalled:
     )
 
 
+def overloaded(rejection: Rejection) -> Overloaded:
+    """What a caller is told of a refusal, and by which setting or limit."""
+    message = f"shed by {rejection.policy}: {rejection.reason.lower().replace('_', ' ')}"
+    limit = LIMITS.get(rejection.reason)
+    if limit is not None:
+        message += f", by {limit}"
+    if rejection.figures:
+        message += f" ({', '.join(_readable(*figure) for figure in rejection.figures.items())})"
+    return Overloaded(
+        message,
+        reason=rejection.reason,
+        policy=rejection.policy,
+        retry_after_ms=rejection.retry_after_ms,
+        figures=dict(rejection.figures),
+    )
+
+
 class Intake:
     """What every request passes before it waits."""
 
@@ -79,6 +97,7 @@ class Intake:
         pool: TokenizerPool,
         observer: EngineObserver,
         max_input_length: int,
+        unread: UnreadAdmission,
         *,
         include_prompt: bool,
     ) -> None:
@@ -87,6 +106,7 @@ class Intake:
         self._pool = pool
         self._observer = observer
         self._max_input_length = max_input_length
+        self._unread = unread
         self._include_prompt = include_prompt
         self._ids = itertools.count(1)
         self._tokens_per_char = 1.0 / CHARS_PER_TOKEN_GUESS
@@ -112,6 +132,7 @@ class Intake:
             assert call.tokens is not None
             lengths = call.tokens.lengths
             estimate = len(call.tokens.ids) if items == stages.texts else int(lengths[:items].sum())
+        self._unread.saw(estimate)
         rejection = self._scheduler.judge(
             estimate,
             items,
@@ -119,6 +140,7 @@ class Intake:
             priority=call.priority,
             tenant=call.tenant,
             now_ns=now,
+            drawn=call.judged_unread,
         )
         if rejection is not None:
             self.refuse(rejection, "estimate")
@@ -126,24 +148,13 @@ class Intake:
 
     def refuse(self, rejection: Rejection, stage: str) -> NoReturn:
         """Raise what a rejection means to the caller."""
+        self._unread.refused(time.monotonic_ns())
         self._observer.rejected(rejection, stage=stage)
         if rejection.policy == "draining":
             if stage == "exact" and rejection.reason == "ENGINE_FAILED":
                 raise EngineFailed("the engine failed while this request was in flight")
             raise not_serving()
-        message = f"shed by {rejection.policy}: {rejection.reason.lower().replace('_', ' ')}"
-        limit = LIMITS.get(rejection.reason)
-        if limit is not None:
-            message += f", by {limit}"
-        if rejection.figures:
-            message += f" ({', '.join(_readable(*figure) for figure in rejection.figures.items())})"
-        raise Overloaded(
-            message,
-            reason=rejection.reason,
-            policy=rejection.policy,
-            retry_after_ms=rejection.retry_after_ms,
-            figures=dict(rejection.figures),
-        )
+        raise overloaded(rejection)
 
     async def tokenize(self, call: Call, first: int = 0, stop: int | None = None) -> TokenizedTexts:
         """Token ids of a call's texts from ``first`` to before ``stop``, or those that it brings."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from embedserve.engine.call import Call, Embedded, Portion
 from embedserve.engine.load import LoadReport
 from embedserve.engine.tokenization import TokenizerUse
+from embedserve.engine.unread import UnreadAdmission
 from embedserve.model.backend import ModelIdentity
 
 __all__ = ["EngineSurface"]
@@ -34,6 +35,10 @@ class EngineSurface(Protocol):
     @property
     def tokenizer_use(self) -> TokenizerUse:
         """How busy the tokenizer threads are."""
+
+    @property
+    def unread(self) -> UnreadAdmission | None:
+        """Who refuses calls before they are read; ``None`` where all are read."""
 
     async def start(self) -> ModelIdentity:
         """Be ready to embed. Raises ``StartupError``."""

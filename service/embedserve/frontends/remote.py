@@ -108,6 +108,9 @@ class RemoteEngine:
         self._silent_since = 0
         """When the last engine that took calls fell silent; 0 while one does."""
 
+    unread: Final = None
+    """The engines judge, and they are in other processes: a call is read before it is known."""
+
     # ---------------------------------------------------------------------------------------------------- lifecycle
 
     async def start(self) -> ModelIdentity:

@@ -85,12 +85,18 @@ class Scheduler:
         tenant: str = "",
         now_ns: int,
         advisory: bool = False,
+        unread: bool = False,
+        drawn: bool = False,
     ) -> Rejection | None:
-        """Whether so many tokens, by estimate, would be refused now. Takes nothing; ``advisory``: teaches nothing."""
+        """Whether so many tokens, by estimate, would be refused now. Takes nothing.
+
+        ``advisory``: teaches nothing. ``unread``: the tokens are a guess, and if it is not refused the request is
+        judged on an estimate next. ``drawn``: that is now; it was judged unread before.
+        """
         closed = self._closed()
         if closed is not None:
             return closed
-        candidate = Candidate(tokens, items, deadline_ns, priority, tenant, True, advisory)
+        candidate = Candidate(tokens, items, deadline_ns, priority, tenant, True, advisory, unread=unread, drawn=drawn)
         return self._gate.judge(candidate, self._gate.load_state(candidate, now_ns), now_ns)
 
     def submit(self, submission: Submission, now_ns: int) -> Admitted | Rejection:

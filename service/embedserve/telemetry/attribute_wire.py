@@ -7,21 +7,17 @@ Must never know which attributes there are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from embedserve.telemetry.span_data import ATTRIBUTE_CHARS_MAX, SharedAttributes, Value
+from embedserve.varint import ONE_BYTE_END, TWO_BYTES_END, VARINTS, varint
 
-__all__ = ["CACHED_MAX", "AttributeEncoder", "field", "varint"]
+__all__ = ["CACHED_MAX", "AttributeEncoder", "field"]
 
 CACHED_MAX: Final = 2048
 """Encoded attributes that are kept: their values are few, such as a model's name, but callers choose some of them."""
 _DOUBLE: Final = struct.Struct("<d")
-_ONE_BYTE: Final = 1 << 7
-_SMALL: Final = 1 << 12
-_VARINTS: Final[Sequence[bytes]] = tuple(
-    bytes([n]) if n < _ONE_BYTE else bytes([n & 0x7F | 0x80, n >> 7]) for n in range(_SMALL)
-)
 
 
 class AttributeEncoder:
@@ -45,8 +41,8 @@ class AttributeEncoder:
                 parts.append(self._strings.get((key, value)) or self._string(key, value))  # type: ignore[arg-type]
                 continue
             name, short, two_bytes, double = self._keys.get(key) or self._key(key)
-            if kind is int and 0 <= value < _SMALL:  # type: ignore[operator]
-                parts += (short if value < _ONE_BYTE else two_bytes, _VARINTS[value])  # type: ignore[operator, index]
+            if kind is int and 0 <= value < TWO_BYTES_END:  # type: ignore[operator]
+                parts += (short if value < ONE_BYTE_END else two_bytes, VARINTS[value])  # type: ignore[operator, index]
             elif kind is float:
                 parts += (double, _DOUBLE.pack(value))
             else:
@@ -100,15 +96,3 @@ def field(number: int, content: bytes) -> bytes:
 
 def _sized(tag: bytes, content: bytes) -> bytes:
     return tag + varint(len(content)) + content
-
-
-def varint(number: int) -> bytes:
-    """A number from 0 up, seven bits a byte."""
-    if number < _SMALL:
-        return _VARINTS[number]
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

@@ -10,8 +10,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from embedserve.telemetry.attribute_wire import AttributeEncoder, varint
+from embedserve.telemetry.attribute_wire import AttributeEncoder
 from embedserve.telemetry.span_chain import Chain, ChainForm
+from embedserve.varint import varint
 
 __all__ = ["ChainLayout"]
 

@@ -35,13 +35,14 @@ VERDICTS: Final = tuple(verdict.value for verdict in Verdict)
 REQUEST_VERDICTS: Final = ("done", "expired", "cancelled", "failed", "rejected")
 STATES: Final = ("starting", "warming", "serving", "stalled", "draining", "stopped", "failed")
 POLICIES: Final = ("throughput", "latency_p95", "gradient")
+ADMISSION_STAGES: Final = ("unread", "estimate", "exact")
 REFUSALS: Final = (
-    *product(("queue",), ("QUEUE_FULL",), ("estimate", "exact")),
+    *product(("queue",), ("QUEUE_FULL",), ADMISSION_STAGES),
     *product(("too_large",), ("SUBMISSION_EXCEEDS_QUEUE", "ITEM_EXCEEDS_BATCH"), ("estimate", "exact")),
-    *product(("deadline",), ("DEADLINE_PASSED", "DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ("estimate", "exact")),
-    *product(("throughput",), ("DRAIN_TIME_EXCEEDED",), ("estimate", "exact")),
-    *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ("estimate", "exact")),
-    *product(("gradient",), ("TOKENS_IN_FLIGHT_EXCEEDED",), ("estimate", "exact")),
+    *product(("deadline",), ("DEADLINE_PASSED", "DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ADMISSION_STAGES),
+    *product(("throughput",), ("DRAIN_TIME_EXCEEDED",), ADMISSION_STAGES),
+    *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ADMISSION_STAGES),
+    *product(("gradient",), ("TOKENS_IN_FLIGHT_EXCEEDED",), ADMISSION_STAGES),
     ("in_flight", "TOO_MANY_REQUESTS_IN_FLIGHT", "estimate"),
     ("memory", "FRONTEND_MEMORY_FULL", "estimate"),
     ("tokenizer", "TOKENIZER_QUEUE_FULL", "estimate"),
@@ -127,9 +128,9 @@ ITEMS_SETTLED: Final = _counter(
 DECISIONS: Final = _counter(
     "embedserve.admission.decisions",
     "{request}",
-    "Admission decisions. stage=estimate is judged before tokenising, exact on real tokens.",
+    "Admission decisions. stage=unread is judged on the headers, estimate before tokenising, exact on real tokens.",
     Label("decision", ("admitted", "rejected")), Label("policy"), Label("reason"),
-    Label("stage", ("estimate", "exact")),
+    Label("stage", ADMISSION_STAGES),
     series=(("admitted", "none", "none", "exact"), *(("rejected", *refusal) for refusal in REFUSALS)),
 )  # fmt: skip
 QUEUE_WAIT: Final = _histogram(

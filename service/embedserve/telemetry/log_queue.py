@@ -54,8 +54,13 @@ class LogQueueLimits:
 
         Raises ``ConfigError`` with every one of them that is not a positive whole number.
         """
+        plain = cls()
         records_max, export_max, delay_ms = whole_numbers(
-            {"OTEL_BLRP_MAX_QUEUE_SIZE": 2048, "OTEL_BLRP_MAX_EXPORT_BATCH_SIZE": 512, "OTEL_BLRP_SCHEDULE_DELAY": 1000}
+            {
+                "OTEL_BLRP_MAX_QUEUE_SIZE": plain.records_max,
+                "OTEL_BLRP_MAX_EXPORT_BATCH_SIZE": plain.export_max,
+                "OTEL_BLRP_SCHEDULE_DELAY": round(plain.delay_s * 1000),
+            }
         )
         return cls(records_max=records_max, export_max=export_max, delay_s=delay_ms / 1000)
 

@@ -3,8 +3,8 @@
 Decides which recent facts are kept and for how long: everything is a ring, a reservoir or a count, so that memory does
 not grow and an event costs 1 to 4 us. Calls that have ended are noted, and counted some at a time: code that runs once
 among all else that a call needs costs three times what it costs in a row. Must never know who shows them, nor what a
-scrape shows: metrics are kept apart, since they count from the start and this forgets. ``RecentCalls`` and
-``RecentEngine`` stand before the observers that the core has anyway, and pass everything on. Event loop only.
+scrape shows: metrics are kept apart, since they count from the start and this forgets; nor who tells it, which
+``watching.py`` does. Event loop only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Final
 
-from embedserve.api.observer import CallObserver, CallTrace, Metadata
-from embedserve.engine.observer import BatchRecord, EngineObserver
+from embedserve.engine.observer import BatchRecord
 from embedserve.engine.stages import Stages
 from embedserve.snapshot import Refusal
 from embedserve.telemetry.ended_calls import EndedCall, Samples, Slowest, longest_stage
 from embedserve.telemetry.seconds import NS, RECENT_S, Seconds, Slot
 
-__all__ = ["NOW_S", "Episode", "Recent", "RecentCalls", "RecentEngine", "Refused"]
+__all__ = ["NOW_S", "UNARY", "Episode", "Recent", "Refused"]
 
 NOW_S: Final = 10
 """What rates are taken over: short enough to follow a change, long enough not to flicker."""
@@ -42,8 +41,6 @@ ENDED_MAX: Final = 32
 REASONS_MAX: Final = 64
 """Reasons told apart; there are twenty. What is more counts as other."""
 UNARY: Final = "embedserve.v1.EmbeddingService/Embed"
-WATCHED: Final = frozenset({UNARY, UNARY + "Stream", "embedserve.v1.EmbeddingService/CountTokens"})
-"""The calls that cost something. Load and model queries would dilute every share."""
 CALLERS_OWN: Final = frozenset(
     {"CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
 )
@@ -312,94 +309,3 @@ class Recent:
             self._second = now // NS
             self.update_full(now, self.busy(now))
         return slot
-
-
-class _WatchedCall:
-    """A ``CallTrace`` that is told on."""
-
-    __slots__ = ("_arrived_ns", "_inner", "_method", "_recent")
-
-    def __init__(self, recent: Recent, inner: CallTrace, method: str, arrived_ns: int) -> None:
-        self._recent = recent
-        self._inner = inner
-        self._method = method
-        self._arrived_ns = arrived_ns
-
-    @property
-    def context(self) -> object | None:
-        """The inner one's."""
-        return self._inner.context
-
-    @property
-    def trace_id(self) -> str | None:
-        """The inner one's."""
-        return self._inner.trace_id
-
-    def end(
-        self,
-        *,
-        status: str,
-        stages: Stages | None,
-        error_type: str | None,
-        attributes: Mapping[str, str | int | float | bool],
-    ) -> None:
-        """The call is over."""
-        self._recent.in_flight -= 1
-        self._inner.end(status=status, stages=stages, error_type=error_type, attributes=attributes)
-        recent = self._recent
-        trace_id = self._inner.trace_id
-        recent.note_ended(
-            (recent.clock(), self._method, self._arrived_ns, status, stages, error_type, attributes, trace_id)
-        )
-
-
-class RecentCalls:
-    """A ``CallObserver`` that notes the calls that cost something, and passes all on to another one."""
-
-    def __init__(self, recent: Recent, inner: CallObserver) -> None:
-        self._recent = recent
-        self._inner = inner
-
-    def begin(self, method: str, metadata: Metadata, arrived_ns: int, peer: str) -> CallTrace:
-        """A call arrived."""
-        trace = self._inner.begin(method, metadata, arrived_ns, peer)
-        if method not in WATCHED:
-            return trace
-        self._recent.in_flight += 1
-        return _WatchedCall(self._recent, trace, method, arrived_ns)
-
-
-class RecentEngine:
-    """An ``EngineObserver`` that notes passes, tokenizer work and the device's health, and passes all on."""
-
-    def __init__(self, recent: Recent, inner: EngineObserver) -> None:
-        self._recent = recent
-        self._inner = inner
-        # What is not noted here goes straight to the other one, at no cost.
-        self.admitted = inner.admitted
-        self.rejected = inner.rejected
-        self.batch_dispatched = inner.batch_dispatched
-        self.settled = inner.settled
-        self.request_finished = inner.request_finished
-        self.model_swapped = inner.model_swapped
-        self.compile_failed = inner.compile_failed
-
-    def tokenized(self, texts: int, tokens: int, waited_ns: int, elapsed_ns: int) -> None:
-        """A tokenizer thread has finished some texts."""
-        self._recent.tokenized(waited_ns, elapsed_ns)
-        self._inner.tokenized(texts, tokens, waited_ns, elapsed_ns)
-
-    def batch_finished(self, record: BatchRecord) -> None:
-        """A pass ended."""
-        self._recent.batch_finished(record)
-        self._inner.batch_finished(record)
-
-    def stalled(self) -> None:
-        """The device is silent."""
-        self._recent.stalled()
-        self._inner.stalled()
-
-    def canary(self, outcome: str) -> None:
-        """A known text has come back, or has not."""
-        self._recent.canary_sent(outcome)
-        self._inner.canary(outcome)

@@ -68,8 +68,13 @@ class SpanQueueLimits:
 
         Raises ``ConfigError`` with every one of them that is not a positive whole number.
         """
+        plain = cls()
         records_max, export_spans_max, delay_ms = whole_numbers(
-            {"OTEL_BSP_MAX_QUEUE_SIZE": 2048, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": 2048, "OTEL_BSP_SCHEDULE_DELAY": 5000}
+            {
+                "OTEL_BSP_MAX_QUEUE_SIZE": plain.records_max,
+                "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": plain.export_spans_max,
+                "OTEL_BSP_SCHEDULE_DELAY": round(plain.delay_s * 1000),
+            }
         )
         return cls(records_max=records_max, export_spans_max=export_spans_max, delay_s=delay_ms / 1000)
 

@@ -20,11 +20,12 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, TraceState
 
-from embedserve.telemetry.attribute_wire import CACHED_MAX, AttributeEncoder, field, varint
+from embedserve.telemetry.attribute_wire import CACHED_MAX, AttributeEncoder, field
 from embedserve.telemetry.chain_wire import ChainLayout
 from embedserve.telemetry.span_chain import Chain, ChainForm
 from embedserve.telemetry.span_data import INTERNAL, LinkData, SpanData
 from embedserve.telemetry.span_tree import SpanTree
+from embedserve.varint import varint
 
 __all__ = ["SpanEncoder"]
 

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from embedserve.testing.backends import FakeBackend
 from embedserve.testing.server import serving
 from loadtest.drive import drive
 from loadtest.scenario import load_scenario
+from loadtest.scrape import samples
 from loadtest.targets.embedserve import AioTarget, NativeTarget, Options, WireTarget
 from tests.integration.server.process import FAKE, ROOT, ServerProcess, running
 
@@ -107,6 +109,48 @@ class TestLastCalls:
         assert phase["statuses"] == {"OK": phase["calls"]}
         assert phase["calls"] == phase["answered"] >= 1
         assert result.ledger.rows["ended"].max() > 0.3
+
+
+class TestLostServer:
+    @pytest.mark.parametrize("make", [NativeTarget, WireTarget, AioTarget])
+    async def test_voids_the_run_whichever_client_finds_nobody(self, make):
+        backend = FakeBackend()
+        asked = load_scenario("short", TINY | {"callers": 2, "seconds": 0.8, "warm_up_s": 0.0})
+        async with serving(backend) as gone:
+            driving = asyncio.create_task(drive(asked, partial(make, Options(address=gone.address)), processes=0))
+            async with asyncio.timeout(10):
+                while len(backend.passes) < 20:  # noqa: ASYNC110 - they are counted in another thread
+                    await asyncio.sleep(0.01)
+        figures = (await driving).figures()
+        assert any(reason.startswith("the server was lost: ") for reason in figures["void"])
+        (phase,) = figures["phases"]
+        assert phase["answered"] > 0
+        assert phase["rejects"]["UNAVAILABLE NO_CONNECTION"] > 0
+        timeline = figures["timeline"]
+        assert sum(timeline["failed"]) == phase["calls"] - phase["answered"]
+        assert not any(timeline["refused"])
+
+    def test_is_a_sentence_a_result_and_exit_code_3(self, tmp_path):
+        with running(command=FAKE) as server:
+            command = ["run", "short", "--target", server.address, "--metrics", f"{server.operations}/metrics"]
+            command += ["--callers", "2", "--seconds", "1.5", "--processes", "1", "--out", str(tmp_path), *sets()]
+            with ThreadPoolExecutor() as pool:
+                run = pool.submit(loadtest, *command)
+                until(lambda: run.done() or calls_of(server) > 100)
+                server.stop(signal.SIGKILL)
+                done = run.result()
+        assert done.returncode == 3, done.stdout + done.stderr
+        said = [
+            line for line in done.stdout.splitlines() if line.startswith("VOID, repetition 1: the server was lost: ")
+        ]
+        assert len(said) == 2
+        assert f"after the run {server.address} cannot be reached" in said[-1]
+        assert "the server was lost" in (tmp_path / "report.html").read_text()
+
+
+def calls_of(server: ServerProcess) -> float:
+    """Calls that it has answered."""
+    return samples(f"{server.operations}/metrics", 5.0).get("rpc_server_call_duration_seconds_count", 0.0)
 
 
 class TestRun:

@@ -8,6 +8,7 @@ from embedserve.config import Config, load_config
 from embedserve.errors import ConfigError
 from embedserve.frontends import supervisor
 from embedserve.frontends.supervisor import engine_settings, front_end_settings
+from embedserve.settings import settings_of
 from embedserve.wiring import device_name
 
 ADDRESSES = ("127.0.0.1:50051",)
@@ -44,6 +45,20 @@ class TestWhatMayBeNamed:
         (problem,) = problems(model__devices=devices)
         assert why in problem
         assert "must be cuda:N, each once, or cpu, up to 16" in problem
+
+    @pytest.mark.parametrize("empty", ["", " ", "[]"])
+    def test_empty_is_one_engine_on_the_one_device_and_takes_back_what_a_file_says(self, empty, tmp_path):
+        """It is what a variable or a flag can say against a file; and the sentence of a mistake offers it."""
+        file = tmp_path / "e.toml"
+        file.write_text('[model]\ndevices = ["cuda:0", "cuda:1"]\ndevice = "auto"\n')
+        for flags, env in (({"model.devices": empty}, {}), ({}, {"EMBEDSERVE_MODEL_DEVICES": empty})):
+            config = load_config(flags | {"model.device": "cpu"}, env, file=str(file)).config
+            assert config.model.devices == ()
+            assert device_name(config) == "cpu"
+            assert list(engine_settings(config, ADDRESSES)) == ["engine"]
+        (setting,) = (setting for setting in settings_of(Config) if setting.path == "model.devices")
+        assert "or empty" in setting.allowed
+        assert "Empty: one engine, on model.device." in " ".join(setting.meaning.split())
 
     def test_what_contradicts_another_setting_names_both(self):
         (both,) = problems(model__devices="cpu,cpu", model__device="cpu")

@@ -11,10 +11,11 @@ from loadtest.ledger import Ledger, Scribe
 from loadtest.scenario import Marks
 from loadtest.schedule import arrivals, timetable
 from loadtest.summary import judged, summarised
-from loadtest.target import Reply
+from loadtest.target import NO_CONNECTION, Reply
 from tests.unit.loadtest.scenarios import scenario
 
 OK, SHED = Reply("OK", items=1, tokens=10), Reply("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+EXPIRED, FAILED, CUT = Reply("DEADLINE_EXCEEDED"), Reply("INTERNAL"), Reply("UNAVAILABLE")
 IDLE = (ClientUse(0.1, 1.0, 1, 0),)
 
 
@@ -59,6 +60,24 @@ class TestVoid:
         assert self.offered(0.993) == []
         assert len(self.offered(0.98)) == 1
 
+    def after(self, *replies: Reply) -> list[str]:
+        asked = scenario({"callers": 1, "seconds": 3.0}, {"callers": 1, "seconds": 3.0})
+        rows = [(at, at, at + 0.5, at // 3, reply) for at, reply in enumerate(replies)]
+        return figures_of(asked, timetable(asked), ledger(*rows), IDLE, None)["void"]
+
+    def test_a_server_that_nobody_could_reach_any_more_was_lost(self):
+        (reason,) = self.after(OK, OK, CUT, NO_CONNECTION, NO_CONNECTION)
+        assert reason == "the server was lost: 2 calls found nobody who takes a connection, the first after 3.0 s"
+
+    def test_one_that_came_back_was_lost_as_well(self):
+        (reason,) = self.after(OK, NO_CONNECTION, OK)
+        assert reason == "the server was lost: 1 call found nobody who takes a connection, the first after 1.0 s"
+
+    @pytest.mark.parametrize("reply", [SHED, EXPIRED, FAILED, CUT, Reply("UNAVAILABLE", "DRAINING")])
+    def test_whoever_answers_is_not_lost(self, reply):
+        """Nor is one whose connection was cut, as by a proxy or by its age, where the next one is taken."""
+        assert self.after(OK, reply, OK) == []
+
 
 class TestNotes:
     def test_a_busy_client_is_told(self):
@@ -81,6 +100,15 @@ class TestRecovery:
         asked = scenario({"rate": 10.0}, {"rate": 20.0})
         assert figures_of(asked, timetable(asked), ledger((0, 0, 1, 0, OK)), IDLE, None)["recovery_s"] is None
 
+    @pytest.mark.parametrize(("reply", "seconds"), [(SHED, 0.0), (CUT, 0.0), (FAILED, 0.0), (EXPIRED, 3.0)])
+    def test_is_of_calls_that_were_worked_for(self, reply, seconds):
+        """What was refused or failed has no latency; what expired has."""
+        asked = scenario({"rate": 10.0, "seconds": 2.0}, {"rate": 50.0, "seconds": 1.0}, {"rate": 10.0, "seconds": 3.0})
+        calls = [(at, at, at + 0.01, 0 if at < 2 else 1 if at < 3 else 2, OK) for at in np.arange(0.05, 6.0, 0.1)]
+        calls += [(at, at, at + 1.0, 2, reply) for at in np.arange(3.05, 6.0, 0.1)]
+        figures = figures_of(asked, timetable(asked), ledger(*calls), IDLE, None)
+        assert figures["recovery_s"] == pytest.approx(seconds)
+
 
 class TestTimeline:
     def test_counts_every_call_in_its_second(self):
@@ -92,6 +120,16 @@ class TestTimeline:
         assert timeline["answered"] == [1, 0, 0, 0, 1]
         assert timeline["refused"] == [0, 1, 0, 0, 0]
         assert timeline["p50_ms"] == [pytest.approx(700), pytest.approx(3100), None, None, None]
+
+    def test_tells_refused_from_expired_from_failed(self):
+        asked = scenario({"callers": 1, "seconds": 6.0})
+        replies = [OK, SHED, EXPIRED, CUT, NO_CONNECTION, FAILED]
+        calls = ledger(*((at, at, at + 0.5, 0, reply) for at, reply in enumerate(replies)))
+        timeline = figures_of(asked, timetable(asked), calls, IDLE, None)["timeline"]
+        assert timeline["answered"] == [1, 0, 0, 0, 0, 0]
+        assert timeline["refused"] == [0, 1, 0, 0, 0, 0]
+        assert timeline["expired"] == [0, 0, 1, 0, 0, 0]
+        assert timeline["failed"] == [0, 0, 0, 1, 1, 1]
 
 
 class TestHistogram:

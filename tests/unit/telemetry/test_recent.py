@@ -12,8 +12,9 @@ from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.stages import Stages
 from embedserve.snapshot import Latency
 from embedserve.telemetry.ended_calls import STAGES, Samples, latency_of, longest_stage
-from embedserve.telemetry.recent import ENDED_MAX, RING, RING_REASON, UNARY, Recent, RecentCalls, RecentEngine
+from embedserve.telemetry.recent import ENDED_MAX, RING, RING_REASON, UNARY, Recent
 from embedserve.telemetry.seconds import NS, RECENT_S, STEP_S, Seconds
+from embedserve.telemetry.watching import RecentCalls, RecentEngine
 from tests.unit.telemetry.pipeline import MS, record_of, stages_of
 
 START = 1_000_000 * NS

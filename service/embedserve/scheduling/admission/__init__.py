@@ -15,9 +15,12 @@ __all__ = ["Candidate", "LoadState", "Policy", "retry_after_ms"]
 
 
 class Candidate:
-    """Who asks to be admitted. Tokens are an estimate when ``estimated``."""
+    """Who asks to be admitted. Tokens are an estimate when ``estimated``.
 
-    __slots__ = ("advisory", "deadline_ns", "estimated", "items", "priority", "tenant", "tokens")
+    A request is judged up to three times: unread (a guess), on an estimate of its tokens, and on their exact number.
+    """
+
+    __slots__ = ("advisory", "deadline_ns", "drawn", "estimated", "items", "priority", "tenant", "tokens", "unread")
 
     def __init__(
         self,
@@ -28,6 +31,9 @@ class Candidate:
         tenant: str,
         estimated: bool,
         advisory: bool = False,
+        *,
+        unread: bool = False,
+        drawn: bool = False,
     ) -> None:
         self.tokens = tokens
         self.items = items
@@ -37,6 +43,10 @@ class Candidate:
         self.estimated = estimated
         self.advisory = advisory
         """Nobody asks to be admitted: the answer teaches nothing, and chance has no part in it."""
+        self.unread = unread
+        """Nobody has seen the request itself; if it is not refused now it is judged on an estimate next."""
+        self.drawn = drawn
+        """It was judged unread: where chance has a part, the lot was drawn then."""
 
 
 class LoadState:

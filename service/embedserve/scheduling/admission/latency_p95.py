@@ -50,13 +50,13 @@ class LatencyP95Policy:
         """Refuses by prediction or sheds by the measured P95."""
         if candidate.advisory:
             return None if load.idle else self._advise(load, now_ns)
-        # The coin is thrown once a request: on its estimate if there was one, else when it is submitted. Twice would
-        # shed the square of what was meant.
-        thrown = not candidate.estimated and self._passes > 0
-        if thrown:
+        # The coin is thrown once a request: unread, or on its estimate if there was one, else when it is submitted.
+        # Twice would shed the square of what was meant.
+        thrown = candidate.drawn or (not candidate.estimated and self._passes > 0)
+        if not candidate.estimated and self._passes > 0:
             self._passes -= 1
         rejection = None if load.idle else self._refuse(load, now_ns, thrown=thrown)
-        if rejection is None and candidate.estimated:
+        if rejection is None and candidate.estimated and not candidate.unread:
             self._passes = min(self._passes + 1, self.PASSES_MAX)
         return rejection
 
