@@ -26,9 +26,10 @@ from typing import Any, TypeVar
 import grpc
 import orjson
 
-from embedserve.api import embedding, guard, wire
+from embedserve.api import embedding, wire
 from embedserve.api.embedding import EmbeddingServicer
 from embedserve.api.guard import Guard
+from embedserve.api.rpc import current_rpc
 from embedserve.api.validation import RequestValidator
 from embedserve.engine.driver import Driver
 from embedserve.engine.tokenization import TokenizerPool
@@ -67,7 +68,7 @@ class _Slices:
 
     def end(self, steps: list[int], answer: bytes) -> None:
         """A call has ended, its task having run in ``steps``: enter, submit, respond."""
-        stages = guard.current_call().stages
+        stages = current_rpc().stages
         assert stages is not None
         marks = (
             (stages.admitted_ns - stages.arrived_ns)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from embedserve.api import status
-from embedserve.api.guard import Call
+from embedserve.api.rpc import Rpc
 from embedserve.api.validation import caller_of
 from embedserve.api.violations import Violations
 from embedserve.engine.intake import overloaded
@@ -35,7 +35,7 @@ class Door:
         """Whether calls that arrive at an instant are to be asked about."""
         self._kept: dict[tuple[str, str], tuple[int, status.RefusalText]] = {}
 
-    def refusal(self, call: Call, deadline_ns: int | None, now_ns: int) -> status.Reply | None:
+    def refusal(self, call: Rpc, deadline_ns: int | None, now_ns: int) -> status.Reply | None:
         """The answer to a call that is turned away; ``None``: read its message."""
         violations = Violations()
         priority, tenant = caller_of(call.metadata, self._max_tenant_bytes, violations)

@@ -16,8 +16,9 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from embedserve.api import guard, status, wire
+from embedserve.api import status, wire
 from embedserve.api.encoding import Encoding, encode, row_bytes
+from embedserve.api.rpc import Rpc, current_rpc
 from embedserve.api.validation import RequestLimits, RequestValidator, ValidCall
 from embedserve.engine.call import Call, Portion
 from embedserve.engine.intake import not_serving
@@ -169,7 +170,7 @@ class EmbeddingServicer:
     async def embed(self, request: Any, context: Any) -> bytes:  # noqa: ARG002
         """Embed, whole or not at all."""
         served = self._served
-        rpc = guard.current_call()
+        rpc = current_rpc()
         valid = served.validator.embed(request, rpc.metadata)
         call = self._call(served, rpc, valid)
         try:
@@ -194,7 +195,7 @@ class EmbeddingServicer:
     async def embed_stream(self, request: Any, context: Any) -> None:
         """EmbedStream: each batch's rows at once, bad texts as item errors, the summary last."""
         served = self._served
-        rpc = guard.current_call()
+        rpc = current_rpc()
         valid = served.validator.embed_stream(request, rpc.metadata)
         call = self._call(served, rpc, valid)
         failed = len(valid.bad_texts)
@@ -233,7 +234,7 @@ class EmbeddingServicer:
         )
         await writer.write(summary)
 
-    def _call(self, served: _Served, rpc: guard.Call, valid: ValidCall) -> Call:
+    def _call(self, served: _Served, rpc: Rpc, valid: ValidCall) -> Call:
         # The clock starts when the whole message is here: a slow upload is the caller's time, not ours.
         stages = Stages(arrived_ns=rpc.received_ns)
         stages.validated_ns = time.monotonic_ns()
@@ -263,7 +264,7 @@ class EmbeddingServicer:
             trace=rpc.trace.context,
         )
 
-    def _ends_at(self, rpc: guard.Call, call: Call) -> float | None:
+    def _ends_at(self, rpc: Rpc, call: Call) -> float | None:
         """When a stream is ended, by the loop's clock, where gRPC does not do it: a hung device ends no wait."""
         if call.deadline_ns == rpc.deadline_ns:
             return None

@@ -8,16 +8,14 @@ client's leaves one (grpc#29248).
 Only the guarded service is touched: health and reflection pass as they are, so that ``Watch`` keeps working. Handlers
 of the guarded service may be coroutines, async generators or coroutines that call ``context.write``.
 
-What a handler needs to know of its call is in ``current_call()``. A context variable does that in 40 ns, where a
-context of our own around grpc's would cost a Python call for each of its methods. It holds in the handler because
-grpc.aio runs interceptors and handler in one task. The trace id goes out with the trailers: a batch of its own for
-initial metadata costs 46 us of the loop's time a call, the trailers 8 us.
+Under overload a call may be answered before its message is read (``door``). For grpc such a handler takes a stream, of
+which it reads the first message or none; on the wire there is no difference. The trace id goes out with the trailers: a
+batch of its own for initial metadata costs 46 us of the loop's time a call, the trailers 8 us.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,8 +26,8 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from embedserve.api import status
-from embedserve.api.observer import CallObserver, CallTrace, Metadata, SilentCallObserver, SilentCallTrace
-from embedserve.engine.stages import Stages
+from embedserve.api.observer import CallObserver, Metadata, SilentCallObserver
+from embedserve.api.rpc import CALL, Rpc
 from embedserve.errors import (
     EmbedServeError,
     InvalidRequest,
@@ -39,7 +37,7 @@ from embedserve.errors import (
     Violation,
 )
 
-__all__ = ["Call", "Guard", "current_call"]
+__all__ = ["Doorkeeper", "Guard"]
 
 SERVICE: Final = "embedserve.v1.EmbeddingService"
 TURNED_AWAY: Final = frozenset({"Embed", "EmbedStream"})
@@ -60,56 +58,6 @@ ATTEMPTS_KEY: Final = "grpc-previous-rpc-attempts"
 """What gRPC clients send with a retry: how often they have tried this call before (gRFC A6)."""
 MAX_ATTEMPT: Final = 5
 """No gRPC client tries a call more often (gRFC A6). What is more, or no number, is somebody's own invention."""
-
-_NO_TRACE = SilentCallTrace()
-
-
-class Call:
-    """One RPC of the guarded service. Times are ``time.monotonic_ns``."""
-
-    __slots__ = (
-        "arrived_ns",
-        "attributes",
-        "deadline_ns",
-        "ended",
-        "judged_unread",
-        "metadata",
-        "method",
-        "received_ns",
-        "refused",
-        "stages",
-        "trace",
-    )
-
-    def __init__(self, method: str, metadata: Metadata, arrived_ns: int) -> None:
-        """The headers are here; the message may not be."""
-        self.method = method
-        """Full name without a leading slash."""
-        self.metadata = metadata
-        self.arrived_ns = arrived_ns
-        """The guard saw the headers."""
-        self.received_ns = arrived_ns
-        """The whole message was here and parsed: a slow upload lies between ``arrived_ns`` and this."""
-        self.deadline_ns: int | None = None
-        """When the caller stops waiting; ``None`` when it set no deadline."""
-        self.trace: CallTrace = _NO_TRACE
-        self.attributes: dict[str, str | int | float | bool] = {}
-        """What the handler wants traced and measured."""
-        self.stages: Stages | None = None
-        """Set by the handler once there is one."""
-        self.refused: BaseException | None = None
-        """What the headers alone forbid."""
-        self.judged_unread = False
-        """Whether a door has let it through."""
-        self.ended = False
-
-
-_CALL: contextvars.ContextVar[Call] = contextvars.ContextVar("embedserve_call")
-
-
-def current_call() -> Call:
-    """The call that this task handles. Raises ``LookupError`` outside a guarded handler."""
-    return _CALL.get()
 
 
 class _Unparsable:
@@ -138,7 +86,7 @@ class Doorkeeper(Protocol):
     def watched(self, now_ns: int, /) -> bool:
         """Whether calls that arrive now are to be asked about."""
 
-    def refusal(self, call: Call, deadline_ns: int | None, now_ns: int) -> status.Reply | None:
+    def refusal(self, call: Rpc, deadline_ns: int | None, now_ns: int) -> status.Reply | None:
         """The answer to a call that is turned away."""
 
 
@@ -194,7 +142,7 @@ class Guard(grpc.aio.ServerInterceptor):
         if not method.startswith(self._prefix):
             return await continuation(handler_call_details)
         call = self._arrive(method[1:], handler_call_details.invocation_metadata)
-        _CALL.set(call)
+        CALL.set(call)
         if self.door is not None and self.door.watched(call.arrived_ns):
             unread = self._unread.get(method)
             if unread is not None:
@@ -210,8 +158,8 @@ class Guard(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(self._unary(_raising(error), None, method))
         return known[1]
 
-    def _arrive(self, method: str, metadata: Metadata) -> Call:
-        call = Call(method, metadata, self._clock())
+    def _arrive(self, method: str, metadata: Metadata) -> Rpc:
+        call = Rpc(method, metadata, self._clock())
         # Core counts the bytes of the header block, in which an entry of the table takes one byte each time it is
         # named: 4 KB become 4 MB, which would live as long as the call does.
         size = sum([len(key) + len(value) + METADATA_ENTRY_BYTES for key, value in metadata])
@@ -250,7 +198,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 message = raw if parse is None else parse(raw)
             except Exception as error:  # noqa: BLE001  # judged in the handler, where the client can be answered
                 message = _Unparsable(error, method)
-            _CALL.get().received_ns = clock()
+            CALL.get().received_ns = clock()
             return message
 
         return guarded
@@ -306,7 +254,7 @@ class Guard(grpc.aio.ServerInterceptor):
         """The handler of a call whose message was not read; for grpc it takes a stream, which it need not read."""
 
         async def unread(_messages: Any, context: Any) -> Any:
-            if await self._turned_away(_CALL.get(), context):
+            if await self._turned_away(CALL.get(), context):
                 return b""  # never sent: a status was
             raw = await context.read()
             if raw is grpc.aio.EOF:  # cancelled, or larger than gRPC takes: Core has answered, or nobody is there
@@ -315,7 +263,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
         return unread
 
-    async def _turned_away(self, call: Call, context: Any) -> bool:
+    async def _turned_away(self, call: Rpc, context: Any) -> bool:
         """Whether the call was refused, and told so, before its message was read."""
         if self.door is None or call.refused is not None or not self._accepting():
             return False
@@ -345,7 +293,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _check(self, request: Any, *, always: bool) -> None:
         """Raise what forbids the call before its handler sees it."""
-        if (refused := _CALL.get().refused) is not None:
+        if (refused := CALL.get().refused) is not None:
             raise refused
         if not always and not self._accepting():
             raise NotServing(
@@ -356,15 +304,15 @@ class Guard(grpc.aio.ServerInterceptor):
 
     # The life of one call
 
-    def _enter(self) -> Call:
+    def _enter(self) -> Rpc:
         """Count the call: whatever happens from here on, ``_leave`` counts it down."""
-        call = _CALL.get()
+        call = CALL.get()
         self._in_flight += 1
         if self._in_flight == 1:
             self._idle.clear()
         return call
 
-    def _begin(self, call: Call, context: Any) -> None:
+    def _begin(self, call: Rpc, context: Any) -> None:
         """Its deadline and its trace."""
         remaining_s = context.time_remaining()
         if remaining_s is not None:
@@ -378,21 +326,21 @@ class Guard(grpc.aio.ServerInterceptor):
         if call.trace.trace_id is not None:
             context.set_trailing_metadata(((TRACE_ID_KEY, call.trace.trace_id),))
 
-    def _leave(self, call: Call) -> None:
+    def _leave(self, call: Rpc) -> None:
         if not call.ended:  # the loop is closing and the coroutine with it
             self._end(call, "CANCELLED", "CANCELLED")
         self._in_flight -= 1
         if self._in_flight == 0:
             self._idle.set()
 
-    def _end(self, call: Call, status_name: str, error_type: str | None) -> None:
+    def _end(self, call: Rpc, status_name: str, error_type: str | None) -> None:
         call.ended = True
         try:
             call.trace.end(status=status_name, stages=call.stages, error_type=error_type, attributes=call.attributes)
         except Exception as error:  # noqa: BLE001  # who watches must not break what is watched
             self._on_internal_error(status.new_error_id(), error)
 
-    def _end_by_context(self, call: Call, context: Any) -> None:
+    def _end_by_context(self, call: Rpc, context: Any) -> None:
         """The handler has returned, or has aborted."""
         code = context.code()
         if code:
@@ -403,7 +351,7 @@ class Guard(grpc.aio.ServerInterceptor):
         else:
             self._end(call, "OK", None)
 
-    async def _fail(self, call: Call, context: Any, error: BaseException, last_word_s: float | None = None) -> None:
+    async def _fail(self, call: Rpc, context: Any, error: BaseException, last_word_s: float | None = None) -> None:
         """End the call for ``error``: answer the client unless it is gone or was answered."""
         if isinstance(error, grpc.aio.AbortError):
             self._end_by_context(call, context)
@@ -422,7 +370,7 @@ class Guard(grpc.aio.ServerInterceptor):
             if isinstance(error, (InvariantBroken, SystemExit)):
                 self._on_fatal(error)
 
-    def _reply(self, error: BaseException, call: Call) -> status.Reply:
+    def _reply(self, error: BaseException, call: Rpc) -> status.Reply:
         if isinstance(error, EmbedServeError):
             left_ms = None if call.deadline_ns is None else (call.deadline_ns - self._clock()) / 1e6
             reply = status.reply(error, left_ms=left_ms)
@@ -436,7 +384,7 @@ class Guard(grpc.aio.ServerInterceptor):
             self._on_internal_error(reply.error_id, error)
         return reply
 
-    def _end_cancelled(self, call: Call) -> None:
+    def _end_cancelled(self, call: Rpc) -> None:
         late = call.deadline_ns is not None and self._clock() >= call.deadline_ns
         name = "DEADLINE_EXCEEDED" if late else "CANCELLED"
         self._end(call, name, name)
@@ -469,7 +417,7 @@ async def _write_all(responses: AsyncIterator[Any], context: Any) -> None:
         await responses.aclose()  # type: ignore[attr-defined]
 
 
-async def _abort(context: Any, reply: status.Reply, call: Call, *, within_s: float | None) -> None:
+async def _abort(context: Any, reply: status.Reply, call: Rpc, *, within_s: float | None) -> None:
     """Send ``reply`` as the call's status; raises ``CancelledError`` if it was not taken in time."""
     trailers = reply.trailers
     if call.trace.trace_id is not None:  # trailers of an abort replace those that were set before

@@ -271,7 +271,6 @@ class RequestValidator:
         return name, self._prompts.get(name, "")
 
 
-
 def caller_of(metadata: Metadata, max_tenant_bytes: int, violations: Violations) -> tuple[Priority, str]:
     """A call's priority and tenant, by its headers."""
     priority, tenant = Priority.DEFAULT, ""

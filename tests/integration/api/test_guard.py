@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 
 from embedserve import errors
 from embedserve.api import guard as guard_module
-from embedserve.api.guard import current_call
 from embedserve.api.observer import SilentCallTrace
+from embedserve.api.rpc import current_rpc
 from embedserve.engine.stages import Stages
 from embedserve.v1 import embedding_pb2 as pb
 
@@ -92,8 +92,8 @@ class TestOk:
         stages = Stages(arrived_ns=1)
 
         async def act(context: Any) -> None:
-            current_call().stages = stages
-            current_call().attributes["texts"] = 3
+            current_rpc().stages = stages
+            current_rpc().attributes["texts"] = 3
 
         served, rpc, messages = await call(serve, style, act)
 
@@ -109,7 +109,7 @@ class TestOk:
         seen = []
 
         async def act(context: Any) -> None:
-            seen.append(current_call())
+            seen.append(current_rpc())
 
         served = await serve(unary(act))
         before = time.monotonic_ns()
@@ -139,7 +139,7 @@ class TestOk:
         seen = []
 
         async def act(context: Any) -> None:
-            seen.append(current_call().deadline_ns)
+            seen.append(current_rpc().deadline_ns)
 
         await (await serve(unary(act))).embed()
 
@@ -149,9 +149,9 @@ class TestOk:
         """A hundred at once, each with its own metadata."""
 
         async def act(context: Any) -> None:
-            mine = current_call()
+            mine = current_rpc()
             await asyncio.sleep(0)
-            assert current_call() is mine
+            assert current_rpc() is mine
             mine.attributes["n"] = int(dict(mine.metadata)["n"])
 
         served = await serve(unary(act))
@@ -522,7 +522,7 @@ class TestCancellation:
                 while True:
                     yield b"x" * 1_000_000
             finally:
-                closed.append(current_call().method)
+                closed.append(current_rpc().method)
 
         served = await serve(stream=handler)
         rpc = served.stream()

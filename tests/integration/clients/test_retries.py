@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from embedserve.api import guard
+from embedserve.api.rpc import Rpc
 from embedserve.model.backend import BatchResult, TokenBatch
 from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend
 from embedserve.testing.server import InProcessServer, serving
@@ -34,7 +35,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     counts: Counter[tuple[str, int]] = Counter()
     begin = guard.Guard._begin
 
-    def counting(self: guard.Guard, call: guard.Call, context: Any) -> None:
+    def counting(self: guard.Guard, call: Rpc, context: Any) -> None:
         begin(self, call, context)
         counts[call.method.rpartition("/")[2], int(call.attributes.get("attempt", 1))] += 1
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
-from embedserve.api.guard import Call
+from embedserve.api.rpc import Rpc
 from embedserve.model.backend import BatchResult, TokenBatch
 from embedserve.telemetry.instruments import INSTRUMENTS
 from embedserve.testing import FakeBackend, FaultPlan, FaultyBackend
@@ -65,7 +65,7 @@ async def waits(server: InProcessServer, metadata: Metadata, job: asyncio.Future
     assert isinstance(backend, Watched)
     found, begun, begin = [], 0, guard._begin
 
-    def arrive(call: Call, context: object) -> None:
+    def arrive(call: Rpc, context: object) -> None:
         nonlocal begun
         begun = len(backend.passes)  # the way here, and a busy machine, are not what is judged
         begin(call, context)

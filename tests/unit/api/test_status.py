@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from embedserve import errors
 from embedserve.api import status
-from embedserve.api.refusal_details import refusal_status
+from embedserve.api.refusal_details import refusal_status, retry_info
 from embedserve.api.validation import MAX_ECHO_CHARACTERS
 from embedserve.errors import EmbedServeError, Violation
 
@@ -186,7 +186,8 @@ class TestRefusalBytes:
         self, code: int, message: str, reason: str, metadata: dict[str, str], wait_ms: int | None
     ) -> None:
         """Whatever is in them."""
-        decoded = status_pb2.Status.FromString(refusal_status(code, message, reason, "embedserve", metadata, wait_ms))
+        raw = refusal_status(code, message, reason, "embedserve", metadata)
+        decoded = status_pb2.Status.FromString(raw if wait_ms is None else raw + retry_info(wait_ms))
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
 
         assert (decoded.code, decoded.message) == (code, message)
