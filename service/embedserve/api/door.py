@@ -15,12 +15,15 @@ from embedserve.api.validation import caller_of
 from embedserve.api.violations import Violations
 from embedserve.engine.intake import overloaded
 from embedserve.engine.unread import UnreadAdmission
+from embedserve.scheduling.item import Rejection
 
 __all__ = ["Door"]
 
 KEPT_NS: Final = 100_000_000
 """The sentence of a refusal, its figures and its details are made once in so long for each reason: they took a third of
 a refusal, and nobody reads a thousand a second. When to come back is each call's own."""
+CALLS_OWN: Final = frozenset({"deadline"})
+"""Policies whose sentence is not kept: it tells a caller how much time it had left, and not how much another had."""
 
 
 class Door:
@@ -39,19 +42,15 @@ class Door:
         """The answer to a call that is turned away; ``None``: read its message."""
         violations = Violations()
         priority, tenant = caller_of(call.metadata, self._max_tenant_bytes, violations)
-        if violations.total:
-            return None
         latest_ns = call.arrived_ns + self._max_request_ns
         ends_ns = latest_ns if deadline_ns is None else min(deadline_ns, latest_ns)
+        if violations.total or not self._unread.judges(ends_ns, priority, now_ns):
+            return None
         rejection = self._unread.judge(call.arrived_ns, ends_ns, priority, tenant, now_ns)
         call.judged_unread = True
         if rejection is None:
             return None
-        key = (rejection.policy, rejection.reason)
-        made_ns, text = self._kept.get(key, (0, None))
-        if text is None or now_ns - made_ns > KEPT_NS:
-            text = status.refusal_text(overloaded(rejection))
-            self._kept[key] = (now_ns, text)
+        text = self._text(rejection, now_ns)
         call.attributes.update(rejection.figures)
         call.attributes["policy"] = rejection.policy
         call.attributes["priority"] = priority.name.lower()
@@ -59,3 +58,13 @@ class Door:
             call.attributes["tenant"] = tenant
         left_ms = None if deadline_ns is None else (deadline_ns - now_ns) / 1e6
         return status.refusal(text, rejection.retry_after_ms, left_ms=left_ms)
+
+    def _text(self, rejection: Rejection, now_ns: int) -> status.RefusalText:
+        if rejection.policy in CALLS_OWN:
+            return status.refusal_text(overloaded(rejection))
+        key = (rejection.policy, rejection.reason)
+        made_ns, text = self._kept.get(key, (0, None))
+        if text is None or now_ns - made_ns > KEPT_NS:
+            text = status.refusal_text(overloaded(rejection))
+            self._kept[key] = (now_ns, text)
+        return text

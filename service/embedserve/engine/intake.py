@@ -132,7 +132,7 @@ class Intake:
             assert call.tokens is not None
             lengths = call.tokens.lengths
             estimate = len(call.tokens.ids) if items == stages.texts else int(lengths[:items].sum())
-        self._unread.saw(estimate)
+        self._unread.saw(estimate, call.priority)
         rejection = self._scheduler.judge(
             estimate,
             items,

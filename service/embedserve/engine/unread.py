@@ -5,8 +5,12 @@ transport or how a refusal is told.
 
 Under overload most calls are refused, and what each of them costs is taken from those that are served: to receive,
 parse and check a message that is thrown away was half of it. So one that comes within ``WATCH_NS`` of a refusal is
-judged by its headers first. Its size is not known yet; it is taken for as small as nearly all calls have been lately
-(the ``QUANTILE``), so that who has room is read and judged by what it is.
+judged by its headers first. Its size is not known yet; it is taken for as small as the smallest call of its class lately,
+so that who has room is read and judged by what it is.
+
+Of calls of one size that finds all, of calls of many sizes those for whom nothing is left: what is between is read. The
+10 % quantile in place of the smallest finds twice as many of those (20 % of the refusals in place of 11 %, texts of 1 to
+128 tokens at four times the capacity), and took three of four small calls from a caller beside a flood of large ones.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ from typing import Final
 
 from embedserve.engine.observer import EngineObserver
 from embedserve.engine.stages import Stages
-from embedserve.scheduling.admission.sojourn import OnlineQuantile
 from embedserve.scheduling.item import Priority, Rejection
 from embedserve.scheduling.scheduler import Scheduler
 
@@ -24,11 +27,9 @@ __all__ = ["UnreadAdmission"]
 
 WATCH_NS: Final = 100_000_000
 """So long after a refusal calls are judged unread. A server that sheds refuses many a second; others pay nothing."""
-QUANTILE: Final = 0.1
-"""Of the sizes of calls, in tokens. A call under it may be refused where it had just fitted; the lowest would be safe
-for all, and one odd call would make it useless."""
-STEP: Final = 0.05
-"""How far one call moves it: down by 4.5 %, up by 0.5 %. A change of sizes is followed within some hundred calls."""
+RISE: Final = 1.005
+"""What each call adds to the size of the smallest. Who sends one call of 200 is still known by his own when he comes
+again, at 2.7 times its size; one odd call beside others of 512 tokens is forgotten after 1,200."""
 
 
 class UnreadAdmission:
@@ -39,7 +40,8 @@ class UnreadAdmission:
         self._scheduler = scheduler
         self._observer = observer
         self._takes = takes
-        self._usual: OnlineQuantile | None = None
+        self._least = [0.0] * len(Priority)
+        """By class, the smallest call lately, in tokens; 0 where none was seen."""
         self._watched_until_ns = 0
 
     def watched(self, now_ns: int) -> bool:
@@ -50,21 +52,25 @@ class UnreadAdmission:
         """A call was refused."""
         self._watched_until_ns = now_ns + WATCH_NS
 
-    def saw(self, tokens: int) -> None:
+    def saw(self, tokens: int, priority: Priority) -> None:
         """A call of about so many tokens was read."""
-        if self._usual is None:
-            self._usual = OnlineQuantile(QUANTILE, STEP, start=max(tokens, 1.0), low=1.0, high=float(1 << 40))
-        else:
-            self._usual.observe(tokens)
+        least = self._least[priority]
+        self._least[priority] = max(min(least * RISE, tokens) if least else tokens, 1.0)
+
+    def judges(self, deadline_ns: int | None, priority: Priority, now_ns: int) -> bool:
+        """Whether there is anything to say of a call that has not been read."""
+        known = self._least[priority] > 0 and self._takes()
+        return known and (deadline_ns is None or now_ns < deadline_ns)
 
     def judge(
         self, arrived_ns: int, deadline_ns: int | None, priority: Priority, tenant: str, now_ns: int
     ) -> Rejection | None:
-        """What refuses a call that has not been read; ``None``: read it. A refusal has been told to the observer."""
-        if self._usual is None or not self._takes() or (deadline_ns is not None and deadline_ns <= now_ns):
-            return None
+        """What refuses a call that has not been read; ``None``: read it. A refusal has been told to the observer.
+
+        Only where ``judges`` says so. Chance has had its part then, and has none in it when the call is read.
+        """
         # A full pass at most: a run of huge calls must not make one that is too large of everybody.
-        guess = min(int(self._usual.value), self._scheduler.max_batch_tokens)
+        guess = min(int(self._least[priority]), self._scheduler.max_batch_tokens)
         rejection = self._scheduler.judge(
             guess, 1, deadline_ns=deadline_ns, priority=priority, tenant=tenant, now_ns=now_ns, unread=True
         )

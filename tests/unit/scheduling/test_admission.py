@@ -15,8 +15,8 @@ from embedserve.scheduling.settings import LatencyP95Settings, ThroughputSetting
 from tests.unit.scheduling.making import MS, S, small_scheduler, small_settings, submission
 
 
-def candidate(tokens=10, items=1, deadline_ns=None, estimated=False):
-    return Candidate(tokens, items, deadline_ns, Priority.DEFAULT, "", estimated)
+def candidate(tokens=10, items=1, deadline_ns=None, estimated=False, **stage):
+    return Candidate(tokens, items, deadline_ns, Priority.DEFAULT, "", estimated, **stage)
 
 
 def advisory(tokens=10, items=1):
@@ -259,6 +259,49 @@ class TestLatencyP95:
                 passed += policy.judge(candidate(), self.busy(), 0) is None
 
         assert passed / 4_000 == pytest.approx(0.1, abs=0.02)
+
+    @pytest.mark.parametrize("watched", [0.0, 0.3, 1.0])
+    @pytest.mark.parametrize("together", [1, 20])
+    def test_and_once_a_request_that_was_judged_unread(self, watched, together):
+        """Three judgements, whatever share of the calls has the first of them and however many are on their way."""
+        policy, rng = self.observed(700 * MS), Random(3)
+        share = policy.shed_share(0)
+        way, refused, n = [], 0, 6_000
+        assert 0.3 < share < 0.7
+
+        for _ in range(n):
+            unread = rng.random() < watched
+            if unread and policy.judge(candidate(estimated=True, unread=True), self.busy(), 0) is not None:
+                refused += 1
+            elif policy.judge(candidate(estimated=True, drawn=unread), self.busy(), 0) is not None:
+                refused += 1
+            else:
+                way.append(unread)
+            if len(way) >= together:
+                way.pop(rng.randrange(len(way)))
+                refused += policy.judge(candidate(), self.busy(), 0) is not None
+
+        assert refused / n == pytest.approx(share, abs=0.02)
+
+    def test_what_was_judged_unread_is_still_refused_by_prediction(self):
+        policy = self.observed(600 * MS)
+
+        assert policy.judge(candidate(estimated=True, drawn=True), self.busy(predicted=2 * S), 0) is not None
+
+    @pytest.mark.parametrize("stages", [("unread", "estimate", "exact"), ("estimate", "exact"), ("exact",)])
+    def test_the_same_events_give_the_same_decisions_through_all_stages(self, stages):
+        def decide():
+            policy = self.observed(700 * MS)
+            made = {
+                "unread": lambda: candidate(estimated=True, unread=True),
+                "estimate": lambda: candidate(estimated=True, drawn="unread" in stages),
+                "exact": candidate,
+            }
+            return [policy.judge(made[stage](), self.busy(), 0) is None for _ in range(100) for stage in stages]
+
+        once = decide()
+        assert once == decide()
+        assert len(set(once)) == 2
 
     def test_the_same_events_give_the_same_decisions(self):
         def decide():
