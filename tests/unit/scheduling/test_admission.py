@@ -271,9 +271,9 @@ class TestLatencyP95:
 
         for _ in range(n):
             unread = rng.random() < watched
-            if unread and policy.judge(candidate(estimated=True, unread=True), self.busy(), 0) is not None:
-                refused += 1
-            elif policy.judge(candidate(estimated=True, drawn=unread), self.busy(), 0) is not None:
+            stages = [candidate(estimated=True, unread=True)] if unread else []
+            stages.append(candidate(estimated=True, drawn=unread))
+            if any(policy.judge(stage, self.busy(), 0) is not None for stage in stages):
                 refused += 1
             else:
                 way.append(unread)
