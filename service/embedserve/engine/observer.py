@@ -63,7 +63,7 @@ class EngineObserver(Protocol):
         """A request waits in its buckets."""
 
     def rejected(self, rejection: Rejection, *, stage: str) -> None:
-        """A request was refused; ``stage`` is ``estimate`` (before tokenising) or ``exact``."""
+        """A request was refused; ``stage`` is ``unread``, ``estimate`` (before tokenising) or ``exact``."""
 
     def batch_dispatched(self, batch_id: int) -> object | None:
         """A batch with a sampled request in it was handed to the worker.

@@ -5,12 +5,12 @@ transport or how a refusal is told.
 
 Under overload most calls are refused, and what each of them costs is taken from those that are served: to receive,
 parse and check a message that is thrown away was half of it. So one that comes within ``WATCH_NS`` of a refusal is
-judged by its headers first. Its size is not known yet; it is taken for as small as the smallest call of its class lately,
-so that who has room is read and judged by what it is.
+judged by its headers first. Its size is not known yet; it is taken for as small as the smallest call of its class has
+been lately, so that who has room is read and judged by what it is.
 
 Of calls of one size that finds all, of calls of many sizes those for whom nothing is left: what is between is read. The
-10 % quantile in place of the smallest finds twice as many of those (20 % of the refusals in place of 11 %, texts of 1 to
-128 tokens at four times the capacity), and took three of four small calls from a caller beside a flood of large ones.
+10 % quantile in place of the smallest finds more of those (20 % of the refusals in place of 11 %, texts of 1 to 128
+tokens at four times the capacity), and took three of four small calls from a caller beside a flood of large ones.
 """
 
 from __future__ import annotations

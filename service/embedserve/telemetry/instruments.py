@@ -39,7 +39,8 @@ ADMISSION_STAGES: Final = ("unread", "estimate", "exact")
 REFUSALS: Final = (
     *product(("queue",), ("QUEUE_FULL",), ADMISSION_STAGES),
     *product(("too_large",), ("SUBMISSION_EXCEEDS_QUEUE", "ITEM_EXCEEDS_BATCH"), ("estimate", "exact")),
-    *product(("deadline",), ("DEADLINE_PASSED", "DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ADMISSION_STAGES),
+    *product(("deadline",), ("DEADLINE_PASSED",), ("estimate", "exact")),
+    *product(("deadline",), ("DEADLINE_TOO_SHORT", "DEADLINE_UNREACHABLE"), ADMISSION_STAGES),
     *product(("throughput",), ("DRAIN_TIME_EXCEEDED",), ADMISSION_STAGES),
     *product(("latency_p95",), ("PREDICTED_WAIT_EXCEEDS_SLO", "P95_EXCEEDED"), ADMISSION_STAGES),
     *product(("gradient",), ("TOKENS_IN_FLIGHT_EXCEEDED",), ADMISSION_STAGES),
