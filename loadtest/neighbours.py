@@ -38,7 +38,9 @@ ROUNDS = 12
 BEHIND = 20
 BULK_TEXTS = 10_000
 BULK_TOKENS = 50
-INTERACTIVE_PER_S = 8.0
+BULK_JOBS = 2
+"""One after the other: with one and a caller of 8 calls a second the p99 was the second worst of 120 calls."""
+INTERACTIVE_PER_S = 20.0
 INTERACTIVE = (("x-embedserve-priority", "interactive"),)
 BULK = (("x-embedserve-priority", "bulk"),)
 SHORT = "how do I renew a passport"
@@ -212,14 +214,15 @@ async def behind(server: Server, stub: Any) -> dict[str, Any]:
 async def bulk(server: Server, stub: Any) -> dict[str, Any]:
     """An interactive caller, open loop, before and during a bulk job."""
     request = pb.EmbedStreamRequest(texts=texts_of(BULK_TOKENS, BULK_TEXTS))
-    before = await _interactive(stub, seconds=20.0)
+    before = await _interactive(stub, seconds=30.0)
     count, seconds = passes(server)
     done = asyncio.Event()
 
     async def job() -> tuple[int, float]:
         begun, items = time.perf_counter(), 0
-        async for message in stub.EmbedStream(request, metadata=BULK):
-            items += len(message.embeddings)
+        for _ in range(BULK_JOBS):
+            async for message in stub.EmbedStream(request, metadata=BULK):
+                items += len(message.embeddings)
         done.set()
         return items, time.perf_counter() - begun
 
@@ -231,13 +234,13 @@ async def bulk(server: Server, stub: Any) -> dict[str, Any]:
     p99 = [float(np.percentile(x, 99)) for x in (before, beside)]
     return {
         "bulk_texts": items,
-        "bulk_s": round(job_s, 1),
+        "bulk_texts_per_s": round(items / job_s),
         "mean_pass_ms": round(pass_ms, 1),
         "batch_ms": BATCH_MS,
         "interactive_calls": [len(before), len(beside)],
         "interactive_p50_ms": [round(float(np.median(x)), 1) for x in (before, beside)],
         "interactive_p99_ms": [round(x, 1) for x in p99],
-        "met": items == BULK_TEXTS and p99[1] - p99[0] <= BATCH_MS,
+        "met": items == BULK_JOBS * BULK_TEXTS and p99[1] - p99[0] <= BATCH_MS,
     }
 
 

@@ -154,8 +154,9 @@ class Model(Section):
     there serves compiled at once; one that does not needs 3 s more of a core."""
     compute_nice: Annotated[int, between(0, 19)] = 10
     """By how much the priority of the threads that compute a compiled pass is under the event loop's (nice(2)). The
-    loop's turns are short and feed the device: 0 cost a fifth of the calls where both share all cores. They yield to
-    other processes of the same control group too: 0 where those are none of yours."""
+    loop's turns are short and feed the device: 0 cost a fifth of the calls where both share all cores. Tokenizer
+    threads go with them, or a bulk job's would slow the pass that a query rides in. They yield to other processes of
+    the same control group too: 0 where those are none of yours."""
 
 
 class Tokenizer(Section):

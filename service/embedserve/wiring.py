@@ -238,6 +238,7 @@ def tokenizer_settings(config: Config) -> TokenizerSettings:
         chunk_texts=tokenizer.chunk_texts,
         chunk_chars=tokenizer.chunk_chars,
         max_request_ns=tokenizer.max_request_ms * MS,
+        nice=config.model.compute_nice,
     )
 
 

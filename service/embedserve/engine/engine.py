@@ -306,6 +306,7 @@ class Engine:
 
     def _take_compilation(self, report: DeviceReport) -> None:
         if report.compiled:
+            self._pool.yield_to_the_loop()
             self._observer.model_swapped("compiled", report.compile_s, cached=report.compile_cached)
         else:
             self._observer.compile_failed(report.compile_s)

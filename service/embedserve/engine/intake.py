@@ -206,6 +206,7 @@ class Intake:
             priority=call.priority,
             tenant=call.tenant,
             continuation=continuation,
+            whole_tokens=sum(lengths) * call.count // len(lengths) if call.count > len(lengths) else 0,
         )
 
     def unusable(self, call: Call, lengths: Sequence[int]) -> list[int]:

@@ -11,7 +11,10 @@ loop 26 to 53 us, one through ``SimpleQueue`` and ``call_soon_threadsafe`` 15 to
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +49,8 @@ class TokenizerSettings:
     """Characters of one request that a thread takes at a time, or one text."""
     max_request_ns: int = 30_000_000_000
     """Processor time of the threads for one request; by wall time a busy or a stopped machine would refuse callers."""
+    nice: int = 0
+    """By how much the threads' priority is under the event loop's once ``yield_to_the_loop`` is called."""
 
 
 class Meter:
@@ -122,6 +127,19 @@ class TokenizerPool:
         ]
         for thread in self._threads:
             thread.start()
+
+    def yield_to_the_loop(self) -> None:
+        """Lower the threads' priority by ``nice``: whoever computes passes does so too.
+
+        Above it a piece of a bulk job takes a core for milliseconds from a pass that an interactive call rides in.
+        """
+        if sys.platform != "linux":  # elsewhere it is the whole process whose priority is set
+            return
+        for thread in self._threads:
+            if thread.native_id is not None and thread.is_alive():
+                with contextlib.suppress(OSError):  # where it may not be, it stays as it is; or it ends just now
+                    now = os.getpriority(os.PRIO_PROCESS, thread.native_id)
+                    os.setpriority(os.PRIO_PROCESS, thread.native_id, now + self._settings.nice)
 
     @property
     def use(self) -> TokenizerUse:

@@ -68,6 +68,8 @@ class Submission(NamedTuple):
     tenant: str = ""
     continuation: bool = False
     """A later window of an admitted stream: only hard limits judge it, no policy."""
+    whole_tokens: int = 0
+    """About how many tokens the request has that this is a part of; 0: this is all of it."""
     probe: bool = False
     """The engine's own, to see whether all is well: judged as a continuation is, and no policy learns from its wait."""
 

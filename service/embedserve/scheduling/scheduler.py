@@ -122,7 +122,7 @@ class Scheduler:
         refused = self._gate.judge(candidate, load, now_ns, hard_only=submission.continuation or submission.probe)
         if refused is not None:
             return refused
-        large = count > 1 and total > self._gate.pass_tokens
+        large = count > 1 and max(total, submission.whole_tokens) > self._gate.pass_tokens
         ticket = Ticket(submission, now_ns, load.predicted_wait_ns, large=large)
         self._queue.add(ticket, submission, total)
         self._ledger.add(ticket)

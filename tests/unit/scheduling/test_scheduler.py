@@ -92,7 +92,7 @@ class TestLife:
         one, two = s.next_batch(0), s.next_batch(0)
 
         assert not set(items(one)) & set(items(two))
-        assert s.depth.running_items == 8  # it takes several passes, and leaves room in each
+        assert s.depth.running_items == 6  # it takes several passes, and leaves room in each
 
         s.complete(two.id, Succeeded(1000), 5)
         s.complete(one.id, Succeeded(1000), 6)
