@@ -184,7 +184,8 @@ def _policies() -> Row:
                 width=6,
             ),
             lines(
-                "Decisions by stage", "Are refusals cheap? unread is before all else, then estimate, exact last.",
+                "Decisions by stage",
+                "Are refusals cheap? unread is before all else, estimate before tokenising, exact last.",
                 Target(BOARD.rate(m.DECISIONS, ("decision", "stage")), "{{decision}} on {{stage}}"), unit="reqps",
                 stacked=True, width=6,
             ),

@@ -169,6 +169,29 @@ class TestRead:
 
         assert (error.reason, error.metadata["items"]) == ("QUEUE_FULL", "3")
 
+    @pytest.mark.parametrize("method", ["Embed", "EmbedStream"])
+    async def test_its_lot_is_drawn_once(self, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where it was judged unread it is judged on its estimate without; a call that nobody asked about is not."""
+        asked: list[tuple[str, bool]] = []
+        async with shedding(free=2) as server:
+            scheduler = server.engine.scheduler
+            judge = scheduler.judge
+
+            def note(*size: int, unread: bool = False, drawn: bool = False, **how: Any) -> Any:
+                asked.append(("unread" if unread else "estimate", drawn))
+                return judge(*size, unread=unread, drawn=drawn, **how)
+
+            monkeypatch.setattr(scheduler, "judge", note)
+            server.plan.gate.set()
+            for _ in range(2):
+                if method == "Embed":
+                    await server.stub.Embed(HELLO)
+                else:
+                    await read(server.stub.EmbedStream(pb.EmbedStreamRequest(texts=["hello"])))
+                server.guard.door = None
+
+        assert asked == [("unread", False), ("estimate", True), ("estimate", False)]
+
     async def test_a_stream_longer_than_its_window(self) -> None:
         async with shedding(free=3, **{"server.stream_window_items": "2"}) as server:
             texts = ["hello world", "the text"] * 3

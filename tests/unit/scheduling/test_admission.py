@@ -283,6 +283,16 @@ class TestLatencyP95:
 
         assert refused / n == pytest.approx(share, abs=0.02)
 
+    def test_who_went_all_the_way_leaves_no_free_pass(self):
+        """Who is judged on exact tokens alone draws his own lot."""
+        policy = self.observed(5 * S)
+        share = policy.shed_share(0)
+        for _ in range(2_000):
+            stages = candidate(estimated=True, unread=True), candidate(estimated=True, drawn=True), candidate()
+            any(policy.judge(stage, self.busy(), 0) is not None for stage in stages)
+
+        assert self.shed(policy, 0) == pytest.approx(share, abs=0.02)
+
     def test_what_was_judged_unread_is_still_refused_by_prediction(self):
         policy = self.observed(600 * MS)
 
