@@ -23,7 +23,8 @@ KEPT_NS: Final = 100_000_000
 """The sentence of a refusal, its figures and its details are made once in so long for each reason: they took a third of
 a refusal, and nobody reads a thousand a second. When to come back is each call's own."""
 CALLS_OWN: Final = frozenset({"deadline"})
-"""Policies whose sentence is not kept: it tells a caller how much time it had left, and not how much another had."""
+"""Policies whose figures are one caller's: kept, they would tell another how much time this one had. They are left out;
+spans and log lines have them."""
 
 
 class Door:
@@ -60,11 +61,10 @@ class Door:
         return status.refusal(text, rejection.retry_after_ms, left_ms=left_ms)
 
     def _text(self, rejection: Rejection, now_ns: int) -> status.RefusalText:
-        if rejection.policy in CALLS_OWN:
-            return status.refusal_text(overloaded(rejection))
         key = (rejection.policy, rejection.reason)
         made_ns, text = self._kept.get(key, (0, None))
         if text is None or now_ns - made_ns > KEPT_NS:
-            text = status.refusal_text(overloaded(rejection))
+            shown = rejection._replace(figures={}) if rejection.policy in CALLS_OWN else rejection
+            text = status.refusal_text(overloaded(shown))
             self._kept[key] = (now_ns, text)
         return text

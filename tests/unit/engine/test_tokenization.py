@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import AsyncIterator
 
@@ -209,3 +211,26 @@ class TestLimit:
         pool.close()
 
         assert [idle, busy, pool.use] == [(1, 0, 0), (1, 1, 2), (1, 0, 0)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+class TestPriority:
+    """Whose core it is while passes are computed."""
+
+    async def priorities(self, nice: int) -> tuple[list[int], int]:
+        """Of the pool's threads over this thread's, before and after; and how this thread's own has moved."""
+        settings = TokenizerSettings(threads=2, max_pending=8, inline_chars=0, chunk_texts=4, nice=nice)
+        own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        pool = TokenizerPool(tiny_tokenizer(), settings, lambda *_: None)
+        threads = [t.native_id for t in threading.enumerate() if t.name.startswith("embedserve-tokenizer")]
+        before = [os.getpriority(os.PRIO_PROCESS, thread) - own for thread in threads if thread is not None]
+        pool.yield_to_the_loop()
+        after = [os.getpriority(os.PRIO_PROCESS, thread) - own for thread in threads if thread is not None]
+        pool.close()
+        return before + after, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) - own
+
+    async def test_it_is_lower_where_passes_are_computed_at_a_lower_one(self) -> None:
+        assert await self.priorities(5) == ([0, 0, 5, 5], 0)
+
+    async def test_it_is_the_same_where_theirs_is(self) -> None:
+        assert await self.priorities(0) == ([0, 0, 0, 0], 0)
