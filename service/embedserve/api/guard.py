@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, TypeAlias
 
 import grpc
@@ -26,6 +26,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from embedserve.api import status
+from embedserve.api.ending import TRACE_ID_KEY, abort, cancelled_from_outside, status_name, write_all
 from embedserve.api.observer import CallObserver, Metadata, SilentCallObserver
 from embedserve.api.rpc import CALL, Rpc
 from embedserve.errors import (
@@ -53,7 +54,6 @@ METADATA_ENTRY_BYTES: Final = 32
 LAST_WORD_S: Final = 1.0
 """How long a stream's reader may take to accept its error status. The status waits behind the messages that the reader
 has not read, and a reader that has stopped reading must not keep the call in flight."""
-TRACE_ID_KEY: Final = "x-trace-id"
 ATTEMPTS_KEY: Final = "grpc-previous-rpc-attempts"
 """What gRPC clients send with a retry: how often they have tried this call before (gRFC A6)."""
 MAX_ATTEMPT: Final = 5
@@ -237,7 +237,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._begin(call, context)
                 self._check(request, always=always)
                 if generator:
-                    await _write_all(behaviour(request, context), context)
+                    await write_all(behaviour(request, context), context)
                 else:
                     await behaviour(request, context)
                 self._end_by_context(call, context)
@@ -283,7 +283,7 @@ class Guard(grpc.aio.ServerInterceptor):
         except Exception as error:  # noqa: BLE001  # the wall
             await self._fail(call, context, error)
         else:
-            await _abort(context, reply, call, within_s=None)
+            await abort(context, reply, call, within_s=None)
         finally:
             self._leave(call)
         return True
@@ -344,9 +344,9 @@ class Guard(grpc.aio.ServerInterceptor):
         """The handler has returned, or has aborted."""
         code = context.code()
         if code:
-            name = _status_name(code)
+            name = status_name(code)
             self._end(call, name, None if name == "OK" else name)
-        elif _cancelled_from_outside():  # and the handler has swallowed it
+        elif cancelled_from_outside():  # and the handler has swallowed it
             self._end_cancelled(call)
         else:
             self._end(call, "OK", None)
@@ -356,7 +356,7 @@ class Guard(grpc.aio.ServerInterceptor):
         if isinstance(error, grpc.aio.AbortError):
             self._end_by_context(call, context)
             raise error
-        if _cancelled_from_outside():
+        if cancelled_from_outside():
             self._end_cancelled(call)
             raise asyncio.CancelledError from error
         reply = self._reply(error, call)
@@ -365,7 +365,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._end_by_context(call, context)
             else:
                 self._end(call, reply.code.name, reply.error_type)
-                await _abort(context, reply, call, within_s=last_word_s)
+                await abort(context, reply, call, within_s=last_word_s)
         finally:
             if isinstance(error, (InvariantBroken, SystemExit)):
                 self._on_fatal(error)
@@ -394,47 +394,6 @@ def _attempt(previous: str | bytes) -> int:
     """Which attempt this is, from 2 to ``MAX_ATTEMPT``, by what the client says of its earlier ones."""
     known = len(previous) == 1 and "1" <= str(previous) < str(MAX_ATTEMPT)
     return int(previous) + 1 if known else MAX_ATTEMPT
-
-
-def _cancelled_from_outside() -> bool:
-    """Whether somebody cancelled this task, which only grpc can: the client or the deadline; not a future within it."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _status_name(code: Any) -> str:
-    if isinstance(code, grpc.StatusCode):
-        return code.name
-    return next((known.name for known in grpc.StatusCode if known.value[0] == code), "UNKNOWN")
-
-
-async def _write_all(responses: AsyncIterator[Any], context: Any) -> None:
-    """Send what an async generator gives, and close it whatever happens, so that its ``finally`` runs now."""
-    try:
-        async for response in responses:
-            await context.write(response)
-    finally:
-        await responses.aclose()  # type: ignore[attr-defined]
-
-
-async def _abort(context: Any, reply: status.Reply, call: Rpc, *, within_s: float | None) -> None:
-    """Send ``reply`` as the call's status; raises ``CancelledError`` if it was not taken in time."""
-    trailers = reply.trailers
-    if call.trace.trace_id is not None:  # trailers of an abort replace those that were set before
-        trailers = (*trailers, (TRACE_ID_KEY, call.trace.trace_id))
-    try:
-        if within_s is None:
-            await context.abort(reply.code, reply.message, trailers)
-        else:
-            async with asyncio.timeout(within_s):
-                await context.abort(reply.code, reply.message, trailers)
-    except grpc.aio.AbortError as sent:
-        # Raised by grpc once the status is out, and kept with the call: with its traceback and the error that it
-        # answers it would hold every frame of the call, which hold the call. Under overload the collector would live
-        # on these cycles, some 60 objects a refusal. grpc raises it again when the handler has returned.
-        sent.__traceback__ = sent.__context__ = None
-    except TimeoutError as stalled:
-        raise asyncio.CancelledError from stalled
 
 
 def _as_bytes(response: Any) -> bytes:

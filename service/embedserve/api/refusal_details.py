@@ -72,6 +72,7 @@ def refusal_status(code: int, message: str, reason: str, domain: str, metadata: 
     )
 
 
+@lru_cache(maxsize=4096)
 def retry_info(wait_ms: int) -> bytes:
     """Serialise one more of a ``Status``'s details: RetryInfo."""
     delay = _SECONDS + varint(wait_ms // 1000) + _NANOS + varint(wait_ms % 1000 * 1_000_000)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import sys
 import threading
 import time
 
@@ -413,3 +415,18 @@ class TestRoom:
                 await bench.engine.embed(call("hello"))
 
         assert [(stage, r.reason) for stage, r in bench.observer.rejections] == [("estimate", "TOKENIZER_QUEUE_FULL")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+class TestPriority:
+    @pytest.mark.parametrize(("compiled", "lower"), [(True, 3), (False, 0)])
+    async def test_tokenizer_threads_go_with_the_compiled_pass(self, compiled: bool, lower: int) -> None:
+        """Its threads are lower than the event loop's; passes that were not compiled run at the loop's own priority."""
+        settings = TokenizerSettings(threads=2, max_pending=64, inline_chars=0, chunk_texts=8, nice=3)
+        async with running(tokenizing=settings) as bench:
+            own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            bench.engine._take_compilation(DeviceReport("cpu", 1, 1, compiled=compiled, packed=True, compile_s=1.0))
+            threads = [t.native_id for t in threading.enumerate() if t.name.startswith("embedserve-tokenizer")]
+            found = [os.getpriority(os.PRIO_PROCESS, thread) - own for thread in threads if thread is not None]
+
+        assert found == [lower, lower]
