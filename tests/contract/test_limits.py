@@ -327,10 +327,10 @@ class TestBounds:
 
     @pytest.mark.parametrize(
         ("setting", "value", "text", "held_items"),
-        [("scheduling.max_batch_items", 8, "a", 8), ("scheduling.max_batch_tokens", 128, WORDS, 2)],
+        [("scheduling.max_batch_items", 8, "a", 8), ("scheduling.max_batch_tokens", 192, WORDS, 2)],
     )
     async def test_scheduling_max_batch(self, setting: str, value: int, text: str, held_items: int) -> None:
-        """A larger request takes several passes, each full; in tokens half full, which leaves room for others."""
+        """A larger request takes several passes, each full; in tokens two fifths full, which leaves room for others."""
         async with serving(FaultyBackend(FaultPlan()), settings={setting: str(value)}) as server:
             await server.stub.Embed(pb.EmbedRequest(texts=[text] * 4 * held_items))
             rows = [rows for rows, _ in server.backend.passes]
