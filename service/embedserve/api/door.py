@@ -26,6 +26,9 @@ CALLS_OWN: Final = frozenset({"deadline"})
 """Policies whose figures are one caller's: kept, they would tell another how much time this one had. They are left out;
 spans and log lines have them."""
 
+GUESSED: Final = frozenset({"tokens", "items"})
+"""Figures that would be the caller's own if it had been read."""
+
 
 class Door:
     """Turns calls away."""
@@ -51,6 +54,8 @@ class Door:
         call.judged_unread = True
         if rejection is None:
             return None
+        figures = {name: value for name, value in rejection.figures.items() if name not in GUESSED}
+        rejection = rejection._replace(figures=figures)
         text = self._text(rejection, now_ns)
         call.attributes.update(rejection.figures)
         call.attributes["policy"] = rejection.policy

@@ -25,7 +25,7 @@ from embedserve.engine.load import LoadReport, report_load
 from embedserve.engine.observer import EngineObserver, SilentObserver
 from embedserve.engine.pending import WholeRequest
 from embedserve.engine.probe import send_probe
-from embedserve.engine.stream import piece_items, stream_portions
+from embedserve.engine.stream import Window, stream_portions
 from embedserve.engine.tokenization import TokenizerPool, TokenizerSettings, TokenizerUse
 from embedserve.engine.unread import UnreadAdmission
 from embedserve.engine.wall import post, settle, walled
@@ -356,14 +356,14 @@ class Engine:
     async def embed_stream(self, call: Call) -> AsyncGenerator[Portion, None]:
         """Portions of one request as their batches finish, failed texts among them; every index exactly once.
 
-        Work that is admitted and not yet taken is bounded by ``stream_window_items``: a reader that stalls stops its
+        Work that is admitted and not yet taken is bounded by a ``Window``: a reader that stalls stops its
         own work. Raises as ``embed`` does, but for what concerns single texts. Close the generator to cancel.
         """
         verdict = "cancelled"
         self._requests += 1
         try:
-            window = self._settings.stream_window_items
-            self.admit(call, piece_items(window))
+            window = Window(call, self._intake, self._settings.stream_window_items)
+            self.admit(call, window.piece)
             # Closed here, not by the garbage collector some turns of the loop later, when the call is said to be over.
             async with aclosing(stream_portions(call, self._intake, self._running, window)) as portions:
                 async for portion in portions:

@@ -122,16 +122,7 @@ class Intake:
         stages = call.stages
         stages.texts = call.count
         items = stages.texts if texts is None else min(texts, stages.texts)
-        if call.texts is not None:
-            judged = call.texts if items == stages.texts else call.texts[:items]
-            chars = sum(map(len, judged)) + len(call.prompt) * items
-            estimate = min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * items, self._max_input_length * items)
-        elif call.source is not None:
-            estimate = min(call.source.estimate(items), self._max_input_length * items)
-        else:
-            assert call.tokens is not None
-            lengths = call.tokens.lengths
-            estimate = len(call.tokens.ids) if items == stages.texts else int(lengths[:items].sum())
+        estimate = self.estimate(call, items)
         self._unread.saw(estimate, call.priority)
         rejection = self._scheduler.judge(
             estimate,
@@ -145,6 +136,23 @@ class Intake:
         if rejection is not None:
             self.refuse(rejection, "estimate")
         stages.admitted_ns = time.monotonic_ns()
+
+    def estimate(self, call: Call, items: int) -> int:
+        """About how many tokens the first ``items`` texts of a call have."""
+        if call.texts is not None:
+            judged = call.texts if items == len(call.texts) else call.texts[:items]
+            chars = sum(map(len, judged)) + len(call.prompt) * items
+            return min(int(chars * self._tokens_per_char) + SPECIAL_TOKENS * items, self._max_input_length * items)
+        if call.source is not None:
+            return min(call.source.estimate(items), self._max_input_length * items)
+        assert call.tokens is not None
+        lengths = call.tokens.lengths
+        return len(call.tokens.ids) if items == len(lengths) else int(lengths[:items].sum())
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of a full pass now."""
+        return self._scheduler.max_batch_tokens
 
     def refuse(self, rejection: Rejection, stage: str) -> NoReturn:
         """Raise what a rejection means to the caller."""

@@ -170,6 +170,20 @@ class TestQuestion:
         assert call.attributes == {}
 
 
+class TestGuess:
+    def test_nobody_is_told_a_size_that_is_not_his(self, door: Door, unread: Unread) -> None:
+        """He was not read: what he was judged by is a guess."""
+        unread.says = Rejection("throughput", "DRAIN_TIME_EXCEEDED", 5, {"drain_ns": 3e9, "tokens": 7.0, "items": 1.0})
+        call = rpc()
+        reply = door.refusal(call, None, 0)
+        info, _ = told(reply)
+
+        assert reply is not None
+        assert "tokens" not in reply.message
+        assert dict(info.metadata) == {"policy": "throughput", "drain_ns": "3e+09"}
+        assert call.attributes.keys().isdisjoint({"tokens", "items"})
+
+
 class TestKeptSentence:
     """Made once in ``KEPT_NS`` for each reason."""
 

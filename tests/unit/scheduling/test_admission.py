@@ -10,7 +10,8 @@ from embedserve.scheduling.admission.latency_p95 import LatencyP95Policy
 from embedserve.scheduling.admission.queue import QueuePolicy
 from embedserve.scheduling.admission.sojourn import OnlineQuantile, SojournWindow
 from embedserve.scheduling.admission.throughput import ThroughputPolicy
-from embedserve.scheduling.item import Admitted, Priority, Submission, Succeeded
+from embedserve.scheduling.item import Admitted, Priority, Rejection, Submission, Succeeded
+from embedserve.scheduling.scheduler import Scheduler
 from embedserve.scheduling.settings import LatencyP95Settings, ThroughputSettings
 from tests.unit.scheduling.making import MS, S, small_scheduler, small_settings, submission
 
@@ -390,3 +391,40 @@ class TestRetryAfter:
     @pytest.mark.parametrize(("wait", "ms"), [(0, 1), (-5, 1), (1, 1), (1_000_001, 2)])
     def test_at_least_one_millisecond(self, wait, ms):
         assert retry_after_ms(wait) == ms
+
+
+class TestClasses:
+    """Nobody is refused for work that comes after him."""
+
+    LIMIT_NS = 100_000
+
+    def judged(self, waiting: Priority, asking: Priority, tenant: str = "other") -> Rejection | None:
+        """What one item of a class is told beside a backlog of another class, of six times the drain limit."""
+        settings = small_settings(max_queue_items=10_000, max_queue_tokens=1_000_000)
+        free = Scheduler(settings)
+        limited = Scheduler(settings, [ThroughputPolicy(ThroughputSettings(max_drain_ns=self.LIMIT_NS))])
+        for s in (free, limited):
+            s.cost.learn(64, 64, 10_000, 0)
+        backlog = submission(1, *[8] * 8, priority=waiting, tenant="backlog")
+        count = 0
+        while free.load(0).drain_ns < 6 * self.LIMIT_NS:
+            count += 1
+            free.submit(backlog._replace(id=count), 0)
+            # As a stream's later windows are: by the hard limits alone.
+            limited.submit(backlog._replace(id=count, continuation=True), 0)
+        return limited.judge(8, 1, priority=asking, tenant=tenant, now_ns=0)
+
+    @pytest.mark.parametrize("asking", [Priority.INTERACTIVE, Priority.DEFAULT])
+    def test_a_backlog_of_bulk_refuses_no_class_above(self, asking: Priority) -> None:
+        assert self.judged(Priority.BULK, asking) is None
+
+    @pytest.mark.parametrize("asking", [Priority.DEFAULT, Priority.BULK])
+    def test_a_backlog_of_a_class_above_does(self, asking: Priority) -> None:
+        rejection = self.judged(Priority.INTERACTIVE, asking)
+
+        assert rejection is not None
+        assert rejection.reason == "DRAIN_TIME_EXCEEDED"
+
+    def test_in_one_class_a_modest_tenant_is_let_in_and_the_greedy_one_is_not(self) -> None:
+        assert self.judged(Priority.BULK, Priority.BULK) is None
+        assert self.judged(Priority.BULK, Priority.BULK, tenant="backlog") is not None

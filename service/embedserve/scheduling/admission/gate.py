@@ -14,6 +14,7 @@ from embedserve.scheduling.admission.deadline import DeadlinePolicy
 from embedserve.scheduling.admission.queue import QueuePolicy
 from embedserve.scheduling.admission.sojourn import OnlineQuantile, SojournWindow
 from embedserve.scheduling.cost import CostModel
+from embedserve.scheduling.fairness import PriorityClass
 from embedserve.scheduling.flight import Flight
 from embedserve.scheduling.item import Rejection
 from embedserve.scheduling.retry import RetryLadder
@@ -32,6 +33,7 @@ class Gate:
         "_floor_tokens",
         "_hard",
         "_ladder",
+        "_lower_share",
         "_max_batch_items",
         "_max_batch_ns",
         "_probe_after_ns",
@@ -58,6 +60,7 @@ class Gate:
         self._flight = flight
         self._cost = cost
         self._turn_tokens = settings.turn_tokens
+        self._lower_share = settings.lowest_class_share
         self._max_batch_items = settings.max_batch_items
         self._max_batch_ns = settings.max_batch_ns
         self._floor_tokens = settings.bucket_edges[-1]  # the longest item must always fit
@@ -166,20 +169,30 @@ class Gate:
         """Of so many tokens that wait, those that are before the last of the candidate's tenant, with this candidate.
 
         Tenants take turns: while it has ``t`` tokens waiting, the others are served no more than ``t`` each. So a
-        tenant under its share is not refused because another one fills the queue.
+        tenant under its share is not refused because another one fills the queue. Classes above and retries go first;
+        each class below has its least share meanwhile, so that nobody is refused for work that comes after him.
         """
-        order = self._queue.classes[candidate.priority]
+        classes = self._queue.classes
+        order = classes[candidate.priority]
+        first = self._ladder.tokens + sum([klass.tokens for klass in classes[: candidate.priority]])
+        below = [klass.tokens for klass in classes[candidate.priority + 1 :] if klass.tokens]
+        ahead = self._of_class(candidate, order) + first
+        for waiting in below:
+            ahead += min(waiting, int(self._lower_share * (ahead + candidate.tokens)))
+        return min(tokens, ahead)
+
+    @staticmethod
+    def _of_class(candidate: Candidate, order: PriorityClass) -> int:
+        """Tokens of its own class that are before it."""
         others = order.tenants.active
         tenant = order.tenant_by_key.get(candidate.tenant)
         own = candidate.tokens
         if tenant is not None and tenant.lanes:
             if others == 1:
-                return tokens
+                return order.tokens
             others -= 1
             own += tenant.tokens
-        # Another class's tokens and retries are not shared with; what waits there counts in full.
-        beyond = tokens - order.tokens
-        return min(tokens, own * (others + 1) - candidate.tokens + beyond)
+        return min(order.tokens, own * (others + 1) - candidate.tokens)
 
     def _ahead(self, candidate: Candidate, share: int, pass_tokens: int) -> tuple[int, int]:
         """Items and tokens that are served before the candidate is done."""
