@@ -94,7 +94,8 @@ class Server(Section):
     stream_message_bytes: Annotated[int, between(KIB, MIB - 1)] = 1_000_000
     """Size at which a message of EmbedStream is closed. Under 1 MiB, as the API promises."""
     stream_window_items: Annotated[int, between(1, 1_000_000)] = 512
-    """Items of one stream that are admitted and not yet sent: one full batch. Bounds what a slow reader holds."""
+    """Items of one stream that are admitted and not yet sent: one full batch. Bounds what a slow reader holds; of long
+    texts there are fewer, as many as fill four passes."""
     stream_stall_ms: Annotated[int, between(100, HOUR_MS)] = 30_000
     """A stream whose reader accepts nothing for so long is ended. A live reader is never this slow."""
     uvloop: UvloopSwitch = True
