@@ -25,7 +25,6 @@ a refusal, and nobody reads a thousand a second. When to come back is each call'
 CALLS_OWN: Final = frozenset({"deadline"})
 """Policies whose figures are one caller's: kept, they would tell another how much time this one had. They are left out;
 spans and log lines have them."""
-
 GUESSED: Final = frozenset({"tokens", "items"})
 """Figures that would be the caller's own if it had been read."""
 

@@ -333,10 +333,10 @@ class Guard(grpc.aio.ServerInterceptor):
         if self._in_flight == 0:
             self._idle.set()
 
-    def _end(self, call: Rpc, status_name: str, error_type: str | None) -> None:
+    def _end(self, call: Rpc, name: str, error_type: str | None) -> None:
         call.ended = True
         try:
-            call.trace.end(status=status_name, stages=call.stages, error_type=error_type, attributes=call.attributes)
+            call.trace.end(status=name, stages=call.stages, error_type=error_type, attributes=call.attributes)
         except Exception as error:  # noqa: BLE001  # who watches must not break what is watched
             self._on_internal_error(status.new_error_id(), error)
 

@@ -51,7 +51,7 @@ class Rpc:
         self.stages: Stages | None = None
         """Set by the handler once there is one."""
         self.refused: BaseException | None = None
-        """What the headers alone forbid."""
+        """What the headers alone forbid, or what went wrong at the door; raised where the client can be answered."""
         self.judged_unread = False
         """Whether a door has let it through."""
         self.ended = False

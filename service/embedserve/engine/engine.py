@@ -388,8 +388,15 @@ class Engine:
 
     def _takes(self) -> bool:
         """Whether ``admit`` would ask the scheduler at all."""
-        full = self._requests >= self._settings.max_requests_in_flight
-        return self._ready is not None and not (self._draining or self.stalled or full)
+        return self._open and not self._full
+
+    @property
+    def _open(self) -> bool:
+        return self._ready is not None and not self._draining and not self.stalled
+
+    @property
+    def _full(self) -> bool:
+        return self._requests >= self._settings.max_requests_in_flight
 
     def _refuse_beyond_room(self) -> None:
         limit = self._settings.max_requests_in_flight
@@ -413,9 +420,7 @@ class Engine:
 
     def load(self) -> LoadReport:
         """The load now, in well under 100 us."""
-        serving = self._ready is not None and not self._draining and not self.stalled
-        full = self._requests >= self._settings.max_requests_in_flight
-        return report_load(self._scheduler, serving=serving, started_ns=self._started_ns, full=full)
+        return report_load(self._scheduler, serving=self._open, started_ns=self._started_ns, full=self._full)
 
     def _finish(self, call: Call, verdict: str, now: int) -> None:
         timed_out = verdict == "expired" or (

@@ -25,8 +25,6 @@ __all__ = ["Window", "piece_items", "stream_portions"]
 
 PIECES_PER_WINDOW = 4
 """A window is fed in so many pieces: results begin to flow when the first piece is done, not the whole window."""
-
-
 WINDOW_PASSES = 4
 """Full passes that a window holds at most: one runs, one is closed, one waits while a piece for another is tokenised.
 Admission counts what waits: 512 texts of 232 tokens were 3 s of work, and one stream had everybody else refused."""
